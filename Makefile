@@ -1,0 +1,105 @@
+# Two commands: `make reproduce` makes everything, `make test` proves that it works. `make` alone lists the rest.
+# Needs Python 3.11 to 3.14, make and git; everything else is installed into .venv from requirements.lock.
+
+PROFILE ?= laptop
+PAIRS   ?=
+CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+PYTHON  ?=
+SNAKEFLAGS ?=
+LABFLAGS   ?=
+
+# Paths below the root stay relative and what is absolute is quoted, so that a root with spaces works.
+PY    := .venv/bin/python
+STAMP := .venv/.installed
+# The kernel `python3` is .venv's own, whatever the user has installed elsewhere.
+ENV   = PATH="$(CURDIR)/.venv/bin:$$PATH" JUPYTER_PREFER_ENV_PATH=1 TOKENIZERS_PARALLELISM=false
+# Tests: no network, no display, and one thread a worker.
+TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
+quote = '$(subst ','\'',$(1))'
+
+.DEFAULT_GOAL := help
+.PHONY: help install reproduce backbone site test lint lab clean distclean check-arguments force
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@echo "make TARGET [PROFILE=smoke|laptop|gpu|paper] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
+	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
+		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS)))
+
+backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
+	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
+		--config profile=$(call quote,$(PROFILE))
+
+site: check-arguments $(STAMP) ## executed notebooks of that run as HTML -> reports/
+	@run=$(call quote,runs/$(PROFILE)); pairs=$(call quote,$(PAIRS)); \
+	if [ -n "$$pairs" ]; then stem="$${pairs##*/}"; run="$$run-$${stem%.*}"; fi; \
+	if [ -z "$$(find "$$run/notebooks" -name '*.ipynb' 2>/dev/null)" ]; then \
+		echo "No executed notebooks in $$run/notebooks: run \`make reproduce\` with the same arguments first." >&2; exit 1; \
+	fi; \
+	mkdir -p reports; \
+	$(ENV) $(PY) -m nbconvert --to html --output-dir reports "$$run"/notebooks/*.ipynb
+
+test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
+	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests
+	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
+		$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 --dist loadfile \
+			--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks; \
+	else echo "No notebooks yet: none checked."; fi
+
+lint: $(STAMP) ## ruff and the notebook check alone
+	@$(PY) -m ruff check .
+	@$(PY) scripts/check_notebooks.py notebooks
+
+lab: $(STAMP) ## JupyterLab on the notebooks, on this machine only
+	@$(ENV) $(PY) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir="$(CURDIR)" \
+		--LabApp.default_url=/lab/tree/notebooks $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(LABFLAGS)
+
+install: $(STAMP) ## .venv alone; a second call installs nothing
+
+# The stamp holds the checkout's path: a .venv that was copied along with its checkout is made anew.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): force
+endif
+$(STAMP): requirements.lock pyproject.toml
+	@set -e; \
+	if [ -n "$(PYTHON)" ]; then candidates="$(PYTHON)"; \
+	else candidates="python3 python3.14 python3.13 python3.12 python3.11 python"; fi; \
+	python=; \
+	for p in $$candidates; do \
+		if "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; \
+		then python="$$p"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.11 to 3.14 is needed, and none was found (tried: $$candidates)." >&2; \
+		for p in $$candidates; do "$$p" -c 'import sys; print("  %s is %s" % (sys.executable, sys.version.split()[0]))' \
+			>&2 2>/dev/null || true; done; \
+		echo "Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; \
+	fi; \
+	clear=; \
+	if [ -f $(STAMP) ] && [ "$$(cat $(STAMP))" != "$(CURDIR)" ]; then clear=--clear; fi; \
+	if ! $(PY) -m pip --version >/dev/null 2>&1; then clear=--clear; fi; \
+	rm -f $(STAMP); \
+	if [ -n "$$clear" ]; then "$$python" -m venv --clear .venv; fi; \
+	quiet=-q; if [ -t 1 ]; then quiet=; fi; \
+	echo "Installing requirements.lock into .venv (once, about a minute and up to several GB with CUDA) ..."; \
+	$(PY) -m pip install --disable-pip-version-check $$quiet -r requirements.lock; \
+	$(PY) -m pip install --disable-pip-version-check $$quiet --no-deps --no-build-isolation -e .; \
+	printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+check-arguments:
+	@test -f notebooks/profiles/$(call quote,$(PROFILE)).yaml || { \
+		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
+		exit 2; }
+	@test -z $(call quote,$(PAIRS)) || test -f $(call quote,$(PAIRS)) || { \
+		echo "PAIRS: no such file: $(PAIRS)" >&2; exit 2; }
+
+clean: ## remove runs/, caches and build products (keeps .venv, data/ and reports/)
+	rm -rf runs .snakemake .pytest_cache .ruff_cache .hypothesis .coverage build dist *.egg-info
+	find . -path ./.venv -prune -o -path ./.git -prune -o \
+		-type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	rm -rf .venv

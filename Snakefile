@@ -1,0 +1,208 @@
+"""The road as a graph: notebook -> artefact -> notebook, and the arms of the ablation.
+
+    snakemake --cores 2 --config profile=laptop [pairs=path/to/pairs.jsonl]
+
+Numbered notebooks run the main arm (`cocoa`, first seed) and make the figures; the other arms and seeds run the same
+library from the command line, one core each, in parallel. Artefacts mark a step as done, never notebooks. A notebook
+or recipe that changed makes what depends on it stale; what is finished is not made again.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(workflow.basedir)))
+from cocoa_lib.profiles import load_profile, read_arms
+
+PROFILE = config.get("profile", "laptop")
+PAIRS = config.get("pairs", "")
+P = load_profile(PROFILE)
+NAME = PROFILE + ("-" + Path(PAIRS).stem if PAIRS else "")
+RUN = f"runs/{NAME}"
+ARMS = {name: arm for name, arm in read_arms().items() if name in P["arms"]}
+SEEDS = P["seeds"]
+MAIN, SEED = "cocoa", SEEDS[0]
+DATA = f"{RUN}/benchmark"
+BACKBONE = "data/backbone"
+PYTHON = shlex.quote(sys.executable)
+NOTEBOOK = f"{PYTHON} -m cocoa_lib.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
+
+shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; ")
+
+
+def stage_dir(stage, arm, seed):
+    """Where an arm's checkpoint of a stage lies; arms that agree up to a stage share it."""
+    return f"{RUN}/seed{seed}/{stage}/{ARMS[arm].key(stage)}"
+
+
+def parent_dir(stage, arm, seed):
+    """The checkpoint a stage starts from: the last stage before it that the arm has."""
+    order = ["stage1", "stage2", "stage3"]
+    for before in reversed(order[: order.index(stage)]):
+        if getattr(ARMS[arm], before) is not None:
+            return stage_dir(before, arm, seed)
+    return BACKBONE
+
+
+STEPS = {}  # (stage, key, seed) -> the first arm that needs it
+for seed in SEEDS:
+    for arm in ARMS:
+        for stage in ("stage1", "stage2", "stage3"):
+            if getattr(ARMS[arm], stage) is not None:
+                STEPS.setdefault((stage, ARMS[arm].key(stage), str(seed)), arm)
+
+
+def step_of(wildcards):
+    return STEPS[(wildcards.stage, wildcards.key, wildcards.seed)]
+
+
+def step_recipe(wildcards):
+    return json.dumps({**P[wildcards.stage], **getattr(ARMS[step_of(wildcards)], wildcards.stage)}, sort_keys=True)
+
+
+wildcard_constraints:
+    stage="stage[123]",
+    seed=r"\d+",
+    key=r"\w+",
+
+
+ruleorder: pretraining > stage
+ruleorder: contrastive > stage
+
+
+rule all:
+    input:
+        f"{RUN}/notebooks/01_attention_masks.ipynb",
+        f"{RUN}/notebooks/04_mmeb_evaluation.ipynb",
+        f"{RUN}/notebooks/05_ablations.ipynb",
+
+
+rule benchmark:
+    """Notebook 00: the data and the backbone, looked at."""
+    input:
+        "notebooks/00_data_and_backbone.ipynb",
+        f"notebooks/profiles/{PROFILE}.yaml",
+        PAIRS or [],
+    output:
+        manifest=f"{DATA}/manifest.json",
+        notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
+    params:
+        name="00_data_and_backbone",
+        pairs=f"pairs={shlex.quote(json.dumps({'path': PAIRS}))}" if PAIRS else "",
+    threads: workflow.cores
+    shell:
+        NOTEBOOK + " --set data={DATA} backbone_folder={BACKBONE} {params.pairs}"
+
+
+rule masks:
+    """Notebook 01: attention layouts, explored and proved."""
+    input:
+        "notebooks/01_attention_masks.ipynb",
+    output:
+        notebook=f"{RUN}/notebooks/01_attention_masks.ipynb",
+    params:
+        name="01_attention_masks",
+    shell:
+        NOTEBOOK
+
+
+rule pretraining:
+    """Notebook 02: stages 1 and 2 of the main arm."""
+    input:
+        "notebooks/02_reconstruction_pretraining.ipynb",
+        data=f"{DATA}/manifest.json",
+        backbone=f"{BACKBONE}/cocoa.json",
+    output:
+        stage1=f"{stage_dir('stage1', MAIN, SEED)}/cocoa.json",
+        stage2=f"{stage_dir('stage2', MAIN, SEED)}/cocoa.json",
+        notebook=f"{RUN}/notebooks/02_reconstruction_pretraining.ipynb",
+    params:
+        name="02_reconstruction_pretraining",
+        stage1_out=stage_dir("stage1", MAIN, SEED),
+        stage2_out=stage_dir("stage2", MAIN, SEED),
+    shell:
+        NOTEBOOK + " --set data={DATA} backbone_folder={BACKBONE} seed={SEED}"
+        " stage1_out={params.stage1_out} stage2_out={params.stage2_out}"
+
+
+rule contrastive:
+    """Notebook 03: stage 3 of the main arm."""
+    input:
+        "notebooks/03_contrastive_training.ipynb",
+        data=f"{DATA}/manifest.json",
+        parent=f"{stage_dir('stage2', MAIN, SEED)}/cocoa.json",
+    output:
+        stage3=f"{stage_dir('stage3', MAIN, SEED)}/cocoa.json",
+        notebook=f"{RUN}/notebooks/03_contrastive_training.ipynb",
+    params:
+        name="03_contrastive_training",
+        parent_dir=stage_dir("stage2", MAIN, SEED),
+        out=stage_dir("stage3", MAIN, SEED),
+    shell:
+        NOTEBOOK + " --set data={DATA} seed={SEED} parent={params.parent_dir} stage3_out={params.out}"
+
+
+rule stage:
+    """One stage of another arm or seed, without a notebook."""
+    input:
+        data=f"{DATA}/manifest.json",
+        parent=lambda w: f"{parent_dir(w.stage, step_of(w), w.seed)}/cocoa.json",
+    output:
+        f"{RUN}/seed{{seed}}/{{stage}}/{{key}}/cocoa.json",
+    params:
+        parent=lambda w: parent_dir(w.stage, step_of(w), w.seed),
+        out=lambda w: f"{RUN}/seed{w.seed}/{w.stage}/{w.key}",
+        recipe=lambda w: shlex.quote(step_recipe(w)),
+    log:
+        f"{RUN}/logs/{{stage}}-{{key}}-seed{{seed}}.log",
+    shell:
+        "{PYTHON} -m cocoa_lib.train {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
+        " --recipe {params.recipe} --seed {wildcards.seed} --allow-parent > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
+
+
+rule evaluate:
+    """All tasks of the benchmark with one checkpoint."""
+    input:
+        data=f"{DATA}/manifest.json",
+        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}/cocoa.json",
+    output:
+        f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv",
+    params:
+        model=lambda w: stage_dir("stage3", w.arm, w.seed),
+        out=f"{RUN}/results/{{arm}}/seed{{seed}}",
+    log:
+        f"{RUN}/logs/evaluate-{{arm}}-seed{{seed}}.log",
+    shell:
+        "{PYTHON} -m cocoa_lib.mmeb {params.model} --root {DATA} --out {params.out}"
+        " > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
+
+
+rule evaluation:
+    """Notebook 04: scores of the main arm by task and meta-task, beside the published table."""
+    input:
+        "notebooks/04_mmeb_evaluation.ipynb",
+        results=f"{RUN}/results/{MAIN}/seed{SEED}/results.csv",
+    output:
+        notebook=f"{RUN}/notebooks/04_mmeb_evaluation.ipynb",
+    params:
+        name="04_mmeb_evaluation",
+        model=stage_dir("stage3", MAIN, SEED),
+        results=f"{RUN}/results/{MAIN}/seed{SEED}",
+    shell:
+        NOTEBOOK + " --set data={DATA} model={params.model} results={params.results}"
+
+
+rule ablations:
+    """Notebook 05: what each part is worth."""
+    input:
+        "notebooks/05_ablations.ipynb",
+        expand(f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv", arm=ARMS, seed=SEEDS),
+        contrastive=f"{RUN}/notebooks/03_contrastive_training.ipynb",
+    output:
+        notebook=f"{RUN}/notebooks/05_ablations.ipynb",
+    params:
+        name="05_ablations",
+    shell:
+        NOTEBOOK + " --set run={RUN}"

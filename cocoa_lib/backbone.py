@@ -1,0 +1,288 @@
+"""Open a Qwen2-VL, Qwen2.5-VL or Qwen3-VL (or the small one of this project) and make its attention what is asked.
+
+The models are transformers' own classes, unmodified. Three things are set from outside: whether the language model is
+causal, which mask a forward pass uses, and the 3-D rotary positions (always computed here from the 2-D mask, because
+they cannot be derived from a 4-D one). A run-time probe checks that the causal switch took before anything trains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from .attention import EOS, PAD, A, additive, block_mask, dense_mask
+from .inputs import IMAGE_PAD, VISION_END, VISION_START, Batch, Inputs
+
+logger = logging.getLogger(__name__)
+
+# The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2 (Qwen2-VL's names).
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "fc1", "fc2")
+# Qwen2's control tokens, in Qwen2's order, and the mask token that stages 1 and 2 need.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
+MASK_TOKEN = "<|mask|>"
+
+
+def language_model(model: PreTrainedModel) -> nn.Module:
+    """The text decoder inside a vision-language model: `.layers`, `.norm`, `.rotary_emb`, `.embed_tokens`."""
+    return model.model.language_model
+
+
+def is_bidirectional(model: PreTrainedModel) -> bool:
+    return getattr(language_model(model).config, "is_causal", True) is False
+
+
+def set_bidirectional(model: PreTrainedModel, bidirectional: bool) -> PreTrainedModel:
+    """Switch the language model between causal and bidirectional attention, in place; saved with its config.
+
+    `config.is_causal` decides the mask under SDPA and eager; flash-attention reads `self_attn.is_causal` of each layer.
+    """
+    text = language_model(model)
+    text.config.is_causal = not bidirectional
+    for layer in text.layers:
+        layer.self_attn.is_causal = not bidirectional
+    return model
+
+
+def open_backbone(
+    source: str | Path,
+    *,
+    bidirectional: bool,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    probe: bool = True,
+) -> PreTrainedModel:
+    """Local folder or hub name -> model with the wanted attention, probed.
+
+    attn_implementation: "sdpa", "eager", "flash_attention_2" or "flex_attention". Qwen2-VL does not declare Flex as
+    supported although its attention takes any registered function, so it is enabled on the language model's config
+    only; the vision tower stays on SDPA. safetensors only, never remote code. Raises RuntimeError if the probe fails.
+    """
+    flex = attn_implementation == "flex_attention"
+    model = AutoModelForImageTextToText.from_pretrained(
+        source,
+        dtype=dtype,
+        attn_implementation="sdpa" if flex else attn_implementation,
+        use_safetensors=True,
+        trust_remote_code=False,
+    )
+    if flex:
+        language_model(model).config._attn_implementation = "flex_attention"
+    set_bidirectional(model, bidirectional)
+    if probe:
+        probe_attention(model, bidirectional)
+    return model.eval()
+
+
+@torch.no_grad()
+def probe_attention(model: PreTrainedModel, bidirectional: bool) -> None:
+    """Change the last token and look at the first one's state, without and with padding.
+
+    Raises RuntimeError when a bidirectional model does not notice, or a causal one does: llm2vec and others have
+    shipped models whose switch was silently off for some backend or for a batch of one.
+    """
+    was_training = model.training
+    model.eval()
+    for n_pad in (0, 2):
+        ids = torch.tensor([[5, 6, 7, 8] + [0] * n_pad, [5, 6, 7, 9] + [0] * n_pad], device=model.device)
+        segments = torch.full_like(ids, A)
+        if n_pad:
+            segments[:, -n_pad:] = PAD
+        states = [hidden_states(model, _text_batch(ids[i : i + 1], segments[i : i + 1]))[0, 0] for i in (0, 1)]
+        changed = not torch.equal(states[0], states[1])
+        if changed != bidirectional:
+            wanted, got = ("bidirectional", "causal") if bidirectional else ("causal", "bidirectional")
+            raise RuntimeError(
+                f"the attention switch did not take: {wanted} attention was asked for, but {type(model).__name__} with "
+                f"{language_model(model).config._attn_implementation!r} attends like a {got} model"
+            )
+    model.train(was_training)
+
+
+def _text_batch(input_ids: LongTensor, segment_ids: LongTensor) -> Batch:
+    zeros = torch.zeros_like(input_ids)
+    return {
+        "input_ids": input_ids,
+        "segment_ids": segment_ids,
+        "attention_mask": (segment_ids != PAD).long(),
+        "mm_token_type_ids": zeros,
+    }
+
+
+def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
+    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask, for text-only batches too."""
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        image_grid_thw=batch.get("image_grid_thw"),
+        attention_mask=batch["attention_mask"],
+    )
+    return positions
+
+
+def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
+    """What to pass as `attention_mask`: the 2-D mask where the model's own mode is the layout, else the layout's mask.
+
+    Raises ValueError for flash-attention with a layout it cannot express.
+    """
+    own = "bidirectional" if is_bidirectional(model) else "causal"
+    implementation = language_model(model).config._attn_implementation
+    if layout in (None, own) and implementation != "flex_attention":
+        return batch["attention_mask"]
+    if implementation == "flex_attention":
+        return block_mask(layout or own, batch["segment_ids"])
+    if implementation.startswith("flash_attention"):
+        raise ValueError(
+            f"{implementation} cannot express the layout {layout!r}; use sdpa or flex_attention for stage 2"
+        )
+    mask = dense_mask(layout, batch["segment_ids"])
+    return additive(mask, model.dtype) if implementation == "eager" else mask
+
+
+def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = None) -> Tensor:
+    """One forward pass without logits: final, normed hidden states (B, L, H) under the given layout.
+
+    `layout=None` is the model's own mode. No language-model head is applied here: at 152 k x L numbers a sample it
+    would cost more than the rest of a small batch, and nothing in stage 3 or inference reads it.
+    """
+    images = {key: batch[key] for key in ("pixel_values", "image_grid_thw") if key in batch}
+    return model.model(
+        input_ids=batch["input_ids"],
+        attention_mask=attention_input(model, batch, layout),
+        position_ids=position_ids(model, batch),
+        use_cache=False,
+        **images,
+    ).last_hidden_state
+
+
+def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:
+    """(B, L, H) -> (B, H), not normalised: the state at EOS (script) or the mean over real tokens (MoCa).
+
+    The EOS position comes from segment_ids, so padding side and padding token play no part.
+    """
+    if pooling == "eos":
+        position = (batch["segment_ids"] == EOS).int().argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), position]
+    if pooling == "mean":
+        weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        return (hidden * weight).sum(1) / weight.sum(1)
+    raise ValueError(f"unknown pooling {pooling!r}; choose 'eos' or 'mean'")
+
+
+def add_adapter(model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout: float = 0.1, dora: bool = True):
+    """LoRA / DoRA by peft on the published targets (script); returns (peft model, names of the matched modules).
+
+    `model` itself is changed in place, so it can still be used directly; `merge_adapter` undoes that with the
+    adapter's effect folded into the weights. Raises ValueError (by peft) when nothing matches.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(LORA_TARGETS))
+    wrapped = get_peft_model(model, config)
+    matched = sorted(wrapped.base_model.targeted_module_names)
+    logger.info("LoRA matched %d modules, e.g. %s", len(matched), matched[:3])
+    return wrapped, matched
+
+
+def merge_adapter(wrapped) -> PreTrainedModel:
+    """peft model -> plain transformers model with the adapter folded in."""
+    return wrapped.merge_and_unload()
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with Qwen2's control tokens: any Unicode text is representable, nothing is unknown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*SPECIAL_TOKENS, MASK_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        mask_token=MASK_TOKEN,
+        additional_special_tokens=list(SPECIAL_TOKENS),
+    )
+
+
+def small_config(
+    tokenizer, *, hidden_size: int, layers: int, heads: int, vision_dim: int, vision_layers: int, patch_size: int
+):
+    """A plain Qwen2VLConfig of one to four million parameters: every part of the real one, smaller."""
+    token = tokenizer.convert_tokens_to_ids
+    head_dim = hidden_size // heads
+    quarter = head_dim // 8  # rotary frequencies: a quarter for time, three eighths each for height and width
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": hidden_size,
+            "intermediate_size": 3 * hidden_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": max(1, heads // 2),
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [
+                    quarter,
+                    (head_dim // 2 - quarter) // 2,
+                    head_dim // 2 - quarter - (head_dim // 2 - quarter) // 2,
+                ],
+            },
+            "bos_token_id": token("<|endoftext|>"),
+            "eos_token_id": token("<|im_end|>"),
+            "pad_token_id": token("<|endoftext|>"),
+        },
+        vision_config={
+            "depth": vision_layers,
+            "embed_dim": vision_dim,
+            "hidden_size": hidden_size,
+            "num_heads": max(1, vision_dim // 32),
+            "mlp_ratio": 3,
+            "patch_size": patch_size,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+        },
+        image_token_id=token(IMAGE_PAD),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token(VISION_START),
+        vision_end_token_id=token(VISION_END),
+        tie_word_embeddings=True,
+    )
+
+
+def new_backbone(
+    texts: Iterable[str], *, vocab_size: int, image_pixels: int, seed: int, max_length: int = 256, **sizes: int
+) -> tuple[PreTrainedModel, Inputs]:
+    """A small Qwen2-VL with random weights and its processor, for texts like these.
+
+    image_pixels: area an image is resized to at most (at least a sixteenth of it); sizes: see `small_config`.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=sizes["patch_size"], size={"shortest_edge": image_pixels // 16, "longest_edge": image_pixels}
+    )
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(small_config(tokenizer, **sizes))
+    return model, Inputs(tokenizer, processor, max_length=max_length)

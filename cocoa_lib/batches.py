@@ -1,0 +1,133 @@
+"""Rows to training batches: the plan that fixes the order, and one collate function a stage.
+
+The plan is drawn once, before training, from the seed: the order does not depend on workers, and a resumed run goes on
+in it. The place in the plan (`draw`) seeds the corruption of that sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+from .attention import A, B
+from .corruption import IGNORE, mask_cells, mask_text, maskable, patch_noise
+from .inputs import Batch, Inputs
+from .recipes import Stage1Recipe, Stage2Recipe
+
+
+class Planned(torch.utils.data.Dataset):
+    """Rows in the order of a plan fixed before training: item k is row plan[k], and `draw` = k seeds its corruption."""
+
+    def __init__(self, rows, plan: np.ndarray) -> None:
+        self.rows, self.plan = rows, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return {**self.rows[int(self.plan[k])], "draw": k}
+
+
+def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np.ndarray:
+    """The rows of a run, chosen once: (n,) indices into the concatenated subsets of the given sizes.
+
+    Each subset is shuffled and gone through again when used up; subsets take turns in proportion to their size, row by
+    row (block = 0), or in blocks of `block` rows of one subset, so that negatives are of the same task.
+    """
+    rng = np.random.default_rng([seed, 2])
+    sizes_array = np.asarray(sizes)
+    if not len(sizes_array) or sizes_array.min() < 1:
+        raise ValueError(f"there is a subset without training rows (sizes {list(sizes)})")
+    step = max(1, block)
+    turns = rng.choice(len(sizes), size=math.ceil(n / step), p=sizes_array / sizes_array.sum()).repeat(step)[:n]
+    plan = np.empty(n, dtype=np.int64)
+    for subset, size in enumerate(sizes):
+        places = np.flatnonzero(turns == subset)
+        rounds = [rng.permutation(size) for _ in range(math.ceil(len(places) / size))]
+        order = np.concatenate(rounds)[: len(places)] if rounds else np.empty(0, dtype=np.int64)
+        plan[places] = order + int(sizes_array[:subset].sum())
+    return plan
+
+
+def causal_batch(rows: list[dict[str, Any]], inputs: Inputs) -> Batch:
+    """Image, question, answer, EOS; loss on the answer and EOS (on the whole text where there is no question)."""
+    texts = [f"{row['text']} {row['target']}" if row["text"] else row["target"] for row in rows]
+    batch = inputs.collate([{"text": text, "image": row["image"]} for text, row in zip(texts, rows, strict=True)])
+    labels = torch.full_like(batch["input_ids"], IGNORE)
+    lengths = batch["attention_mask"].sum(1)
+    for i, row in enumerate(rows):
+        answer = f" {row['target']}" if row["text"] else row["target"]
+        n_loss = min(len(inputs.text_ids(answer)) + 1, int(lengths[i]) - 1)
+        span = slice(int(lengths[i]) - n_loss, int(lengths[i]))
+        labels[i, span] = batch["input_ids"][i, span]
+    return batch | {"labels": labels}
+
+
+def stage1_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recipe, seed: int) -> Batch:
+    """Image + caption, bidirectional; text tokens and image cells hidden."""
+    items = [{"text": f"{row['text']} {row['target']}".strip(), "image": row["image"]} for row in rows]
+    batch = inputs.collate(items, eos=False)
+    batch = _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=A)
+    if "pixel_values" in batch and recipe.patch_mask_rate > 0 and recipe.image_weight > 0:
+        draws = [row["draw"] for row in rows]
+        merge = inputs.image_processor.merge_size
+        batch["hidden_cells"] = mask_cells(
+            batch["image_grid_thw"],
+            batch["num_images_per_sample"],
+            merge,
+            rate=recipe.patch_mask_rate,
+            seed=seed,
+            draws=draws,
+        )
+        dim = batch["pixel_values"].shape[1]
+        batch["patch_fill"] = patch_noise(dim, seed=seed) if recipe.patch_fill == "noise" else torch.zeros(dim)
+    return batch
+
+
+def stage2_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage2Recipe, seed: int) -> Batch:
+    """A = image and query, EOS, B = text to reconstruct, masked."""
+    batch = inputs.collate(
+        [{"text": row["text"], "image": row["image"]} for row in rows], [row["target"] for row in rows]
+    )
+    return _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=B)
+
+
+def _masked(batch: Batch, rows: list[dict[str, Any]], inputs: Inputs, rate: float, seed: int, segment: int) -> Batch:
+    ids, labels = mask_text(
+        batch["input_ids"], maskable(batch, inputs, segment), rate=rate, mask_token_id=mask_token_id(inputs), seed=seed,
+        draws=[row["draw"] for row in rows],
+    )  # fmt: skip
+    return batch | {"input_ids": ids, "labels": labels}
+
+
+def mask_token_id(inputs: Inputs) -> int:
+    """The tokenizer's own mask token, or, for Qwen's, which has none, the unused `<|video_pad|>`'s neighbour
+    `<|object_ref_start|>`: no new row in the embedding table is then needed (ours; MoCa adds `<|mask|>`)."""
+    if inputs.tokenizer.mask_token_id is not None:
+        return inputs.tokenizer.mask_token_id
+    return inputs.tokenizer.convert_tokens_to_ids("<|object_ref_start|>")
+
+
+class PairCollator(SentenceTransformerDataCollator):
+    """(anchor, positive, negative?) items -> one feature dict a column, each with the `key` of its items."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        for column in ("anchor", "positive", "negative"):
+            if column in features[0]:
+                items = [row[column] for row in features]
+                collated = self.preprocess_fn(items) | {"key": torch.tensor([item_key(item) for item in items])}
+                batch |= {f"{column}_{name}": value for name, value in collated.items()}
+        return batch
+
+
+def item_key(item: dict[str, Any]) -> int:
+    """A 63-bit key of an item's text and image path: equal items, equal keys."""
+    digest = hashlib.sha256(f"{item.get('text') or ''}\0{item.get('image') or ''}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

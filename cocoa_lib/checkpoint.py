@@ -1,0 +1,131 @@
+"""A checkpoint: a standard Hugging Face folder plus `cocoa.json`, whole or not there at all.
+
+`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the hash of the weights.
+A folder is written aside and renamed, so a half-written one is never taken for a whole one; weights are checked
+against their hash when a folder is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .inputs import Inputs
+
+META = "cocoa.json"
+STAGES = ("init", "causal", "stage1", "stage2", "stage3")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint folder that is missing, incomplete, altered or of the wrong stage."""
+
+
+def file_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in name order. Raises CheckpointError if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no .safetensors file; the checkpoint is missing or incomplete")
+    return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write aside, flush to disk, rename."""
+    aside = path.with_suffix(path.suffix + ".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine size: what a result needs to say where it came from."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    versions = {}
+    for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    return {
+        "commit": commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+
+
+def save_checkpoint(
+    folder: Path, model: PreTrainedModel, inputs: Inputs, meta: dict[str, Any], extra: dict[str, str] | None = None
+) -> Path:
+    """Model, tokenizer, image processor, `cocoa.json` and extra text files, written beside and renamed to `folder`.
+
+    Raises CheckpointError if `folder` already holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder}: already holds files; a checkpoint is never written over, choose another folder"
+        )
+    aside = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    inputs.save(aside)
+    for name, text in (extra or {}).items():
+        (aside / name).write_text(text, encoding="utf-8")
+    settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
+    write_json(aside / META, {**meta, **settings, "weights_sha256": weights_hash(aside), **provenance()})
+    for path in aside.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(aside, folder)
+    return folder
+
+
+def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
+    """`cocoa.json` of a checkpoint; with `check`, its weights are compared with their recorded hash.
+
+    Raises CheckpointError saying what is missing or altered.
+    """
+    folder = Path(folder)
+    path = folder / META
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, train it again") from error
+    if check and weights_hash(folder) != meta.get("weights_sha256"):
+        raise CheckpointError(
+            f"{folder}: the weights do not match {META}; the file was altered or damaged, train it again"
+        )
+    return meta
+
+
+def load_inputs(folder: str | Path, meta: dict[str, Any], **settings) -> Inputs:
+    """The processor exactly as it was in training: EOS token and max_length come from `cocoa.json`."""
+    return Inputs.load(folder, **{"eos_token": meta["eos_token"], "max_length": meta["max_length"], **settings})

@@ -1,0 +1,236 @@
+"""From {text, image} items to one batch: prompts, images, truncation, padding.
+
+An item is a dict `{"text": str, "image": None | path | PIL.Image | list of these}`. A batch is a plain dict of tensors:
+
+    input_ids, attention_mask, mm_token_type_ids, segment_ids   (B, L)
+    pixel_values (patches, C * temporal_patch * patch * patch), image_grid_thw (images, 3)   only with images
+    num_images_per_sample (B,)
+
+The prompt is the one of CoCoA's stages 1 and 2 and of MoCa, `<|vision_start|><|image_pad|>...<|vision_end|>text`, and
+EOS stands exactly once, last of the input. Ids are assembled piece by piece, so that what a user types can never turn
+into a control token. Images always go through the PIL processor, with or without torchvision: training and
+evaluation then see the same pixels everywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from .attention import EOS, PAD, A, B
+
+VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
+VISION = VISION_START + IMAGE_PAD + VISION_END
+PLACEHOLDER = re.compile(r"<\|image_\d+\|>|" + re.escape(VISION))
+MAX_PIXELS = 64_000_000  # decoded size limit of one picture: a 10,000 x 10,000 bomb is refused before it is decoded
+
+Batch = dict[str, Tensor]
+
+
+class InputError(ValueError):
+    """An item that cannot be used: says which file or row, what is wrong and what to do."""
+
+
+def load_image(source: str | Path | Image.Image) -> Image.Image:
+    """Any picture -> RGB: upright by EXIF, first frame of an animation, transparency composited on white.
+
+    Raises InputError naming the file when it is missing, unreadable or larger than MAX_PIXELS.
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source, "the given image")
+    try:
+        with Image.open(source) as image:
+            return _rgb(image, str(source))
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such image file; check the path and the image folder") from None
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source}: not a readable image ({error}); replace or leave out this file") from error
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(
+            f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it"
+        )
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def item_images(item: dict[str, Any]) -> list:
+    """The pictures of an item as a list: none, one or several."""
+    image = item.get("image")
+    if image is None or (isinstance(image, str) and not image):
+        return []
+    return list(image) if isinstance(image, (list, tuple)) else [image]
+
+
+def split_prompt(text: str, n_images: int) -> list[str | None]:
+    """Text and number of pictures -> pieces in order, None standing for a picture.
+
+    MMEB's `<|image_1|>` and a written-out vision triple mark where a picture goes; without a mark, pictures come
+    first (ours: CoCoA's stage-1 form). A mark without a picture is dropped, as MoCa does. Raises InputError when marks
+    and pictures are both present but differ in number.
+    """
+    parts = PLACEHOLDER.split(text)
+    n_marks = len(parts) - 1
+    if n_images == 0:
+        return ["".join(parts)]
+    if n_marks == 0:
+        return [None] * n_images + [text]
+    if n_marks != n_images:
+        raise InputError(f"text marks {n_marks} image(s) but {n_images} are given: {text[:80]!r}")
+    pieces: list[str | None] = [parts[0]]
+    for part in parts[1:]:
+        pieces += [None, part]
+    return pieces
+
+
+def build_prompt(text: str, n_images: int, eos_token: str) -> str:
+    """The prompt as a string, one `<|image_pad|>` a picture: what a reader, and the golden tests, look at."""
+    return "".join(VISION if piece is None else piece for piece in split_prompt(text, n_images)) + eos_token
+
+
+@dataclass
+class Inputs:
+    """Tokenizer + image processor + the three numbers that decide what the model sees; stored with a checkpoint.
+
+    eos_token: the sources use both `<|endoftext|>` (151643, which is also Qwen2's padding) and `<|im_end|>` (151645).
+        Default `<|im_end|>`: it ends a turn in the generative checkpoint and is never padding (ours).
+    max_length: tokens of a sequence, images included; longer text is cut, image tokens and EOS never.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: Qwen2VLImageProcessorPil
+    eos_token: str = "<|im_end|>"
+    max_length: int = 4096
+    padding_side: str = "right"
+
+    def __post_init__(self) -> None:
+        ids = self.tokenizer.convert_tokens_to_ids([VISION_START, IMAGE_PAD, VISION_END, self.eos_token])
+        if None in ids or self.tokenizer.unk_token_id in ids:
+            raise InputError(f"the tokenizer lacks one of {VISION_START}, {IMAGE_PAD}, {VISION_END}, {self.eos_token}")
+        self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = ids
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else pad
+
+    @classmethod
+    def load(cls, folder: str | Path, **settings) -> Inputs:
+        """From a Hugging Face folder or hub name (Qwen2-VL files as they are)."""
+        return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **settings)
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text -> ids; control tokens typed by a user stay text."""
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def process_images(self, images: Sequence) -> tuple[Tensor, Tensor]:
+        """Pictures -> pixel_values (patches, D) float32 and image_grid_thw (n, 3)."""
+        loaded = [load_image(image) for image in images]
+        try:
+            out = self.image_processor(loaded, return_tensors="pt")
+        except ValueError as error:  # transformers refuses an aspect ratio over 200
+            sizes = [image.size for image in loaded]
+            raise InputError(f"cannot resize image(s) of size {sizes}: {error}") from error
+        return out["pixel_values"], out["image_grid_thw"]
+
+    def input_ids(self, text: str, n_tokens: Sequence[int]) -> list[int]:
+        """Ids of one input without EOS; `n_tokens`: language-model tokens of each picture."""
+        ids: list[int] = []
+        counts = iter(n_tokens)
+        for piece in split_prompt(text, len(n_tokens)):
+            if piece is None:
+                ids += [self.vision_start_id] + [self.image_pad_id] * next(counts) + [self.vision_end_id]
+            else:
+                ids += self.text_ids(piece)
+        return ids
+
+    def cut_text(self, ids: list[int], n_drop: int) -> list[int]:
+        """Drop the last `n_drop` text tokens of an input; image tokens stay. Raises InputError if there are too few."""
+        vision = (self.vision_start_id, self.image_pad_id, self.vision_end_id)
+        text_at = [i for i, token in enumerate(ids) if token not in vision]
+        if n_drop > len(text_at):
+            raise InputError(
+                f"the images alone need {len(ids) - len(text_at)} tokens, more than max_length={self.max_length} leaves; "
+                "raise max_length or lower the image processor's longest_edge"
+            )
+        dropped = set(text_at[len(text_at) - n_drop :])
+        return [token for i, token in enumerate(ids) if i not in dropped]
+
+    def collate(
+        self, items: Sequence[dict[str, Any]], targets: Sequence[str] | None = None, *, eos: bool = True
+    ) -> Batch:
+        """Items -> a padded batch. With `targets`, each row is A, EOS, B with B the text to reconstruct (stage 2).
+
+        `eos=False` leaves EOS out (stage 1, where the prompt ends with the caption). Raises InputError naming the row.
+        """
+        images = [item_images(item) for item in items]
+        flat = [image for row in images for image in row]
+        batch: Batch = {}
+        n_tokens: list[int] = []
+        if flat:
+            batch["pixel_values"], batch["image_grid_thw"] = self.process_images(flat)
+            n_tokens = (batch["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
+        rows, at = [], 0
+        for i, item in enumerate(items):
+            counts = n_tokens[at : at + len(images[i])]
+            at += len(images[i])
+            try:
+                rows.append(self._row(item.get("text") or "", counts, None if targets is None else targets[i], eos))
+            except InputError as error:
+                raise InputError(f"item {i} of the batch: {error}") from None
+        batch |= self._pad(rows)
+        batch["num_images_per_sample"] = torch.tensor([len(row) for row in images])
+        return batch
+
+    def _row(self, text: str, n_tokens: Sequence[int], target: str | None, eos: bool) -> tuple[list[int], list[int]]:
+        """One row -> (ids, segments), text cut to max_length: the longer of A's text and B gives way first."""
+        ids_a = self.input_ids(text, n_tokens)
+        ids_b = [] if target is None else self.text_ids(target)
+        if not ids_a:
+            raise InputError("neither text nor image; give at least one")
+        if target is not None and not ids_b:
+            raise InputError("the text to reconstruct is empty")
+        middle = [self.eos_id] if eos or target is not None else []
+        over = len(ids_a) + len(middle) + len(ids_b) - self.max_length
+        if over > 0:
+            text_a = len(ids_a) - sum(n_tokens) - 2 * len(n_tokens)
+            room = text_a + len(ids_b) - over  # text tokens that fit, A and B together
+            keep_b = min(len(ids_b), max(room // 2, room - text_a, 1)) if ids_b else 0
+            ids_a = self.cut_text(ids_a, over - (len(ids_b) - keep_b))
+            ids_b = ids_b[:keep_b]
+        return ids_a + middle + ids_b, [A] * len(ids_a) + [EOS] * len(middle) + [B] * len(ids_b)
+
+    def _pad(self, rows: list[tuple[list[int], list[int]]]) -> Batch:
+        length = max(len(ids) for ids, _ in rows)
+        input_ids = torch.full((len(rows), length), self.pad_id)
+        segment_ids = torch.full((len(rows), length), PAD)
+        for i, (ids, segments) in enumerate(rows):
+            span = slice(length - len(ids), length) if self.padding_side == "left" else slice(0, len(ids))
+            input_ids[i, span] = torch.tensor(ids)
+            segment_ids[i, span] = torch.tensor(segments)
+        attention_mask = (segment_ids != PAD).long()  # from segments, not ids: EOS may be the padding token
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "mm_token_type_ids": ((input_ids == self.image_pad_id) & (segment_ids != PAD)).long(),
+            "segment_ids": segment_ids,
+        }

@@ -1,0 +1,193 @@
+"""What is learned: masked text prediction, patch reconstruction, and the contrastive loss.
+
+Stage 1 and stage 2 are the same module, `Reconstruction`: a forward pass under a layout, text predicted at masked
+positions, pixels predicted at hidden cells. They differ in the layout, in which segment is masked, and in weights.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from sentence_transformers.base.losses.gradcache import CachedLossMixin
+from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from torch import LongTensor, Tensor, nn
+from transformers import PreTrainedModel
+
+from .attention import additive, dense_mask
+from .backbone import hidden_states, language_model, position_ids
+from .corruption import IGNORE, hide_cells
+from .inputs import Batch
+
+
+def _cross_entropy_at(states: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
+    """states (B, L, H), labels (B, L) already aligned -> mean cross-entropy, float32, head on labelled places only."""
+    chosen = labels != IGNORE
+    if not chosen.any():
+        raise ValueError("nothing is masked in this batch: there is no position to compute a text loss at")
+    return F.cross_entropy(lm_head(states[chosen]).float(), labels[chosen])
+
+
+def mntp_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
+    """Masked next-token prediction: the token masked at i is predicted from the state at i - 1. Scalar, float32.
+
+    hidden (B, L, H), labels (B, L) with -100 where not masked. With every text token labelled and causal attention this
+    is plain next-token prediction. Source: overview figure, stage 1. Raises ValueError if nothing is masked.
+    """
+    return _cross_entropy_at(hidden[:, :-1], lm_head, labels[:, 1:])
+
+
+def mlm_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
+    """Masked language modelling, no shift: the token masked at i is predicted from the state at i (MoCa)."""
+    return _cross_entropy_at(hidden, lm_head, labels)
+
+
+TEXT_LOSSES = {"mntp": mntp_loss, "mlm": mlm_loss}
+
+
+def patch_targets(pixel_values: Tensor, merge_size: int, normalise: bool) -> Tensor:
+    """(patches, D) -> (cells, merge_size**2 * D), float32: the processor's normalised pixels (MoCa), or with
+    `normalise` each patch at mean 0 and variance 1 (He et al.'s norm_pix_loss, an option)."""
+    target = pixel_values.float()
+    if normalise:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    return target.reshape(-1, merge_size**2 * pixel_values.shape[-1])
+
+
+def patch_loss(predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
+    """Mean squared error over hidden cells only. predicted, target: (cells, N); hidden: (cells,) bool. Scalar."""
+    if not hidden.any():
+        return predicted.sum() * 0.0
+    return F.mse_loss(predicted[hidden].float(), target[hidden])
+
+
+class PatchDecoder(nn.Module):
+    """One bidirectional layer of the backbone's own kind over the whole sequence, then a linear map to pixels.
+
+    Source: MoCa (layer copied from the middle of the backbone, projection N(0, 0.02)). `layers=0` leaves the linear map
+    only. Output: (vision tokens, merge_size**2 * patch numbers).
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int = 1) -> None:
+        super().__init__()
+        text, vision = language_model(model), model.config.vision_config
+        channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
+        self.merge_size = vision.spatial_merge_size
+        patch_numbers = channels * vision.temporal_patch_size * vision.patch_size**2
+        middle = len(text.layers) // 2
+        self.layers = nn.ModuleList(copy.deepcopy(text.layers[middle]) for _ in range(layers))
+        self.project = nn.Linear(text.config.hidden_size, self.merge_size**2 * patch_numbers)
+        nn.init.normal_(self.project.weight, std=0.02)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, hidden: Tensor, model: PreTrainedModel, batch: Batch, layout: str) -> Tensor:
+        """hidden (B, L, H) -> predicted pixels of every vision token, in batch order."""
+        text = language_model(model)
+        mask = dense_mask(layout, batch["segment_ids"])
+        mask = additive(mask, hidden.dtype) if text.config._attn_implementation == "eager" else mask
+        rotary = text.rotary_emb(hidden, position_ids(model, batch))
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+        return self.project(hidden[batch["mm_token_type_ids"] == 1])
+
+
+class Reconstruction(nn.Module):
+    """Stages 1 and 2: reconstruct hidden text (and cells) from one forward pass under a layout.
+
+    The batch is the collator's: masked `input_ids`, `labels` (B, L), and, when cells are hidden, `hidden_cells` (cells,)
+    and `patch_fill` (D,). forward returns `loss`, `text_loss`, `image_loss` (scalars, float32).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, layout: str, objective: str = "mntp", image_weight: float = 0.0,
+                 decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False) -> None:  # fmt: skip
+        super().__init__()
+        if objective not in TEXT_LOSSES:
+            raise ValueError(f"unknown text objective {objective!r}; choose one of {', '.join(TEXT_LOSSES)}")
+        self.model, self.layout = model, layout
+        self.text_loss = TEXT_LOSSES[objective]
+        self.image_weight, self.normalise_patches = image_weight, normalise_patches
+        self.decoder = PatchDecoder(model, decoder_layers) if image_weight > 0 else None
+        patch_numbers = (
+            None if self.decoder is None else self.decoder.project.out_features // self.decoder.merge_size**2
+        )
+        self.fill = nn.Parameter(torch.zeros(patch_numbers)) if learned_fill and self.decoder is not None else None
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        labels = batch["labels"]
+        visible = dict(batch)
+        hide = self.decoder is not None and "hidden_cells" in batch
+        if hide:
+            fill = batch["patch_fill"] if self.fill is None else self.fill
+            visible["pixel_values"] = hide_cells(
+                batch["pixel_values"], batch["hidden_cells"], fill, self.decoder.merge_size
+            )
+        hidden = hidden_states(self.model, visible, self.layout)
+        zero = hidden.sum() * 0.0  # keeps every parameter in the graph when a batch has no text or no image (DDP)
+        text = self.text_loss(hidden, self.model.lm_head, labels) if (labels != IGNORE).any() else zero
+        image = self.image_loss(hidden, batch) if hide else zero
+        return {"loss": text + self.image_weight * image, "text_loss": text.detach(), "image_loss": image.detach()}
+
+    def image_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        predicted = self.decoder(hidden, self.model, batch, self.layout)
+        target = patch_targets(batch["pixel_values"], self.decoder.merge_size, self.normalise_patches)
+        return patch_loss(predicted, target, batch["hidden_cells"])
+
+
+def info_nce(
+    queries: Tensor, candidates: Tensor, positive: LongTensor, *, temperature: float, exclude: Tensor | None = None
+) -> Tensor:
+    """InfoNCE in float32: -log softmax of the positive among all candidates, mean over queries. Scalar.
+
+    queries (Q, H), candidates (N, H), both normalised here; positive (Q,) = column of each query's own candidate;
+    exclude (Q, N) bool = candidates that are no negatives (copies of the positive). Source: temperature 0.02 (script).
+    """
+    scores = F.normalize(queries.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T / temperature
+    if exclude is not None:
+        own = F.one_hot(positive, len(candidates)).bool()
+        scores = scores.masked_fill(exclude & ~own, -torch.inf)
+    return F.cross_entropy(scores, positive)
+
+
+class CachedInfoNCE(CachedLossMixin, nn.Module):
+    """InfoNCE with sentence-transformers' GradCache, gathered over devices, copies of the positive left out.
+
+    Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
+    integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
+    another row, is no negative. (The library's own loss leaves duplicates to its batch sampler, which starves on
+    tasks with a handful of labels.)
+    """
+
+    def __init__(self, model: nn.Module, *, temperature: float = 0.02, mini_batch_size: int = 8) -> None:
+        super().__init__()
+        self.model, self.temperature, self.mini_batch_size = model, temperature, mini_batch_size
+
+    def forward(self, sentence_features, labels: Tensor | None = None) -> Tensor:
+        sentence_features = list(sentence_features)
+        self._keys = [features.get("key") for features in sentence_features]
+        return self.forward_cached(sentence_features, labels)
+
+    def calculate_loss(self, reps, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+        columns = [all_gather_with_grad(torch.cat(chunks)) for chunks in reps]
+        local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
+        mine = torch.arange(local, device=columns[0].device) + get_rank() * local
+        loss = info_nce(
+            columns[0][mine],
+            torch.cat(columns[1:]),
+            mine,
+            temperature=self.temperature,
+            exclude=self._duplicates(mine, total),
+        )
+        if with_backward:
+            loss.backward()
+            loss = loss.detach()
+        return loss
+
+    def _duplicates(self, mine: LongTensor, total: int) -> Tensor | None:
+        """(local queries, all candidates) bool: the candidates that equal the query's positive, or answer its twin."""
+        if any(key is None for key in self._keys):
+            return None
+        query, *candidates = [all_gather(key) for key in self._keys]
+        same = candidates[0][mine][:, None] == torch.cat(candidates)[None, :]
+        same[:, :total] |= query[mine][:, None] == query[None, :]
+        return same

@@ -1,0 +1,253 @@
+"""A user's own pictures and texts -> a data folder in MMEB's layout, so that the same road runs on them.
+
+A JSONL or CSV file with an image path and a text a row; other columns are ignored, one may name a class. Rows are
+split by *concept*, not by row: near-copies (same picture, same text, "waving hand: dark skin tone") stay on one side,
+so that "unseen" means unseen. All rows and pictures are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .checkpoint import write_json
+from .inputs import InputError, load_image
+from .mmeb import Task
+
+IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
+TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
+CLASS_COLUMNS = ("class", "label", "category", "group")
+# Words whose exchange makes a near-copy of a picture: variants by gender and age (ours, for emoji and people photos).
+VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL or CSV file. Raises InputError naming file and line for what is not a row."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; PAIRS takes a .jsonl or .csv file with an image path and a text a row")
+    rows: list[dict[str, Any]] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except ValueError as error:
+                        raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+                    if not isinstance(row, dict):
+                        raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                    rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows")
+    return rows
+
+
+def pick_column(
+    rows: list[dict[str, Any]], wanted: str | None, known: tuple[str, ...], what: str, path: Path
+) -> str | None:
+    """The named column, or the first known one that the file has. Raises InputError listing the columns there are."""
+    columns = list(rows[0])
+    if wanted is not None:
+        if wanted not in columns:
+            raise InputError(f"{path}: no column {wanted!r} for the {what}; columns: {', '.join(columns)}")
+        return wanted
+    return next((name for name in known if name in columns), None)
+
+
+def find_image_root(path: Path, first_image: str) -> Path:
+    """Where relative image paths start: the table's folder, or the one folder below it that holds the first image."""
+    if (path.parent / first_image).is_file():
+        return path.parent
+    for found in sorted(path.parent.rglob(Path(first_image).name)):
+        if found.as_posix().endswith(first_image):
+            return Path(found.as_posix()[: -len(first_image)])
+    return path.parent
+
+
+def concept(text: str) -> str:
+    """A text without what only varies it: what follows a colon, gender and age words, case and spaces."""
+    return " ".join(VARIANT_WORDS.sub(" ", text.lower().split(":")[0]).split()) or text.lower()
+
+
+def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, root: Path, progress: bool):
+    """Every row read and every picture decoded: (good rows with `image` and `text`, complaints)."""
+    good, bad = [], []
+    for number, row in enumerate(tqdm(rows, desc="check pairs", unit="row", disable=not progress), start=1):
+        text, name = str(row.get(text_column) or "").strip(), str(row.get(image_column) or "").strip()
+        if not text:
+            bad.append(f"row {number}: empty {text_column!r} (image {name or 'none'})")
+            continue
+        if not name:
+            bad.append(f"row {number}: empty {image_column!r} (text {text[:40]!r})")
+            continue
+        try:
+            good.append({**row, "_row": number, "_text": text, "_image": load_image(root / name)})
+        except InputError as error:
+            bad.append(f"row {number}: {error}")
+    return good, bad
+
+
+def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
+    """(N,) concept number a row: equal concepts, and pixel-equal pictures, share one (union of both relations)."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        for key in ("text:" + concept(row["_text"]), "image:" + row["_hash"]):
+            parent[root(i)] = root(first.setdefault(key, i))
+    return np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1]
+
+
+def tasks_of(manifest: dict[str, Any]) -> tuple[Task, ...]:
+    """The evaluation tasks of a folder made by `build_pairs`: seen counts as in distribution, unseen as out of it."""
+    return tuple(Task(*fields) for fields in manifest["tasks"])
+
+
+def build_pairs(
+    path: str | Path, root: str | Path, *, image_column: str | None = None, text_column: str | None = None,
+    class_column: str | None = None, image_root: str | Path | None = None, on_bad_row: str = "stop",
+    n_eval: int = 300, max_side: int = 512, seed: int = 0, progress: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the data folder `root` from the table `path`; returns its manifest.
+
+    At most `n_eval` concepts (and a fifth of all) are held out as unseen; as many are drawn from training as seen; one
+    row a concept is evaluated, since variants of one concept have no single right answer. Pictures are stored as RGB
+    PNG with sides of at most `max_side`. on_bad_row: "stop" (default) raises InputError listing the bad rows before
+    anything is written; "skip" leaves them out, counts and lists them in `skipped.txt`.
+    """
+    path, root = Path(path), Path(root)
+    if on_bad_row not in ("stop", "skip"):
+        raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
+    settings = {"source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+                "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
+                "max_side": max_side, "seed": seed}  # fmt: skip
+    manifest_path = root / "manifest.json"
+    if manifest_path.is_file():
+        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        if manifest.get("settings") != settings:
+            raise InputError(
+                f"{root}: holds data made from another file or with other settings; delete it or choose another"
+            )
+        return manifest
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"{root}: holds files but no manifest, an unfinished build; delete it and run again")
+
+    rows = read_table(path)
+    image_name = pick_column(rows, image_column, IMAGE_COLUMNS, "image path", path)
+    text_name = pick_column(rows, text_column, TEXT_COLUMNS, "text", path)
+    class_name = pick_column(rows, class_column, CLASS_COLUMNS, "class", path)
+    if image_name is None or text_name is None:
+        raise InputError(f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them")
+    base = Path(image_root) if image_root else find_image_root(path, str(rows[0].get(image_name) or ""))
+    good, bad = check_rows(rows, image_name, text_name, base, progress)
+    if bad and on_bad_row == "stop":
+        listing = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
+        raise InputError(
+            f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  {listing}\nMend them, or set on_bad_row=skip"
+        )
+    if len(good) < 10:
+        raise InputError(f"{path}: {len(good)} usable rows; at least 10 are needed to train and to hold some out")
+
+    images = root / "images"
+    images.mkdir(parents=True)
+    for i, row in enumerate(good):
+        row["_hash"] = hashlib.sha256(row["_image"].tobytes() + str(row["_image"].size).encode()).hexdigest()
+        row["_image"].thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        row["_file"] = f"{i:06d}.png"
+        row.pop("_image").save(images / row["_file"])
+    seen, unseen, training = _split(good, n_eval, seed)
+    tasks = _write_eval(root, {"Seen": seen, "Unseen": unseen}, good, class_name)
+    _write_training(root, training, unseen, class_name)
+    (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
+    listing = json.dumps([[row["_hash"], row["_text"]] for row in good]).encode()
+    manifest = {
+        "generator": "pairs", "settings": settings, "image_root": base.name, "columns": [image_name, text_name, class_name],
+        "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
+        "seen": len(seen), "unseen": len(unseen), "tasks": tasks, "content_hash": hashlib.sha256(listing).hexdigest(),
+    }  # fmt: skip
+    write_json(manifest_path, manifest)
+    return manifest
+
+
+def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
+    """(seen, unseen, training): whole concepts are held out; one row a concept is evaluated, the first."""
+    groups = group_concepts(rows)
+    rng = np.random.default_rng([seed, 3])
+    order = rng.permutation(groups.max() + 1)
+    n_out = min(n_eval, max(1, len(order) // 5))
+    held_out = set(order[:n_out].tolist())
+    first = {int(group): i for i, group in reversed(list(enumerate(groups)))}
+    training = [row for row, group in zip(rows, groups, strict=True) if int(group) not in held_out]
+    unseen = [rows[first[int(group)]] for group in order[:n_out]]
+    seen = [rows[first[int(group)]] for group in order[n_out : n_out + n_eval]]
+    return seen, unseen, training
+
+
+def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None) -> list[list]:
+    tasks = []
+    classes = sorted({str(row[class_name]) for row in rows if row.get(class_name)}) if class_name else []
+    for name, part in parts.items():
+        files, texts, n, seen = (
+            [row["_file"] for row in part],
+            [row["_text"] for row in part],
+            len(part),
+            name == "Seen",
+        )
+        image_task = [("", files[i], [texts[i]] + texts[:i] + texts[i + 1 :], [""] * n) for i in range(n)]
+        text_task = [(texts[i], "", [""] * n, [files[i]] + files[:i] + files[i + 1 :]) for i in range(n)]
+        tasks += [_eval_task(root, f"TextToImage{name}", "retrieval", seen, text_task)]
+        tasks += [_eval_task(root, f"ImageToText{name}", "retrieval", seen, image_task)]
+        if len(classes) > 1:
+            labelled = [row for row in part if row.get(class_name)]
+            class_task = [
+                ("", row["_file"], [str(row[class_name])] + [label for label in classes if label != str(row[class_name])], [""] * len(classes))
+                for row in labelled
+            ]  # fmt: skip
+            tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)]
+    return tasks
+
+
+def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tuple]) -> list:
+    table = pd.DataFrame(rows, columns=["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"])
+    folder = root / "eval" / name
+    folder.mkdir(parents=True)
+    table.to_parquet(folder / "test-00000-of-00001.parquet", index=False)
+    return [name, meta_task, seen, len(rows[0][2])]
+
+
+def _write_training(root: Path, training: list[dict], unseen: list[dict], class_name: str | None) -> None:
+    columns = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
+    subsets = {
+        "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
+        "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],
+    }
+    if class_name and any(row.get(class_name) for row in training):
+        subsets["Class"] = [
+            ("", row["_file"], str(row[class_name]), "", "", "") for row in training if row.get(class_name)
+        ]
+    for name, rows in subsets.items():
+        folder = root / "train" / name
+        folder.mkdir(parents=True)
+        pd.DataFrame(rows, columns=columns).to_parquet(folder / "original-00000-of-00001.parquet", index=False)
+    (root / "corpus").mkdir()
+    for split, rows in (("train", training), ("heldout", unseen)):
+        table = [(row["_file"], "caption", "", row["_text"]) for row in rows]
+        frame = pd.DataFrame(table, columns=["image_path", "kind", "question", "answer"])
+        frame.to_parquet(root / "corpus" / f"{split}.parquet", index=False)

@@ -1,0 +1,147 @@
+"""Profiles and notebooks: one YAML a profile, checked; papermill runs a notebook with what it declares.
+
+A profile (`notebooks/profiles/NAME.yaml`) has sections; a notebook's `parameters` cell declares which of them it takes
+(`stage1 = {...}`), with the smoke profile's values as defaults. Papermill only warns of unknown names, so names are
+checked here, stage recipes down to each value. The arms of the ablation are rows of `notebooks/arms.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+SECTIONS = ("benchmark", "backbone", "causal", "stage1", "stage2", "stage3", "evaluation", "seeds", "arms", "pairs")
+
+
+def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, Any]:
+    """Read and check a profile. Raises RecipeError naming the profile, section and value that is unknown or wrong."""
+    path = folder / f"{name}.yaml"
+    known = sorted(file.stem for file in folder.glob("*.yaml"))
+    if name not in known:
+        raise unknown_name(name, known, "profile")
+    try:
+        profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(profile, dict):
+        raise RecipeError(f"{path}: expected sections, found {type(profile).__name__}")
+    for section, values in profile.items():
+        if section not in SECTIONS:
+            raise unknown_name(str(section), list(SECTIONS), str(path))
+        if section in RECIPES:
+            make_recipe(section, values)
+    return profile
+
+
+def declared_parameters(notebook: Path) -> dict[str, str]:
+    """Name -> default, as written, of the notebook's `parameters` cell."""
+    import papermill
+
+    found = papermill.inspect_notebook(str(notebook))
+    if not found:
+        raise RecipeError(f"{notebook}: no cell tagged 'parameters'")
+    return {name: entry["default"] for name, entry in found.items()}
+
+
+def notebook_parameters(notebook: Path, profile: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """The profile's sections that the notebook declares, then the overrides. An override it does not declare is an error."""
+    declared = declared_parameters(notebook)
+    for name in overrides:
+        if name not in declared:
+            raise unknown_name(name, list(declared), str(notebook))
+    for stage in RECIPES:
+        if stage in overrides:
+            make_recipe(stage, overrides[stage])
+    return {name: value for name, value in profile.items() if name in declared} | overrides
+
+
+def run_notebook(notebook: Path, out: Path, profile: str, overrides: dict[str, Any], *, progress: bool = True) -> Path:
+    """Execute `notebook` with a profile into `out`: written aside, renamed when all cells have run.
+
+    Papermill's partial notebook of a failed run stays beside as `NAME.partial.ipynb`, to be looked at.
+    """
+    import papermill
+
+    parameters = notebook_parameters(notebook, load_profile(profile), overrides)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_suffix(".partial.ipynb")
+    papermill.execute_notebook(
+        str(notebook),
+        str(partial),
+        parameters=parameters,
+        kernel_name="python3",
+        progress_bar=progress,
+        log_output=False,
+    )
+    os.replace(partial, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the ablation: which stages run and what differs from the profile's recipe. None: stage left out."""
+
+    name: str
+    stage1: dict[str, Any] | None
+    stage2: dict[str, Any] | None
+    stage3: dict[str, Any]
+    hypothesis: str
+
+    def key(self, stage: str) -> str:
+        """A name shared by arms whose run up to this stage is the same, so that it is trained once."""
+        parts = [self.stage1, self.stage2, self.stage3][: ("stage1", "stage2", "stage3").index(stage) + 1]
+        if stage == "stage3":
+            return self.name
+        if all(part in (None, {}) for part in parts):
+            return (
+                "base"
+                if all(part == {} for part in parts)
+                else "skip" + "".join(str(int(part is not None)) for part in parts)
+            )
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
+    """The table of arms by name; each changed value is checked. Raises RecipeError naming the row and column."""
+    arms = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            stages: dict[str, Any] = {}
+            for stage in ("stage1", "stage2", "stage3"):
+                try:
+                    stages[stage] = None if row[stage] == "-" else json.loads(row[stage] or "{}")
+                    make_recipe(stage, stages[stage])
+                except (ValueError, KeyError) as error:
+                    raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
+            arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"])
+    return arms
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.profiles", description="Run a notebook with a profile.")
+    parser.add_argument("notebook", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--profile", default="smoke")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="override a parameter (YAML value)")
+    args = parser.parse_args(argv)
+    overrides = {}
+    for pair in args.set:
+        name, _, value = pair.partition("=")
+        overrides[name] = yaml.safe_load(value)
+    run_notebook(args.notebook, args.out, args.profile, overrides)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Recipes: every number of a training stage, once, with its source. Profiles override them, nothing else does.
+
+The defaults are the authors' scripts (section "recipe" of the paper's repository), for 8 GPUs. Where sources disagree
+about corruption, `preset` picks one of them whole: `figure`, `script` or `moca`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+class RecipeError(ValueError):
+    """A recipe or profile with an unknown name or an impossible value."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all stages share. `batch_size` is global: all devices together."""
+
+    steps: int = 3000  # optimiser steps (script: 3000 in stage 1)
+    batch_size: int = 128  # script: 16 x 8 GPUs in stage 1
+    learning_rate: float = 2e-5  # script
+    schedule: str = "linear"  # script; any name transformers knows
+    warmup_steps: int = 100  # script
+    max_grad_norm: float = 1.0  # transformers' default; MoCa clips at 5
+    weight_decay: float = 0.0  # not set in the scripts
+    max_length: int = 4096  # script
+    layout: str = "bidirectional"  # attention layout of the forward pass
+    bf16: bool = False  # script: on; needs a GPU
+    attn_implementation: str = "sdpa"
+    lora_r: int = 0  # 0: train all weights; script: 8, alpha 64, dropout 0.1, DoRA
+    lora_alpha: int = 64
+    lora_dropout: float = 0.1
+    dora: bool = True
+    gradient_checkpointing: bool = False
+    save_steps: int = 500  # at most this many steps of work can be lost
+    logging_steps: int = 10
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("steps", 1),
+            ("batch_size", 1),
+            ("learning_rate", 0.0),
+            ("warmup_steps", 0),
+            ("max_length", 8),
+        ):
+            if getattr(self, name) < low:
+                raise RecipeError(f"{type(self).__name__}.{name} must be at least {low}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CausalRecipe(Recipe):
+    """Next-token prediction of captions and answers: only for the small backbone of this project."""
+
+    layout: str = "causal"
+
+
+@dataclass(frozen=True)
+class Stage1Recipe(Recipe):
+    """Bidirectional warm-up by joint reconstruction."""
+
+    text_mask_rate: float = 0.2  # figure and script; MoCa 0.4
+    patch_mask_rate: float = 0.3  # script; figure and MoCa 0.5
+    image_weight: float = 0.5  # script; MoCa 0.1
+    objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
+    patch_fill: str = "noise"  # MoCa: one Gaussian vector; or "zero", "learned"
+    normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss
+    decoder_layers: int = 1  # MoCa; 0: linear map only
+
+
+@dataclass(frozen=True)
+class Stage2Recipe(Recipe):
+    """EOS-bridged reconstruction by attention truncation."""
+
+    batch_size: int = 64  # script: 8 x 8 GPUs (for 2 epochs)
+    layout: str = "eos_bridged"  # figure; "eos_bridged_strict" is ours, "bidirectional" and "causal" are controls
+    text_mask_rate: float = 0.7  # script
+    objective: str = "mntp"
+    sources: str = "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
+
+
+@dataclass(frozen=True)
+class Stage3Recipe(Recipe):
+    """Contrastive learning on the compressed embedding."""
+
+    steps: int = 2000  # script
+    batch_size: int = 1024  # script: 128 x 8 GPUs
+    warmup_steps: int = 200  # script
+    temperature: float = 0.02  # script; MoCa 0.03
+    mini_batch_size: int = 8  # GradCache chunk, script
+    pooling: str = "eos"  # script; MoCa pools the mean when bidirectional
+    hard_negatives: bool = False  # script: none; MoCa 2 a query
+    max_per_subset: int = 100_000  # script: rows taken from each training subset, from the first
+    same_task_block: int = 0  # rows of one subset that stand together in a batch; 0: fully mixed (script)
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "causal": CausalRecipe,
+    "stage1": Stage1Recipe,
+    "stage2": Stage2Recipe,
+    "stage3": Stage3Recipe,
+}
+
+# Corruption of stage 1 by source, so that nobody has to guess where a number is from.
+PRESETS: dict[str, dict[str, Any]] = {
+    "figure": {"text_mask_rate": 0.2, "patch_mask_rate": 0.5, "image_weight": 0.5, "objective": "mntp"},
+    "script": {"text_mask_rate": 0.2, "patch_mask_rate": 0.3, "image_weight": 0.5, "objective": "mntp"},
+    "moca": {"text_mask_rate": 0.4, "patch_mask_rate": 0.5, "image_weight": 0.1, "objective": "mlm"},
+}
+
+
+def unknown_name(name: str, known: list[str], where: str) -> RecipeError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return RecipeError(f"{where}: unknown name {name!r}{hint} Known: {', '.join(known)}")
+
+
+def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
+    """A stage's recipe from a dict (a profile's section); `preset` may stand among the values of stage 1.
+
+    Raises RecipeError for an unknown stage, preset, name, or a value of the wrong type, saying what is known.
+    """
+    if stage not in RECIPES:
+        raise unknown_name(stage, list(RECIPES), "stage")
+    values = dict(values or {})
+    preset = values.pop("preset", None)
+    if preset is not None:
+        if stage != "stage1" or preset not in PRESETS:
+            raise unknown_name(str(preset), list(PRESETS), f"{stage}.preset (stage 1 only)")
+        values = {**PRESETS[preset], **values}
+    cls = RECIPES[stage]
+    types = {field.name: type(field.default) for field in fields(cls)}
+    for name, value in values.items():
+        if name not in types:
+            raise unknown_name(name, list(types), stage)
+        wanted = types[name]
+        if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is not wanted:
+            raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {value!r}")
+    return cls(**values)
+
+
+def as_dict(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe)

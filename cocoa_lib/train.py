@@ -1,0 +1,393 @@
+"""The stages as runs: each opens its parent's folder, trains, and leaves a checkpoint folder for the next.
+
+`run_stage` is the one entry point, from a notebook, from the command line (`python -m cocoa_lib.train`, also under
+`accelerate launch`) or from the graph. Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on
+sentence-transformers' trainer with its GradCache. While a run lasts its state is in `.NAME.work` beside the output
+folder; the same command goes on from the newest checkpoint there that matches its hash, and the output folder appears
+only when the stage is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_model, save_model
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from . import corpus
+from .backbone import add_adapter, merge_adapter, open_backbone
+from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
+from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, write_json
+from .embedder import EosEmbedding
+from .inputs import Inputs
+from .objectives import CachedInfoNCE, Reconstruction
+from .recipes import CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
+
+logger = logging.getLogger(__name__)
+PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot start or must stop: says at which step, why, and what to do."""
+
+
+# --- trainers ----------------------------------------------------------------------------------------------------
+
+
+class PlainTrainer:
+    """Mixed into both trainers: rows in plan order, checkpoints of weights only (no pickled arguments), the loss
+    watched."""
+
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+    def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **kwargs):
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
+
+    def checked(self, loss: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}; the last good checkpoint is kept. "
+                "Lower learning_rate, raise warmup_steps, or lower max_grad_norm, then run again"
+            )
+        return loss
+
+
+class ReconstructionTrainer(PlainTrainer, Trainer):
+    """transformers' Trainer on a `Reconstruction`; logs the text and image parts of the loss beside the sum."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our losses are means already
+        self.parts: dict[str, list[torch.Tensor]] = {"text_loss": [], "image_loss": []}
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        for name, values in self.parts.items():
+            values.append(outputs[name])
+        return self.checked(outputs["loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.parts["text_loss"]:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
+            self.parts = {name: [] for name in self.parts}
+        super().log(logs, start_time)
+
+
+class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
+    """sentence-transformers' trainer on (anchor, positive, negative?) items."""
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        return self.checked(super().compute_loss(model, inputs))
+
+
+class Watch(TrainerCallback):
+    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+            write_json(folder / COMPLETE, hashes)
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.interrupted = False
+        try:
+            self.previous = signal.signal(signal.SIGINT, self._interrupt)
+        except ValueError:  # not the main thread: the caller handles Ctrl-C
+            self.previous = None
+
+    def _interrupt(self, *args) -> None:
+        self.interrupted = True
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def last_whole_checkpoint(work: Path) -> Path | None:
+    """The newest Trainer checkpoint whose files all match their recorded hashes; damaged ones are named and removed."""
+    folders = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for folder in folders:
+        try:
+            hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+            damaged = [name for name, digest in hashes.items() if file_hash(folder / name) != digest]
+        except (OSError, ValueError):
+            damaged = ["(unfinished)"]
+        if not damaged:
+            return folder
+        logger.warning("%s is not whole (%s): removed, going on from the one before", folder, ", ".join(damaged))
+        shutil.rmtree(folder)
+    return None
+
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+
+def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
+    """A recipe as the trainers' arguments; `batch_size` is divided over the processes."""
+    args = cls(
+        output_dir=str(work),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 2)),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        seed=seed,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=recipe.logging_steps,
+        disable_tqdm=not show_progress,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+    share, rest = divmod(recipe.batch_size, args.world_size)
+    if rest:
+        raise TrainingError(f"batch_size {recipe.batch_size} does not divide over {args.world_size} processes")
+    args.per_device_train_batch_size = share
+    return args
+
+
+def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
+    """The parent's `cocoa.json`; a folder or hub name without one counts as a causal checkpoint (a real Qwen2-VL).
+
+    Raises CheckpointError when the parent is of another stage than the one before, unless `allow_parent`.
+    """
+    if not (Path(parent) / META).is_file():
+        if Path(parent).is_dir() and not (Path(parent) / "config.json").is_file():
+            raise CheckpointError(f"{parent}: no config.json; not a model folder")
+        if Path(parent).is_absolute() and not Path(parent).exists():
+            raise CheckpointError(f"{parent}: no such folder")
+        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": 4096, "weights_sha256": str(parent)}
+    else:
+        meta = read_meta(parent)
+    if meta["stage"] != PARENT_STAGE[stage] and not allow_parent:
+        raise CheckpointError(
+            f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is {meta['stage']}; pass "
+            "allow_parent=True (--allow-parent) if an ablation leaves a stage out on purpose"
+        )
+    return meta
+
+
+def run_stage(
+    stage: str,
+    recipe: Recipe,
+    *,
+    parent: str | Path,
+    data: str | Path,
+    out: str | Path,
+    seed: int = 0,
+    allow_parent: bool = False,
+    show_progress: bool = True,
+) -> Path:
+    """Run one stage ("causal", "stage1", "stage2", "stage3") from `parent` on the benchmark folder `data` into `out`.
+
+    Returns `out`. A finished `out` of the same configuration is returned as it is; of another one, CheckpointError.
+    KeyboardInterrupt after Ctrl-C, with the state saved: the same call goes on. TrainingError for a loss that is not
+    finite or a batch size that does not fit.
+    """
+    out, data = Path(out), Path(data)
+    parent_meta = check_parent(stage, parent, allow_parent)
+    run = {
+        "stage": stage,
+        "recipe": as_dict(recipe),
+        "seed": seed,
+        "parent_stage": parent_meta["stage"],
+        "parent_sha256": parent_meta["weights_sha256"],
+        "data": corpus.fingerprint(data),
+    }
+    if (out / META).is_file():
+        _same_run(read_meta(out)["run"], run, out)
+        return out
+    work = out.parent / f".{out.name}.work"
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "run.json").is_file():
+        _same_run(json.loads((work / "run.json").read_text(encoding="utf-8")), run, work)
+    write_json(work / "run.json", run)
+
+    set_seed(seed)
+    inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
+    model = open_backbone(
+        parent, bidirectional=recipe.layout != "causal", attn_implementation=recipe.attn_implementation
+    )
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    adapter = None
+    if recipe.lora_r:
+        adapter, matched = add_adapter(
+            model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora
+        )
+        run = run | {"lora_modules": matched}
+    trainer = BUILDERS[stage](model, inputs, recipe, data, work, seed, show_progress)
+    watch = Watch()
+    trainer.add_callback(watch)
+    checkpoint = last_whole_checkpoint(work)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if watch.interrupted:
+        raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+    if trainer.is_world_process_zero():
+        if adapter is not None:
+            model = merge_adapter(adapter)
+        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history)
+        shutil.rmtree(work)
+    trainer.accelerator.wait_for_everyone()
+    return out
+
+
+def _finish(
+    out: Path, model, inputs: Inputs, recipe: Recipe, run: dict, parent: str | Path, history: list[dict]
+) -> None:
+    log = pd.DataFrame([row for row in history if "loss" in row])
+    runtime = next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), float("nan"))
+    meta = {
+        "stage": run["stage"],
+        "layout": recipe.layout,
+        "pooling": getattr(recipe, "pooling", "eos"),
+        "prompt": "<|vision_start|><|image_pad|><|vision_end|>{text}" + inputs.eos_token,
+        "parent": str(parent),
+        "train_seconds": round(runtime, 1),
+        "final_loss": None if log.empty else float(log["loss"].tail(5).mean()),
+        "run": run,
+    }
+    save_checkpoint(out, model, inputs, meta, {"log.csv": log.to_csv(index=False)})
+
+
+def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    differing = sorted(name for name in wanted if json.dumps(found.get(name), sort_keys=True, default=str)
+                       != json.dumps(wanted[name], sort_keys=True, default=str))  # fmt: skip
+    if differing:
+        raise CheckpointError(
+            f"{where}: holds a run of another configuration (different: {', '.join(differing)}); it is not reused. "
+            "Choose another output folder, or delete this one"
+        )
+
+
+def _reconstruction_trainer(
+    module, inputs, rows, sizes, collate: Callable, recipe, work, seed, show_progress
+) -> Trainer:
+    plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed)
+    return ReconstructionTrainer(
+        model=module,
+        args=training_arguments(TrainingArguments, recipe, work, seed, show_progress),
+        train_dataset=Planned(rows, plan),
+        data_collator=collate,
+    )
+
+
+def _causal(
+    model, inputs: Inputs, recipe: CausalRecipe, data: Path, work: Path, seed: int, show_progress: bool
+) -> Trainer:
+    rows = corpus.captions(data) + corpus.questions(data)
+    module = Reconstruction(model, layout="causal")
+    return _reconstruction_trainer(
+        module, inputs, rows, [len(rows)], lambda batch: causal_batch(batch, inputs), recipe, work, seed, show_progress
+    )
+
+
+def _stage1(
+    model, inputs: Inputs, recipe: Stage1Recipe, data: Path, work: Path, seed: int, show_progress: bool
+) -> Trainer:
+    rows = corpus.captions(data)
+    module = Reconstruction(
+        model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
+        decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
+        learned_fill=recipe.patch_fill == "learned",
+    )  # fmt: skip
+    collate = lambda batch: stage1_batch(batch, inputs, recipe, seed)  # noqa: E731
+    return _reconstruction_trainer(module, inputs, rows, [len(rows)], collate, recipe, work, seed, show_progress)
+
+
+def _stage2(
+    model, inputs: Inputs, recipe: Stage2Recipe, data: Path, work: Path, seed: int, show_progress: bool
+) -> Trainer:
+    parts = []
+    if recipe.sources in ("captions", "both"):
+        parts.append(corpus.captions(data))
+    if recipe.sources in ("pairs", "both"):
+        parts += list(corpus.text_pairs(data).values())
+    rows = [row for part in parts for row in part]
+    module = Reconstruction(model, layout=recipe.layout, objective=recipe.objective)
+    collate = lambda batch: stage2_batch(batch, inputs, recipe, seed)  # noqa: E731
+    return _reconstruction_trainer(
+        module, inputs, rows, [len(part) for part in parts], collate, recipe, work, seed, show_progress
+    )
+
+
+def _stage3(
+    model, inputs: Inputs, recipe: Stage3Recipe, data: Path, work: Path, seed: int, show_progress: bool
+) -> Trainer:
+    rows, sizes = corpus.pairs(data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives)
+    if len(rows) < recipe.batch_size:
+        raise TrainingError(
+            f"{data}: {len(rows)} training pairs are fewer than one batch of {recipe.batch_size}; lower batch_size or add pairs"
+        )
+    plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed, block=recipe.same_task_block)
+    embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)])
+    return ContrastiveTrainer(
+        model=embedder,
+        args=training_arguments(SentenceTransformerTrainingArguments, recipe, work, seed, show_progress),
+        train_dataset=rows.select(plan),
+        loss=CachedInfoNCE(embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size),
+        data_collator=PairCollator(preprocess_fn=inputs.collate),
+    )
+
+
+BUILDERS = {"causal": _causal, "stage1": _stage1, "stage2": _stage2, "stage3": _stage3}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.train", description="Run one stage of CoCoA.")
+    parser.add_argument("stage", choices=sorted(BUILDERS))
+    parser.add_argument("--parent", required=True, help="checkpoint folder or hub name to start from")
+    parser.add_argument("--data", required=True, help="folder of the benchmark or of MMEB-train")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--recipe", default="{}", help="recipe values as JSON, e.g. '{\"steps\": 200}'")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--allow-parent", action="store_true", help="accept a parent of another stage (ablations)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO)
+    recipe = make_recipe(args.stage, json.loads(args.recipe))
+    folder = run_stage(
+        args.stage,
+        recipe,
+        parent=args.parent,
+        data=args.data,
+        out=args.out,
+        seed=args.seed,
+        allow_parent=args.allow_parent,
+    )
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The layouts: the paper's figure literally, padding, agreement of dense mask, BlockMask and reachability, behaviour."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cocoa_lib.attention import (
+    EOS,
+    LAYOUTS,
+    PAD,
+    A,
+    B,
+    additive,
+    block_mask,
+    dense_mask,
+    describe,
+    layout_predicate,
+    reachability,
+    segments,
+    token_names,
+)
+from cocoa_lib.backbone import hidden_states, open_backbone, probe_attention, set_bidirectional
+from cocoa_lib.inputs import Inputs
+
+FIGURE = """
+1 1 1 0 0
+1 1 1 0 0
+1 1 1 1 1
+0 0 1 1 1
+0 0 1 1 1
+"""
+
+
+def pattern(text: str) -> torch.Tensor:
+    return torch.tensor([[int(cell) for cell in line.split()] for line in text.strip().splitlines()]).bool()
+
+
+def test_the_papers_figure():
+    assert torch.equal(dense_mask("eos_bridged", segments(2, 2))[0, 0], pattern(FIGURE))
+
+
+def test_strict_differs_only_where_eos_looks_at_b():
+    strict = dense_mask("eos_bridged_strict", segments(2, 2))[0, 0]
+    expected = pattern(FIGURE)
+    expected[2, 3:] = False
+    assert torch.equal(strict, expected)
+
+
+def test_causal_and_bidirectional():
+    assert torch.equal(dense_mask("causal", segments(3, 2))[0, 0], torch.ones(6, 6).tril().bool())
+    assert dense_mask("bidirectional", segments(3, 2)).all()
+
+
+rows = st.builds(
+    lambda a, b, left, right: segments(a, b, pad_left=left, pad_right=right)[0],
+    st.integers(0, 6), st.integers(0, 5), st.integers(0, 4), st.integers(0, 4),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows, layout=st.sampled_from(sorted(LAYOUTS)))
+def test_padding_is_seen_by_nobody_and_no_row_is_empty(row, layout):
+    mask = dense_mask(layout, row[None])[0, 0]
+    assert not mask[:, row == PAD].any()
+    assert mask.any(-1).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(row=rows, layout=st.sampled_from(sorted(LAYOUTS)))
+def test_padding_does_not_change_what_real_tokens_see(row, layout):
+    real = row != PAD
+    inner = dense_mask(layout, row[None])[0, 0][real][:, real]
+    assert torch.equal(inner, dense_mask(layout, row[real][None])[0, 0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans()), min_size=1, max_size=4),
+       layout=st.sampled_from(sorted(LAYOUTS)))  # fmt: skip
+def test_flex_mask_is_the_dense_mask(rows, layout):
+    """create_mask evaluates FlexAttention's mask_mod at every cell; the BlockMask is built from the same function."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    length = max(a + b for a, b, _ in rows) + 1
+    ids = torch.stack([
+        segments(a, b, pad_left=(length - a - b - 1) * left, pad_right=(length - a - b - 1) * (not left))[0]
+        for a, b, left in rows
+    ])  # fmt: skip
+    block = block_mask(layout, ids)
+    assert torch.equal(
+        create_mask(block.mask_mod, len(ids), None, length, length, device="cpu"), dense_mask(layout, ids)
+    )
+    assert block.shape == (len(ids), 1, length, length)
+
+
+def test_errors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="unknown attention layout 'eos'.*eos_bridged"):
+        dense_mask("eos", segments(1, 1))
+    with pytest.raises(ValueError, match=r"row\(s\) \[1\].*padding only"):
+        dense_mask("causal", torch.tensor([[A, EOS], [PAD, PAD]]))
+    with pytest.raises(ValueError, match=r"\(B, L\)"):
+        dense_mask("causal", torch.tensor([A, EOS]))
+
+
+def test_additive_has_no_infinity():
+    mask = additive(dense_mask("eos_bridged", segments(2, 2, pad_left=2)), torch.bfloat16)
+    assert torch.isfinite(mask).all() and (mask.softmax(-1).isnan().sum() == 0)
+
+
+def test_reachability_a_and_b_meet_only_through_eos():
+    ids = segments(2, 2)
+    once = reachability(dense_mask("eos_bridged", ids), 1)[0, 0]
+    twice = reachability(dense_mask("eos_bridged", ids), 2)[0, 0]
+    assert not once[3, 0] and twice[3, 0] and twice[0, 3]
+    strict = reachability(dense_mask("eos_bridged_strict", ids), 5)[0, 0]
+    assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], "nothing of B may ever reach EOS or A"
+
+
+def test_describe_in_words():
+    row = segments(2, 2)[0]
+    assert token_names(row) == ["A1", "A2", "EOS", "B1", "B2"]
+    assert describe("eos_bridged", row, 4, 0, layers=2) == (
+        "B2 may not look at A1; it can know it through EOS after 2 layers."
+    )
+    assert describe("eos_bridged", row, 2, 4) == "EOS may look at B2."
+    assert "cannot know it" in describe("causal", row, 0, 4, layers=8)
+
+
+# --- behaviour on a model with random weights -----------------------------------------------------------------------
+
+
+def stage2_batch(inputs: Inputs, picture):
+    items = [
+        {"text": "a large red circle", "image": picture()},
+        {"text": "a small blue 7 at the bottom", "image": None},
+    ]
+    return inputs.collate(items, ["a red circle", "a blue 7"])
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def opened(request, small, tmp_path_factory):
+    model, inputs = small
+    folder = tmp_path_factory.mktemp("backbone")
+    model.save_pretrained(folder)
+    return open_backbone(folder, bidirectional=True, attn_implementation=request.param), inputs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_last_token_reaches_the_first_one_only_bidirectionally(opened, bidirectional):
+    model, inputs = opened
+    set_bidirectional(model, bidirectional)
+    for n_items in (1, 3):  # a batch of one needs no padding mask: the case in which others were silently causal
+        texts = ["a red circle", "a red circle and a small blue 7", "a square"][:n_items]
+        batch = inputs.collate([{"text": text} for text in texts])
+        changed = dict(batch, input_ids=batch["input_ids"].clone())
+        changed["input_ids"][0, 3] = 99
+        before, after = hidden_states(model, batch)[0, 0], hidden_states(model, changed)[0, 0]
+        assert torch.equal(before, after) != bidirectional
+    set_bidirectional(model, True)
+
+
+@torch.no_grad()
+def test_layout_none_is_the_models_own_mode(opened, picture):
+    model, inputs = opened
+    batch = stage2_batch(inputs, picture)
+    real = batch["attention_mask"].bool()
+    for bidirectional, layout in ((True, "bidirectional"), (False, "causal")):
+        set_bidirectional(model, bidirectional)
+        own = hidden_states(model, batch)
+        set_bidirectional(model, not bidirectional)  # now the layout must come from the 4-D mask
+        assert torch.allclose(own[real], hidden_states(model, batch, layout)[real], atol=1e-5)
+    set_bidirectional(model, True)
+
+
+def change_first_text_token_of_a(batch, inputs):
+    changed = dict(batch, input_ids=batch["input_ids"].clone())
+    special = torch.tensor([inputs.vision_start_id, inputs.vision_end_id, inputs.image_pad_id])
+    for row in range(len(batch["input_ids"])):
+        place = ((batch["segment_ids"][row] == A) & ~torch.isin(batch["input_ids"][row], special)).nonzero()[0]
+        changed["input_ids"][row, place] = 99
+    return changed
+
+
+@torch.no_grad()
+def test_one_layer_b_cannot_know_a(opened, picture):
+    """With one layer, what B sees of EOS is EOS's own embedding: B's states cannot depend on A at all."""
+    model, inputs = opened
+    layers = model.model.language_model.layers
+    model.model.language_model.layers = layers[:1]
+    try:
+        batch = stage2_batch(inputs, picture)
+        changed = change_first_text_token_of_a(batch, inputs)
+        is_b = batch["segment_ids"] == B
+        for layout, differs in (("eos_bridged", False), ("eos_bridged_strict", False), ("bidirectional", True)):
+            same = torch.equal(hidden_states(model, batch, layout)[is_b], hidden_states(model, changed, layout)[is_b])
+            assert same != differs, layout
+        is_eos = batch["segment_ids"] == EOS
+        assert not torch.equal(
+            hidden_states(model, batch, "eos_bridged")[is_eos], hidden_states(model, changed, "eos_bridged")[is_eos]
+        )
+    finally:
+        model.model.language_model.layers = layers
+
+
+@torch.no_grad()
+def test_many_layers_cutting_eos_cuts_b_from_a(opened, picture, monkeypatch):
+    """Two layers, strict layout: B depends on A; once EOS is a key for nobody but itself, exactly not any more."""
+    model, inputs = opened
+    batch = stage2_batch(inputs, picture)
+    changed = change_first_text_token_of_a(batch, inputs)
+    is_b = batch["segment_ids"] == B
+
+    def b_states(which):
+        return hidden_states(model, which, "eos_bridged_strict")[is_b]
+
+    assert not torch.equal(b_states(batch), b_states(changed))
+    whole = LAYOUTS["eos_bridged_strict"]
+    monkeypatch.setitem(LAYOUTS, "eos_bridged_strict", lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS)))
+    assert torch.equal(b_states(batch), b_states(changed))
+
+
+@torch.no_grad()
+def test_padding_rows_do_not_make_nan(opened, picture):
+    model, inputs = opened
+    for side in ("left", "right"):
+        inputs.padding_side = side
+        batch = stage2_batch(inputs, picture)
+        for layout in LAYOUTS:
+            assert torch.isfinite(hidden_states(model, batch, layout)).all(), (side, layout)
+    inputs.padding_side = "right"
+
+
+def test_probe_refuses_a_switch_that_did_not_take(opened):
+    model, _ = opened
+    set_bidirectional(model, False)
+    with pytest.raises(RuntimeError, match="the attention switch did not take: bidirectional"):
+        probe_attention(model, bidirectional=True)
+    set_bidirectional(model, True)
+    probe_attention(model, bidirectional=True)
+
+
+def test_predicates_are_named_after_their_layout():
+    for name, rule in LAYOUTS.items():
+        assert rule.__name__ == name
+    assert layout_predicate("causal") is not None

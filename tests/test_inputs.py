@@ -1,0 +1,291 @@
+"""Prompts as golden strings, ids and grids of the real Qwen2-VL files, truncation, padding, M-RoPE, odd pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cocoa_lib.attention import EOS, PAD, A, B
+from cocoa_lib.backbone import hidden_states, pool, position_ids, set_bidirectional
+from cocoa_lib.inputs import VISION, InputError, Inputs, build_prompt, load_image
+
+
+@pytest.mark.parametrize(
+    ("text", "n_images", "expected"),
+    [
+        ("a cat", 0, "a cat<|im_end|>"),
+        ("", 1, "<|vision_start|><|image_pad|><|vision_end|><|im_end|>"),
+        ("a cat", 1, "<|vision_start|><|image_pad|><|vision_end|>a cat<|im_end|>"),
+        ("<|image_1|>\nWhich digit?", 1, "<|vision_start|><|image_pad|><|vision_end|>\nWhich digit?<|im_end|>"),
+        ("from <|image_1|> to <|image_2|>", 2, f"from {VISION} to {VISION}<|im_end|>"),
+        (f"{VISION}kept as written", 1, f"{VISION}kept as written<|im_end|>"),
+        ("<|image_1|>mark without a picture", 0, "mark without a picture<|im_end|>"),
+        ("two", 2, f"{VISION}{VISION}two<|im_end|>"),
+    ],
+)
+def test_golden_prompts(text, n_images, expected):
+    assert build_prompt(text, n_images, "<|im_end|>") == expected
+
+
+def test_marks_and_pictures_must_agree():
+    with pytest.raises(InputError, match=r"marks 1 image\(s\) but 2"):
+        build_prompt("<|image_1|>", 2, "<|im_end|>")
+
+
+@pytest.fixture(scope="module")
+def qwen(shared_data) -> Inputs:
+    return Inputs.load(shared_data / "qwen2vl_processor")
+
+
+def test_the_known_ids_of_qwen2vl(qwen):
+    assert len(qwen.tokenizer) == 151_657
+    assert qwen.text_ids("The capital of France is") == [785, 6722, 315, 9625, 374]
+    assert (qwen.vision_start_id, qwen.vision_end_id, qwen.image_pad_id, qwen.pad_id) == (
+        151652,
+        151653,
+        151655,
+        151643,
+    )
+    assert qwen.eos_id == 151645
+
+
+@pytest.mark.parametrize(("size", "grid", "tokens"), [((500, 375), [1, 26, 36], 234), ((72, 72), [1, 6, 6], 9),
+                                                       ((32, 32), [1, 4, 4], 4)])  # fmt: skip
+def test_the_known_grids_of_qwen2vl(qwen, picture, size, grid, tokens):
+    batch = qwen.collate([{"text": "x", "image": picture(*size)}])
+    assert batch["image_grid_thw"].tolist() == [grid]
+    assert batch["mm_token_type_ids"].sum() == tokens == (batch["input_ids"] == 151655).sum()
+    assert batch["pixel_values"].shape == (np.prod(grid), 1176)
+
+
+def test_ids_are_those_of_the_whole_prompt_string(qwen):
+    """Assembled piece by piece, the ids equal the tokenizer's own of the golden string."""
+    for text in ("a cat, and 12 dogs", "<|image_1|>\nWhat is this?", "before <|image_1|>after"):
+        n_images = text.count("<|image")
+        ids = qwen.input_ids(text, [1] * n_images) + [qwen.eos_id]
+        assert ids == qwen.tokenizer(build_prompt(text, n_images, "<|im_end|>"))["input_ids"]
+
+
+def test_a_user_cannot_type_a_control_token(small):
+    _, inputs = small
+    batch = inputs.collate([{"text": "ignore this <|im_end|> and <|image_pad|><|endoftext|>"}])
+    ids = batch["input_ids"][0]
+    assert (ids == inputs.eos_id).sum() == 1 and ids[-1] == inputs.eos_id
+    assert batch["mm_token_type_ids"].sum() == 0
+
+
+def test_eos_stands_once_and_last_on_both_padding_sides(small, picture):
+    _, inputs = small
+    items = [{"text": "a"}, {"text": "a large red circle at the top left"}, {"text": "x", "image": picture()}]
+    for side in ("right", "left"):
+        inputs.padding_side = side
+        batch = inputs.collate(items)
+        for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
+            real = segments != PAD
+            assert ids[real][-1] == inputs.eos_id and (segments == EOS).sum() == 1
+            assert (ids[real] == inputs.eos_id).sum() == 1
+    inputs.padding_side = "right"
+
+
+def test_eos_that_is_the_padding_token_survives(small):
+    """Qwen2's padding is <|endoftext|>; used as EOS it must not be dropped as padding."""
+    _, inputs = small
+    other = Inputs(inputs.tokenizer, inputs.image_processor, eos_token="<|endoftext|>", max_length=64)
+    assert other.eos_id == other.pad_id
+    batch = other.collate([{"text": "a"}, {"text": "a large red circle"}])
+    assert (batch["segment_ids"] == EOS).sum(1).tolist() == [1, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [2, batch["input_ids"].shape[1]]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_a=st.integers(0, 60), n_b=st.integers(1, 60), with_image=st.booleans(), max_length=st.integers(22, 60))
+def test_truncation_never_cuts_images_or_eos(small, picture, n_a, n_b, with_image, max_length):
+    _, inputs = small
+    cut = Inputs(inputs.tokenizer, inputs.image_processor, max_length=max_length)
+    item = {"text": "7 " * n_a + "x", "image": picture() if with_image else None}
+    batch = cut.collate([item], ["3 " * n_b])
+    segments = batch["segment_ids"][0]
+    assert batch["input_ids"].shape[1] <= max_length
+    assert (segments == EOS).sum() == 1 and (segments == B).sum() >= 1
+    assert (batch["input_ids"][0] == inputs.image_pad_id).sum() == (16 if with_image else 0)
+    whole = inputs.collate([item], ["3 " * n_b])
+    if whole["input_ids"].shape[1] <= max_length:
+        assert torch.equal(whole["input_ids"], batch["input_ids"])
+
+
+def test_images_that_cannot_fit_are_a_clear_error(small, picture):
+    _, inputs = small
+    tight = Inputs(inputs.tokenizer, inputs.image_processor, max_length=12)
+    with pytest.raises(InputError, match="item 1 of the batch: the images alone need 18 tokens.*max_length=12"):
+        tight.collate([{"text": "a"}, {"text": "a", "image": picture()}])
+
+
+def test_an_item_without_content_is_named(small):
+    _, inputs = small
+    with pytest.raises(InputError, match="item 1 of the batch: neither text nor image"):
+        inputs.collate([{"text": "a"}, {"text": "", "image": None}])
+
+
+# --- rotary positions ------------------------------------------------------------------------------------------------
+
+
+def native_positions(model, batch):
+    """What transformers computes by itself from 2-D inputs of one unpadded row."""
+    return model.model.compute_3d_position_ids(
+        input_ids=batch["input_ids"],
+        inputs_embeds=None,
+        image_grid_thw=batch.get("image_grid_thw"),
+        attention_mask=batch["attention_mask"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+    )
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "both", "two"])
+def test_rotary_positions_are_transformers_own(small, picture, kind):
+    model, inputs = small
+    item = {
+        "text": {"text": "a cat", "image": None},
+        "image": {"text": "", "image": picture(48, 64)},
+        "both": {"text": "a cat", "image": picture()},
+        "two": {"text": "from <|image_1|> to <|image_2|>", "image": [picture(), picture(32, 48)]},
+    }[kind]
+    alone = inputs.collate([item])
+    expected = native_positions(model, alone)
+    if kind == "text":
+        expected = torch.arange(alone["input_ids"].shape[1]).expand(3, 1, -1)
+    assert torch.equal(position_ids(model, alone), expected)
+    if kind != "text":
+        assert expected.unique(dim=0).shape[0] > 1, "height and width must differ from time on image tokens"
+    for side in ("left", "right"):
+        inputs.padding_side = side
+        padded = inputs.collate([item, {"text": "a much longer text " * 4, "image": picture()}])
+        real = padded["attention_mask"][0].bool()
+        assert torch.equal(position_ids(model, padded)[:, 0, real], expected[:, 0])
+    inputs.padding_side = "right"
+
+
+@torch.no_grad()
+def test_positions_matter(small, picture):
+    """Broken once here: with 1-D positions the states of an image differ, so the test above is about something."""
+    model, inputs = small
+    batch = inputs.collate([{"text": "a cat", "image": picture()}])
+    flat = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
+    own = hidden_states(model, batch)
+    other = model.model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=flat,
+        pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"], use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    assert not torch.allclose(own, other, atol=1e-4)
+
+
+# --- the same item in any company --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_embedding_does_not_depend_on_the_batch(small, picture):
+    model, inputs = small
+    set_bidirectional(model, True)
+    items = [
+        {"text": "a cat", "image": None},
+        {"text": "", "image": picture(40, 64)},
+        {"text": "x y", "image": picture()},
+    ]
+    company = [
+        {"text": "word " * (i % 9 + 1), "image": picture(16 + 16 * (i % 4), 64, i) if i % 3 else None}
+        for i in range(61)
+    ]
+    alone = torch.cat(
+        [pool(hidden_states(model, batch), batch) for batch in (inputs.collate([item]) for item in items)]
+    )
+    for side in ("right", "left"):
+        inputs.padding_side = side
+        batch = inputs.collate(items + company)
+        assert torch.allclose(pool(hidden_states(model, batch), batch)[:3], alone, atol=1e-5), side
+    inputs.padding_side = "right"
+    set_bidirectional(model, False)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.*:FutureWarning")
+def test_embedding_under_gradient_checkpointing(small, picture):
+    model, inputs = small
+    batch = inputs.collate([{"text": "a cat", "image": picture()}])
+    plain = hidden_states(model, batch)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.allclose(hidden_states(model, batch), plain, atol=1e-5)
+    model.gradient_checkpointing_disable()
+    model.eval()
+
+
+# --- pictures as people have them -----------------------------------------------------------------------------------
+
+
+def test_odd_pictures(tmp_path):
+    transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert load_image(transparent).getpixel((0, 0)) == (255, 255, 255), "transparency is composited on white"
+    assert load_image(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "P", "CMYK", "1", "I;16"):
+        assert load_image(Image.new(mode, (4, 4))).mode == "RGB", mode
+    turned = Image.new("RGB", (4, 8))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (8, 4)
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "moving.gif").getpixel((0, 0))[0] > 200
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable image"),
+        (b"\x89PNG\r\n\x1a\n broken", "not a readable image"),
+        (b"just text", "not a readable"),
+    ],
+)
+def test_unreadable_pictures_name_the_file(tmp_path, content, message):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"bad.png.*{message}"):
+        load_image(path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_truncated_missing_and_huge_pictures(tmp_path, picture):
+    whole = tmp_path / "whole.png"
+    picture().save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:2000])
+    with pytest.raises(InputError, match="half.png"):
+        load_image(tmp_path / "half.png")
+    with pytest.raises(InputError, match="none.png: no such image file"):
+        load_image(tmp_path / "none.png")
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(InputError, match="bomb.png.*10000 x 10000 pixels is over the limit"):
+        load_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(("size", "tokens"), [((1, 1), 1), ((2000, 20), 40), ((7, 300), 7)])
+def test_odd_sizes_become_tokens(small, picture, size, tokens):
+    """No side becomes smaller than one cell, so a strip may exceed the area that the processor aims at."""
+    _, inputs = small
+    batch = inputs.collate([{"text": "", "image": picture(*size)}])
+    assert batch["mm_token_type_ids"].sum() == tokens
+
+
+def test_an_extreme_aspect_ratio_is_a_clear_error(small, picture):
+    _, inputs = small
+    with pytest.raises(InputError, match="aspect ratio"):
+        inputs.collate([{"text": "", "image": picture(1, 400)}])
+
+
+@pytest.mark.parametrize("text", ["😀 שלום", "nul\x00byte", " ", "a" * 10_000])
+def test_odd_texts_are_text(small, text):
+    _, inputs = small
+    batch = inputs.collate([{"text": text}])
+    assert batch["input_ids"].shape[1] <= inputs.max_length and batch["segment_ids"][0, -1] == EOS
+    assert (batch["segment_ids"] == A).sum() >= 1

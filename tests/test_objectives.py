@@ -1,0 +1,300 @@
+"""Corruption and losses: what is hidden, what is predicted from where, and that nothing else counts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cocoa_lib.attention import EOS, A, B
+from cocoa_lib.backbone import hidden_states, set_bidirectional
+from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.corruption import IGNORE, hide_cells, mask_cells, mask_text, maskable, patch_noise
+from cocoa_lib.objectives import (
+    CachedInfoNCE,
+    PatchDecoder,
+    Reconstruction,
+    info_nce,
+    mlm_loss,
+    mntp_loss,
+    patch_loss,
+    patch_targets,
+)
+from cocoa_lib.recipes import PRESETS, make_recipe
+
+
+def rows(picture, n=4):
+    texts = ["a large red circle at the top left", "a small blue 7", "a square", "a green 3 at the bottom"]
+    return [{"text": "", "image": picture(seed=i), "target": texts[i % 4], "draw": i} for i in range(n)]
+
+
+def test_only_plain_text_of_the_segment_is_masked(small, picture):
+    _, inputs = small
+    batch = inputs.collate(
+        [{"text": "a red circle", "image": picture()}, {"text": "a"}], ["a blue 7", "a small square"]
+    )
+    special = {*inputs.tokenizer.all_special_ids, inputs.image_pad_id, inputs.eos_id}
+    for segment in (A, B):
+        allowed = maskable(batch, inputs, segment)
+        assert (batch["segment_ids"][allowed] == segment).all()
+        assert not special & set(batch["input_ids"][allowed].tolist())
+    assert not maskable(batch, inputs, A)[1, 0], "position 0 has no predecessor to be predicted from"
+
+
+def test_mask_text_rate_seed_and_order():
+    ids = torch.arange(20).repeat(50, 1)
+    allowed = torch.ones_like(ids).bool()
+    masked, labels = mask_text(ids, allowed, rate=0.3, mask_token_id=99, seed=1, draws=range(50))
+    hidden = labels != IGNORE
+    assert 0.25 < hidden.float().mean() < 0.35
+    assert torch.equal(masked == 99, hidden) and torch.equal(labels[hidden], ids[hidden])
+    again, _ = mask_text(ids, allowed, rate=0.3, mask_token_id=99, seed=1, draws=range(50))
+    assert torch.equal(masked, again)
+    other, _ = mask_text(ids, allowed, rate=0.3, mask_token_id=99, seed=2, draws=range(50))
+    assert not torch.equal(masked, other)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    shuffled, _ = mask_text(ids[order], allowed, rate=0.3, mask_token_id=99, seed=1, draws=order.tolist())
+    assert torch.equal(shuffled, masked[order]), "a sample's corruption must not depend on its place in the batch"
+
+
+def test_at_least_one_masked_and_none_where_nothing_is_allowed():
+    ids = torch.arange(6).repeat(200, 1)
+    allowed = torch.ones_like(ids).bool()
+    allowed[0] = False
+    _, labels = mask_text(ids, allowed, rate=0.01, mask_token_id=99, seed=0, draws=range(200))
+    count = (labels != IGNORE).sum(1)
+    assert count[0] == 0 and (count[1:] >= 1).all()
+    with pytest.raises(ValueError, match=r"rate must lie in \[0, 1\], got 1.5"):
+        mask_text(ids, allowed, rate=1.5, mask_token_id=99, seed=0, draws=range(200))
+
+
+def test_mask_cells_hides_whole_merged_cells(small, picture):
+    _, inputs = small
+    pixels, grid = inputs.process_images([picture(seed=i) for i in range(30)])
+    hidden = mask_cells(grid, torch.ones(30, dtype=torch.long), 2, rate=0.5, seed=0, draws=range(30))
+    assert len(hidden) == 30 * 16 and 0.4 < hidden.float().mean() < 0.6
+    fill = patch_noise(pixels.shape[1], seed=0)
+    changed = (hide_cells(pixels, hidden, fill, 2) != pixels).any(1).view(-1, 4)
+    assert torch.equal(changed.all(1), hidden) and torch.equal(changed.any(1), hidden)
+
+
+def test_mntp_predicts_from_the_state_before_and_mlm_from_the_same(small):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 5, 8), nn.Linear(8, 11, bias=False)
+    labels = torch.full((2, 5), IGNORE)
+    labels[0, 2], labels[1, 4] = 3, 7
+    logits = head(hidden)
+    expected = F.cross_entropy(torch.stack([logits[0, 1], logits[1, 3]]), torch.tensor([3, 7]))
+    assert torch.allclose(mntp_loss(hidden, head, labels), expected)
+    expected = F.cross_entropy(torch.stack([logits[0, 2], logits[1, 4]]), torch.tensor([3, 7]))
+    assert torch.allclose(mlm_loss(hidden, head, labels), expected)
+    with pytest.raises(ValueError, match="nothing is masked"):
+        mntp_loss(hidden, head, torch.full((2, 5), IGNORE))
+
+
+def test_the_head_sees_masked_positions_only_and_the_loss_is_that_of_full_logits(small):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 40, 8)
+    seen = []
+
+    class Head(nn.Linear):
+        def forward(self, states):
+            seen.append(len(states))
+            return super().forward(states)
+
+    head = Head(8, 50, bias=False)
+    labels = torch.where(torch.rand(3, 40) < 0.2, torch.randint(50, (3, 40)), IGNORE)
+    labels[:, 0] = IGNORE
+    loss = mntp_loss(hidden, head, labels)
+    assert seen == [int((labels != IGNORE).sum())]
+    full = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+    assert torch.allclose(loss, full)
+
+
+def test_patch_loss_perfect_is_zero_and_visible_cells_do_not_count():
+    torch.manual_seed(0)
+    pixels = torch.randn(16, 12)
+    target = patch_targets(pixels, 2, normalise=False)
+    hidden = torch.tensor([True, False, True, False])
+    assert patch_loss(target.clone(), target, hidden) == 0
+    wrong_elsewhere = target.clone()
+    wrong_elsewhere[~hidden] += 100
+    assert patch_loss(wrong_elsewhere, target, hidden) == 0
+    assert torch.allclose(patch_loss(target + 1, target, hidden), torch.tensor(1.0))
+    normal = patch_targets(pixels, 2, normalise=True).view(16, 12)
+    assert torch.allclose(normal.mean(1), torch.zeros(16), atol=1e-5)
+    assert torch.allclose(normal.var(1), torch.ones(16), atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_decoder_predicts_every_pixel_of_a_cell(small, picture, layers):
+    model, inputs = small
+    batch = inputs.collate([{"text": "a", "image": picture()}, {"text": "b", "image": picture(32, 48)}])
+    decoder = PatchDecoder(model, layers)
+    out = decoder(hidden_states(model, batch), model, batch, "bidirectional")
+    assert out.shape == (16 + 6, 4 * 3 * 2 * 8 * 8)
+
+
+def test_decoder_is_bidirectional_and_of_the_backbones_kind(small, picture):
+    model, inputs = small
+    batch = inputs.collate([{"text": "a red circle", "image": picture()}])
+    decoder = PatchDecoder(model, 1)
+    assert type(decoder.layers[0]) is type(model.model.language_model.layers[0])
+    hidden = torch.randn(1, batch["input_ids"].shape[1], 64)
+    before = decoder(hidden, model, batch, "bidirectional")
+    hidden[0, -1] += 1.0
+    assert not torch.allclose(before, decoder(hidden, model, batch, "bidirectional")), "the last token must be read"
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("fill", ["noise", "zero", "learned"])
+def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
+    model, inputs = small
+    set_bidirectional(model, True)
+    recipe = make_recipe("stage1", {"preset": preset, "patch_fill": fill})
+    batch = stage1_batch(rows(picture), inputs, recipe, seed=0)
+    module = Reconstruction(model, layout="bidirectional", objective=recipe.objective, image_weight=recipe.image_weight,
+                            learned_fill=fill == "learned")  # fmt: skip
+    out = module(**batch)
+    assert torch.isfinite(out["loss"]) and out["text_loss"] > 0 and out["image_loss"] > 0
+    assert torch.allclose(out["loss"], out["text_loss"] + recipe.image_weight * out["image_loss"])
+    out["loss"].backward()
+    if fill == "learned":
+        assert module.fill.grad.abs().sum() > 0
+    model.zero_grad()
+    set_bidirectional(model, False)
+
+
+def test_presets_are_the_sources_numbers():
+    assert PRESETS["figure"] == {
+        "text_mask_rate": 0.2,
+        "patch_mask_rate": 0.5,
+        "image_weight": 0.5,
+        "objective": "mntp",
+    }
+    assert PRESETS["script"] == {
+        "text_mask_rate": 0.2,
+        "patch_mask_rate": 0.3,
+        "image_weight": 0.5,
+        "objective": "mntp",
+    }
+    assert PRESETS["moca"] == {"text_mask_rate": 0.4, "patch_mask_rate": 0.5, "image_weight": 0.1, "objective": "mlm"}
+
+
+def test_a_text_only_batch_works_in_both_stages(small, picture):
+    model, inputs = small
+    plain = [
+        {"text": "a red", "image": None, "target": "a circle", "draw": 0},
+        {"text": "b", "image": None, "target": "x y", "draw": 1},
+    ]
+    for batch, layout in (
+        (stage1_batch(plain, inputs, make_recipe("stage1"), 0), "bidirectional"),
+        (stage2_batch(plain, inputs, make_recipe("stage2"), 0), "eos_bridged"),
+    ):
+        out = Reconstruction(model, layout=layout, image_weight=0.5)(**batch)
+        assert torch.isfinite(out["loss"]) and out["image_loss"] == 0
+
+
+def test_stage2_loss_is_on_masked_b_only_and_its_first_token_comes_from_eos(small, picture):
+    model, inputs = small
+    recipe = make_recipe("stage2", {"text_mask_rate": 1.0})
+    batch = stage2_batch(rows(picture), inputs, recipe, seed=0)
+    labelled = batch["labels"] != IGNORE
+    assert torch.equal(labelled, batch["segment_ids"] == B)
+    first = labelled.int().argmax(1)
+    assert (batch["segment_ids"][torch.arange(4), first - 1] == EOS).all()
+    module = Reconstruction(model, layout="eos_bridged")
+    loss = module(**batch)["loss"]
+    hidden = hidden_states(model, batch, "eos_bridged")
+    logits = model.lm_head(hidden)[:, :-1].log_softmax(-1)
+    shifted = batch["labels"][:, 1:]
+    places = shifted != IGNORE
+    expected = -logits[places].gather(1, shifted[places][:, None]).mean()
+    assert torch.allclose(loss, expected, atol=1e-5)
+
+
+# --- contrastive -------------------------------------------------------------------------------------------------
+
+
+def test_info_nce_is_the_softmax_written_out():
+    torch.manual_seed(0)
+    queries, candidates = torch.randn(4, 8), torch.randn(6, 8)
+    positive = torch.tensor([0, 1, 2, 3])
+    q, c = F.normalize(queries, dim=-1), F.normalize(candidates, dim=-1)
+    by_hand = torch.stack([-torch.log(((q[i] @ c.T) / 0.02).softmax(-1)[i]) for i in range(4)]).mean()
+    assert torch.allclose(info_nce(queries, candidates, positive, temperature=0.02), by_hand, rtol=1e-4)
+    same = torch.ones(4, 8)
+    assert math.isclose(float(info_nce(same, same, positive, temperature=0.02)), math.log(4), rel_tol=1e-5)
+    half = info_nce(queries.bfloat16(), candidates.bfloat16(), positive, temperature=0.02)
+    assert half.dtype == torch.float32
+
+
+def test_copies_of_the_positive_are_no_negatives():
+    q = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), dim=-1)
+    copies = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    exclude = torch.ones(2, 2).bool()
+    assert info_nce(q, copies, torch.tensor([0, 1]), temperature=0.02, exclude=exclude) == 0
+    assert info_nce(q[:1], copies, torch.tensor([0]), temperature=0.02) > 0.6, "counted as a negative it costs ln 2"
+
+
+class Toy(nn.Module):
+    """Stands for a SentenceTransformer: features -> embedding, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.Dropout(0.3), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, features):
+        return {"sentence_embedding": self.net(features["input_ids"])}
+
+
+def columns(n=10, n_columns=3, keys=None):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"input_ids": torch.randn(n, 6, generator=generator)} | ({} if keys is None else {"key": keys[i]})
+        for i in range(n_columns)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 10])
+def test_gradcache_equals_the_full_batch_with_dropout(chunk):
+    """Dropout masks depend on the chunking, so the full-batch run uses the very masks: chunks embedded in one graph."""
+    torch.manual_seed(0)
+    model = Toy().train()
+    features = columns()
+    torch.manual_seed(7)
+    loss = CachedInfoNCE(model, temperature=0.1, mini_batch_size=chunk)(features)
+    loss.backward()
+    cached = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.manual_seed(7)
+    whole = [
+        torch.cat([model({"input_ids": part})["sentence_embedding"] for part in f["input_ids"].split(chunk)])
+        for f in features
+    ]
+    full = info_nce(whole[0], torch.cat(whole[1:]), torch.arange(10), temperature=0.1)
+    full.backward()
+    assert torch.allclose(loss, full, rtol=1e-6)
+    for ours, theirs in zip(cached, (p.grad for p in model.parameters()), strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_keys_reach_the_loss_through_the_cache():
+    model = Toy().eval()
+    keys = [torch.arange(10), torch.zeros(10).long(), torch.arange(100, 110)]
+    features = columns(keys=keys)
+    loss = CachedInfoNCE(model, temperature=0.1, mini_batch_size=4)(features)
+    embedded = [model(f)["sentence_embedding"] for f in features]
+    exclude = torch.cat([torch.ones(10, 10).bool(), torch.zeros(10, 10).bool()], dim=1)
+    expected = info_nce(embedded[0], torch.cat(embedded[1:]), torch.arange(10), temperature=0.1, exclude=exclude)
+    assert torch.allclose(loss, expected)
+
+
+def test_same_draw_same_noise():
+    assert torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=3))
+    assert not torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=4))
+    assert np.isclose(patch_noise(10_000, seed=0).std(), 1.0, atol=0.05)
