@@ -8,7 +8,8 @@ they cannot be derived from a 4-D one). A run-time probe checks that the causal 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,8 +28,12 @@ from .inputs import IMAGE_PAD, VISION_END, VISION_START, Batch, Inputs
 
 logger = logging.getLogger(__name__)
 
-# The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2 (Qwen2-VL's names).
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "fc1", "fc2")
+# The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2. These are Qwen2-VL's names;
+# Qwen2.5-VL's vision blocks have gate, up, down, Qwen3-VL's linear_fc1, linear_fc2. Patch mergers are left out in all.
+LORA_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "fc1", "fc2", "linear_fc1",
+    "linear_fc2",
+)  # fmt: skip
 # Qwen2's control tokens, in Qwen2's order, and the mask token that stages 1 and 2 need.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 MASK_TOKEN = "<|mask|>"
@@ -67,7 +72,9 @@ def open_backbone(
 
     attn_implementation: "sdpa", "eager", "flash_attention_2" or "flex_attention". Qwen2-VL does not declare Flex as
     supported although its attention takes any registered function, so it is enabled on the language model's config
-    only; the vision tower stays on SDPA. safetensors only, never remote code. Raises RuntimeError if the probe fails.
+    only; the vision tower stays on SDPA. Where Flex does not run forward and backward (there is no backward pass on a
+    CPU, and nothing at all without a compiler), SDPA takes its place with a warning. safetensors only, never remote
+    code. Raises RuntimeError if the probe fails.
     """
     flex = attn_implementation == "flex_attention"
     model = AutoModelForImageTextToText.from_pretrained(
@@ -77,12 +84,28 @@ def open_backbone(
         use_safetensors=True,
         trust_remote_code=False,
     )
+    set_bidirectional(model, bidirectional)
     if flex:
         language_model(model).config._attn_implementation = "flex_attention"
-    set_bidirectional(model, bidirectional)
+        if (reason := _flex_failure(model)) is not None:
+            language_model(model).config._attn_implementation = "sdpa"
+            logger.warning("flex_attention is not available here (%s); using sdpa, which gives the same", reason)
     if probe:
         probe_attention(model, bidirectional)
     return model.eval()
+
+
+def _flex_failure(model: PreTrainedModel) -> str | None:
+    """Why FlexAttention cannot train this model here, or None: one tiny forward and backward pass."""
+    ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
+    try:
+        with torch.enable_grad():
+            hidden_states(model, _text_batch(ids, torch.full_like(ids, A))).sum().backward()
+    except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    finally:
+        model.zero_grad()
+    return None
 
 
 @torch.no_grad()
@@ -188,7 +211,10 @@ def add_adapter(model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout:
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(LORA_TARGETS))
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(LORA_TARGETS),
+        exclude_modules=r".*merger.*",
+    )  # fmt: skip
     wrapped = get_peft_model(model, config)
     matched = sorted(wrapped.base_model.targeted_module_names)
     logger.info("LoRA matched %d modules, e.g. %s", len(matched), matched[:3])
@@ -286,3 +312,19 @@ def new_backbone(
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(small_config(tokenizer, **sizes))
     return model, Inputs(tokenizer, processor, max_length=max_length)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, inputs: Inputs, items: Sequence[dict], *, max_new_tokens: int = 48, batch_size: int = 64
+) -> list[str]:
+    """Greedy continuation of each {text, image} prompt by a causal model, up to a line break or EOS."""
+    left = replace(inputs, padding_side="left")
+    texts: list[str] = []
+    for start in range(0, len(items), batch_size):
+        batch = left.collate(items[start : start + batch_size], eos=False)
+        prompt = {name: batch[name] for name in batch if name not in ("segment_ids", "num_images_per_sample")}
+        made = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=inputs.pad_id)
+        new = made[:, batch["input_ids"].shape[1] :]
+        texts += [text.split("\n")[0].strip() for text in inputs.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts

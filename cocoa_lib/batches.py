@@ -38,17 +38,20 @@ def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np
     """The rows of a run, chosen once: (n,) indices into the concatenated subsets of the given sizes.
 
     Each subset is shuffled and gone through again when used up; subsets take turns in proportion to their size, row by
-    row (block = 0), or in blocks of `block` rows of one subset, so that negatives are of the same task.
+    row (block = 0), or in blocks of `block` rows of one subset, so that negatives are of the same task. No row of a
+    subset comes a second time before all have come once. For the same sizes and seed a shorter plan is the beginning
+    of a longer one; for other sizes nothing of the kind holds.
     """
-    rng = np.random.default_rng([seed, 2])
     sizes_array = np.asarray(sizes)
     if not len(sizes_array) or sizes_array.min() < 1:
         raise ValueError(f"there is a subset without training rows (sizes {list(sizes)})")
     step = max(1, block)
+    rng = np.random.default_rng([seed, 2])
     turns = rng.choice(len(sizes), size=math.ceil(n / step), p=sizes_array / sizes_array.sum()).repeat(step)[:n]
     plan = np.empty(n, dtype=np.int64)
     for subset, size in enumerate(sizes):
         places = np.flatnonzero(turns == subset)
+        rng = np.random.default_rng([seed, 2, subset])
         rounds = [rng.permutation(size) for _ in range(math.ceil(len(places) / size))]
         order = np.concatenate(rounds)[: len(places)] if rounds else np.empty(0, dtype=np.int64)
         plan[places] = order + int(sizes_array[:subset].sum())
@@ -56,17 +59,31 @@ def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np
 
 
 def causal_batch(rows: list[dict[str, Any]], inputs: Inputs) -> Batch:
-    """Image, question, answer, EOS; loss on the answer and EOS (on the whole text where there is no question)."""
-    texts = [f"{row['text']} {row['target']}" if row["text"] else row["target"] for row in rows]
-    batch = inputs.collate([{"text": text, "image": row["image"]} for text, row in zip(texts, rows, strict=True)])
+    """Next-token prediction: a picture, then turns "question answer" one a line, then EOS.
+
+    Each row has `image` and `turns`, a list of (question, answer); a caption is an answer without a question. The loss is
+    on answers and on the line break or EOS that ends them. Several questions share one picture because the vision tower
+    costs more than the words.
+    """
+    pieces = [_turn_pieces(row["turns"]) for row in rows]
+    items = [{"text": "".join(text for text, _ in row), "image": rows[i]["image"]} for i, row in enumerate(pieces)]
+    batch = inputs.collate(items)
     labels = torch.full_like(batch["input_ids"], IGNORE)
-    lengths = batch["attention_mask"].sum(1)
-    for i, row in enumerate(rows):
-        answer = f" {row['target']}" if row["text"] else row["target"]
-        n_loss = min(len(inputs.text_ids(answer)) + 1, int(lengths[i]) - 1)
-        span = slice(int(lengths[i]) - n_loss, int(lengths[i]))
-        labels[i, span] = batch["input_ids"][i, span]
+    for i, row in enumerate(pieces):
+        learned = [flag for text, flag in row for _ in inputs.text_ids(text)] + [True]
+        end = int(batch["attention_mask"][i].sum())
+        span = torch.arange(max(1, end - len(learned)), end)
+        keep = span[torch.tensor(learned[-len(span) :])]
+        labels[i, keep] = batch["input_ids"][i, keep]
     return batch | {"labels": labels}
+
+
+def _turn_pieces(turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
+    """Turns -> (text, learned?) pieces; a piece starts at a space or line break, so each is tokenised as it is alone."""
+    pieces = []
+    for i, (question, answer) in enumerate(turns):
+        pieces += [("\n", True)] * (i > 0) + [(question, False), (f" {answer}" if question else answer, True)]
+    return pieces
 
 
 def stage1_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recipe, seed: int) -> Batch:

@@ -55,6 +55,15 @@ def questions(data: Path, split: str = "train") -> list[dict[str, Any]]:
     return _corpus(data, "qa", split)
 
 
+def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
+    """For next-token prediction: each scene twice, {image, turns} with its caption alone, and with all its questions."""
+    rows = [{"image": row["image"], "turns": [("", row["target"])]} for row in captions(data, split)]
+    asked: dict[str, list[tuple[str, str]]] = {}
+    for row in questions(data, split):
+        asked.setdefault(row["image"], []).append((row["text"], row["target"]))
+    return rows + [{"image": image, "turns": turns} for image, turns in asked.items()]
+
+
 def subsets(data: Path) -> list[str]:
     """Names of the training subsets in the folder, sorted."""
     folder = data / "train"

@@ -7,11 +7,12 @@ positions, pixels predicted at hidden cells. They differ in the layout, in which
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.util import all_gather, all_gather_with_grad, get_rank
+from sentence_transformers.util import all_gather, get_rank
 from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
@@ -95,8 +96,11 @@ class PatchDecoder(nn.Module):
 class Reconstruction(nn.Module):
     """Stages 1 and 2: reconstruct hidden text (and cells) from one forward pass under a layout.
 
-    The batch is the collator's: masked `input_ids`, `labels` (B, L), and, when cells are hidden, `hidden_cells` (cells,)
-    and `patch_fill` (D,). forward returns `loss`, `text_loss`, `image_loss` (scalars, float32).
+    The batch is the collator's: masked `input_ids`, `labels` (B, L), and, when cells are hidden, `hidden_cells`
+    (cells,) and `patch_fill` (D,). forward returns `loss`, `text_loss`, `image_loss` (scalars, float32): means over the masked
+    positions and hidden cells of the batch. In training with several processes the batch is that of all of them: each
+    process's mean is weighted by its share of the places, so that the average over processes, of losses and of
+    gradients, is what one process with the whole batch would compute.
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: str, objective: str = "mntp", image_weight: float = 0.0,
@@ -123,9 +127,13 @@ class Reconstruction(nn.Module):
                 batch["pixel_values"], batch["hidden_cells"], fill, self.decoder.merge_size
             )
         hidden = hidden_states(self.model, visible, self.layout)
-        zero = hidden.sum() * 0.0  # keeps every parameter in the graph when a batch has no text or no image (DDP)
+        zero = hidden.sum() * 0.0  # a loss with a gradient also where a batch has no text or no image
         text = self.text_loss(hidden, self.model.lm_head, labels) if (labels != IGNORE).any() else zero
         image = self.image_loss(hidden, batch) if hide else zero
+        if self.training:
+            cells = batch["hidden_cells"].sum() if hide else labels.new_zeros(())
+            text_share, image_share = share_of_mean(torch.stack([(labels != IGNORE).sum(), cells]))
+            text, image = text * text_share, image * image_share
         return {"loss": text + self.image_weight * image, "text_loss": text.detach(), "image_loss": image.detach()}
 
     def image_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -149,6 +157,20 @@ def info_nce(
     return F.cross_entropy(scores, positive)
 
 
+def gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
+    """(n, ...) of every process, concatenated in rank order; the tensor itself where there is one process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    return all_gather(tensor, with_grad=with_grad)
+
+
+def share_of_mean(counts: Tensor) -> Tensor:
+    """counts (n,): places this process averages over -> (n,) factors that make the average over processes of the
+    weighted means the mean over all places; ones where there is one process."""
+    total = gathered(counts[None].float()).mean(0)
+    return torch.where(total > 0, counts / total.clamp(min=1e-9), 1.0)
+
+
 class CachedInfoNCE(CachedLossMixin, nn.Module):
     """InfoNCE with sentence-transformers' GradCache, gathered over devices, copies of the positive left out.
 
@@ -168,16 +190,15 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
         return self.forward_cached(sentence_features, labels)
 
     def calculate_loss(self, reps, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
-        columns = [all_gather_with_grad(torch.cat(chunks)) for chunks in reps]
+        columns = [gathered(torch.cat(chunks), with_grad=True) for chunks in reps]
         local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
         mine = torch.arange(local, device=columns[0].device) + get_rank() * local
+        exclude = self._duplicates(mine, total)
         loss = info_nce(
-            columns[0][mine],
-            torch.cat(columns[1:]),
-            mine,
-            temperature=self.temperature,
-            exclude=self._duplicates(mine, total),
+            columns[0][mine], torch.cat(columns[1:]), mine, temperature=self.temperature, exclude=exclude
         )
+        self.embeddings = columns[0].detach()
+        self.chance = _chance(len(columns[0]) * (len(columns) - 1), mine, exclude)
         if with_backward:
             loss.backward()
             loss = loss.detach()
@@ -187,7 +208,15 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
         """(local queries, all candidates) bool: the candidates that equal the query's positive, or answer its twin."""
         if any(key is None for key in self._keys):
             return None
-        query, *candidates = [all_gather(key) for key in self._keys]
+        query, *candidates = [gathered(key) for key in self._keys]
         same = candidates[0][mine][:, None] == torch.cat(candidates)[None, :]
         same[:, :total] |= query[mine][:, None] == query[None, :]
         return same
+
+
+def _chance(n_candidates: int, mine: LongTensor, exclude: Tensor | None) -> float:
+    """The loss when all embeddings are the same: mean log of the number of candidates, copies of the positive aside."""
+    if exclude is None:
+        return math.log(n_candidates)
+    own = exclude[torch.arange(len(mine), device=mine.device), mine]
+    return float((n_candidates - exclude.sum(1) + own).float().log().mean())

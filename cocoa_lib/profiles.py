@@ -21,8 +21,14 @@ import yaml
 
 from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 
-NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
 SECTIONS = ("benchmark", "backbone", "causal", "stage1", "stage2", "stage3", "evaluation", "seeds", "arms", "pairs")
+
+
+def path(name: str | Path) -> Path:
+    """A path of a notebook's parameters: relative ones start at the repository's root, wherever the kernel runs."""
+    return Path(os.path.relpath(ROOT / name))
 
 
 def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, Any]:
@@ -80,6 +86,7 @@ def run_notebook(notebook: Path, out: Path, profile: str, overrides: dict[str, A
     papermill.execute_notebook(
         str(notebook),
         str(partial),
+        cwd=str(NOTEBOOKS),
         parameters=parameters,
         kernel_name="python3",
         progress_bar=progress,

@@ -20,23 +20,27 @@ from typing import Any
 
 import pandas as pd
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.utils.data import BatchSampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
-from .backbone import add_adapter, merge_adapter, open_backbone
+from .backbone import add_adapter, merge_adapter, new_backbone, open_backbone
 from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
 from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, write_json
 from .embedder import EosEmbedding
 from .inputs import Inputs
-from .objectives import CachedInfoNCE, Reconstruction
+from .objectives import CachedInfoNCE, Reconstruction, gathered
 from .recipes import CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
+COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
 
 class TrainingError(RuntimeError):
@@ -67,64 +71,113 @@ class PlainTrainer:
     def checked(self, loss: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}; the last good checkpoint is kept. "
-                "Lower learning_rate, raise warmup_steps, or lower max_grad_norm, then run again"
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}. Lower learning_rate, raise "
+                f"warmup_steps, or lower max_grad_norm; then run into another folder, or delete {self.args.output_dir}"
             )
         return loss
 
 
 class ReconstructionTrainer(PlainTrainer, Trainer):
-    """transformers' Trainer on a `Reconstruction`; logs the text and image parts of the loss beside the sum."""
+    """transformers' Trainer on a `Reconstruction`; logs the text and image parts of the loss beside the sum.
+
+    With several processes the parts are averaged over them, like the loss.
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # our losses are means already
-        self.parts: dict[str, list[torch.Tensor]] = {"text_loss": [], "image_loss": []}
+        self.parts: dict[str, torch.Tensor] = {}
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         outputs = model(**inputs)
-        for name, values in self.parts.items():
-            values.append(outputs[name])
+        self.parts = {name: outputs[name] for name in ("text_loss", "image_loss")}
         return self.checked(outputs["loss"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self.parts["text_loss"]:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
-            self.parts = {name: [] for name in self.parts}
+        if "loss" in logs:
+            logs |= {name: float(gathered(value[None]).mean()) for name, value in self.parts.items()}
         super().log(logs, start_time)
 
 
 class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
-    """sentence-transformers' trainer on (anchor, positive, negative?) items."""
+    """sentence-transformers' trainer on (anchor, positive, negative?) items; reports a collapse."""
+
+    steps_at_chance = 0
+
+    def add_model_card_callback(self, default_args_dict) -> None:
+        """None: `cocoa.json` records the run, and the callback would embed widget examples before training."""
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        return self.checked(super().compute_loss(model, inputs))
+        loss = self.checked(super().compute_loss(model, inputs))
+        if self.state.global_step >= self.args.warmup_steps:
+            self.watch_collapse(float(loss.detach()))
+        return loss
+
+    def watch_collapse(self, loss: float) -> None:
+        """Warn, once, when the loss has stayed within 1 % of what identical embeddings give (ln of the candidates)."""
+        at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
+        self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
+        if self.steps_at_chance == COLLAPSED_STEPS:
+            from .analysis import effective_rank
+
+            rank = effective_rank(self.loss.embeddings.float().cpu().numpy())
+            logger.warning(
+                "collapsed: for %d steps, up to step %d, the loss %.3f has been that of identical embeddings (ln of "
+                "the number of candidates, %.3f); the effective rank of this batch's embeddings is %.2f. Start again "
+                "with a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
+                COLLAPSED_STEPS, self.state.global_step + 1, loss, self.loss.chance, rank,
+            )  # fmt: skip
+
+
+class Bar(TrainerCallback):
+    """A progress bar with the loss: one line, where the trainers' own callbacks print or build a table."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm, leave=False
+        )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
 
 
 class Watch(TrainerCallback):
-    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop."""
+    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop (twice: stop now)."""
+
+    interrupted = False
+    previous = None
 
     def on_save(self, args, state, control, **kwargs) -> None:
+        PartialState().wait_for_everyone()  # every process writes its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
             write_json(folder / COMPLETE, hashes)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.interrupted = False
         try:
             self.previous = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: the caller handles Ctrl-C
             self.previous = None
 
     def _interrupt(self, *args) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.interrupted = True
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.interrupted:
+        self.interrupted = bool(gathered(torch.tensor([self.interrupted], device=args.device)).any())
+        if self.interrupted and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def restore(self) -> None:
         if self.previous is not None:
             signal.signal(signal.SIGINT, self.previous)
 
@@ -163,13 +216,13 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         seed=seed,
         save_steps=recipe.save_steps,
         save_total_limit=2,
-        logging_steps=recipe.logging_steps,
+        logging_steps=1,  # log.csv averages over recipe.logging_steps: so a resumed run logs what a whole one does
         disable_tqdm=not show_progress,
         report_to=[],
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
     )
     share, rest = divmod(recipe.batch_size, args.world_size)
     if rest:
@@ -227,13 +280,16 @@ def run_stage(
         "data": corpus.fingerprint(data),
     }
     if (out / META).is_file():
-        _same_run(read_meta(out)["run"], run, out)
+        _same_run(read_meta(out).get("run", {}), run, out)
         return out
     work = out.parent / f".{out.name}.work"
-    work.mkdir(parents=True, exist_ok=True)
     if (work / "run.json").is_file():
         _same_run(json.loads((work / "run.json").read_text(encoding="utf-8")), run, work)
-    write_json(work / "run.json", run)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            work.mkdir(parents=True, exist_ok=True)
+            write_json(work / "run.json", run)
+        checkpoint = last_whole_checkpoint(work)
 
     set_seed(seed)
     inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
@@ -242,18 +298,23 @@ def run_stage(
     )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    trainer = BUILDERS[stage](model, inputs, recipe, data, work, seed, show_progress)
     adapter = None
-    if recipe.lora_r:
+    if recipe.lora_r:  # after the builder: the patch decoder copies a layer without adapter and is trained whole
         adapter, matched = add_adapter(
             model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora
         )
         run = run | {"lora_modules": matched}
-    trainer = BUILDERS[stage](model, inputs, recipe, data, work, seed, show_progress)
     watch = Watch()
+    for default in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
+        trainer.remove_callback(default)
+    trainer.add_callback(Bar())
     trainer.add_callback(watch)
-    checkpoint = last_whole_checkpoint(work)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if watch.interrupted:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        watch.restore()
+    if trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     if trainer.is_world_process_zero():
         if adapter is not None:
@@ -267,7 +328,7 @@ def run_stage(
 def _finish(
     out: Path, model, inputs: Inputs, recipe: Recipe, run: dict, parent: str | Path, history: list[dict]
 ) -> None:
-    log = pd.DataFrame([row for row in history if "loss" in row])
+    log = averaged([row for row in history if "loss" in row], recipe.logging_steps)
     runtime = next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), float("nan"))
     meta = {
         "stage": run["stage"],
@@ -280,6 +341,20 @@ def _finish(
         "run": run,
     }
     save_checkpoint(out, model, inputs, meta, {"log.csv": log.to_csv(index=False)})
+
+
+def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
+    """One row a step -> one row for each `every` steps: mean losses, the last value of everything else.
+
+    Columns in a fixed order, since a resumed run has its first rows from a file that sorts them by name.
+    """
+    log = pd.DataFrame(rows)
+    if log.empty:
+        return log
+    columns = [name for name in ("step", "loss", "text_loss", "image_loss") if name in log]
+    columns += sorted(set(log) - set(columns))
+    how = {name: "mean" if name.endswith("loss") else "last" for name in columns}
+    return log.groupby((log["step"] - 1) // every).agg(how)
 
 
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
@@ -307,7 +382,7 @@ def _reconstruction_trainer(
 def _causal(
     model, inputs: Inputs, recipe: CausalRecipe, data: Path, work: Path, seed: int, show_progress: bool
 ) -> Trainer:
-    rows = corpus.captions(data) + corpus.questions(data)
+    rows = corpus.conversations(data)
     module = Reconstruction(model, layout="causal")
     return _reconstruction_trainer(
         module, inputs, rows, [len(rows)], lambda batch: causal_batch(batch, inputs), recipe, work, seed, show_progress
@@ -362,6 +437,23 @@ def _stage3(
     )
 
 
+def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalRecipe, *, seed: int) -> Path:
+    """The small causal backbone: a tokenizer, a random Qwen2-VL of this shape, next-token prediction on the corpus.
+
+    The tokenizer is learnt from the corpus and from English prose (Python's own reference manual, part of every
+    installation), so that a user's texts are not spelt letter by letter.
+    """
+    from pydoc_data.topics import topics
+
+    rows = corpus.captions(data) + corpus.questions(data)
+    texts = [row["text"] for row in rows[::7]] + [row["target"] for row in rows[::7]] + list(topics.values())
+    init = out.parent / f"{out.name}-init"
+    if not (init / META).is_file():
+        model, inputs = new_backbone(texts, seed=seed, **shape)
+        save_checkpoint(init, model, inputs, {"stage": "init", "shape": shape, "seed": seed})
+    return run_stage("causal", recipe, parent=init, data=data, out=out, seed=seed)
+
+
 BUILDERS = {"causal": _causal, "stage1": _stage1, "stage2": _stage2, "stage3": _stage3}
 
 
@@ -386,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=args.seed,
         allow_parent=args.allow_parent,
     )
-    print(folder)
+    print(folder)  # noqa: T201
 
 
 if __name__ == "__main__":

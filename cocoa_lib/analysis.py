@@ -1,0 +1,290 @@
+"""What the grid of arms says: geometry of embeddings, paired effects with intervals, verdicts, linear probes.
+
+Scores, differences and accuracies are in percent or percentage points. Every random step has a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from .mmeb import META_TASKS, Task, averages
+
+# Geometry
+
+
+def effective_rank(embeddings: np.ndarray) -> float:
+    """exp of the entropy of the singular values divided by their sum; (N, H) -> 1 to min(N, H). Roy and Vetterli 2007.
+
+    Uncentred: a collapsed set (all vectors the same) gives 1, where centring would leave 0 / 0, and a large common
+    direction counts as the partial collapse that it is. For the spread about the mean, pass `x - x.mean(0)`.
+    Raises ValueError for values that are not finite, or all zero.
+    """
+    singular = np.linalg.svd(_matrix(embeddings), compute_uv=False)
+    if not singular.sum():
+        raise ValueError("all embeddings are zero, so they have no effective rank")
+    return float(np.exp(stats.entropy(singular)))  # entropy divides by the sum
+
+
+def alignment(x: np.ndarray, y: np.ndarray) -> float:
+    """Mean squared distance of the pairs x[i], y[i] at length 1; (N, H) twice -> 0 (same) to 4. Wang and Isola 2020.
+
+    Raises ValueError for different shapes, and vectors that are zero or not finite.
+    """
+    x, y = _normalised(x), _normalised(y)
+    if x.shape != y.shape:
+        raise ValueError(f"pairs need equal shapes, found {x.shape} and {y.shape}")
+    return float(np.mean(np.sum((x - y) ** 2, axis=1)))
+
+
+def uniformity(x: np.ndarray) -> float:
+    """log of the mean of exp(-2 squared distance) over the pairs of distinct rows at length 1. Wang and Isola 2020.
+
+    (N, H) -> 0 for a collapsed set; about -4 for a uniform one of high dimension. Raises ValueError for fewer than two
+    rows, and vectors that are zero or not finite.
+    """
+    x = _normalised(x)
+    if len(x) < 2:
+        raise ValueError("uniformity needs at least two vectors")
+    # At length 1 the squared distance is 2 - 2 cosine. The N pairs of a row with itself are taken off again.
+    total = sum(np.exp(4 * (x[i : i + 1024] @ x.T - 1)).sum() for i in range(0, len(x), 1024))
+    return float(np.log((total - len(x)) / (len(x) * (len(x) - 1))))
+
+
+def _matrix(x: np.ndarray) -> np.ndarray:
+    x = np.asarray(x, dtype=np.float64)
+    if x.ndim != 2 or not x.size or not np.isfinite(x).all():
+        raise ValueError(f"expected a finite, non-empty array (N, H), found shape {x.shape}")
+    return x
+
+
+def _normalised(x: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(x := _matrix(x), axis=1, keepdims=True)
+    for row in np.flatnonzero(lengths == 0)[:1]:
+        raise ValueError(f"vector {row} is zero and has no direction")
+    return x / lengths
+
+
+# Results of a grid
+
+
+def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """RUN/results/<arm>/seed<k>/{results.csv, per_query.parquet} -> (results, per_query) of all arms and seeds.
+
+    Columns as `mmeb.evaluate` gives them, with arm (str) and seed (int) in front; per_query also gets meta_task and
+    in_distribution. `expected`: (arm, seed) that must be there. Raises FileNotFoundError naming every arm and seed that
+    lacks a file; ValueError for a file that cannot be read, or a run whose two files have different tasks.
+    """
+    root = Path(run) / "results"
+    arms = {path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    numbers = [(path.parent.name, path.name[4:]) for path in root.glob("*/seed*")]
+    found = {(arm, int(number)) for arm, number in numbers if arm in arms and number.isdigit()}
+    missing = [f"arm {arm}: no seed" for arm in sorted(arms - {arm for arm, _ in found})]
+    pieces = {(arm, seed): root / arm / f"seed{seed}" for arm, seed in sorted(found | set(expected))}
+    for (arm, seed), folder in pieces.items():
+        lost = [name for name in ("results.csv", "per_query.parquet") if not (folder / name).is_file()]
+        missing += [f"arm {arm}, seed {seed}: no {' and no '.join(lost)}"] if lost else []
+    if missing or not pieces:
+        raise FileNotFoundError(f"{root}: {'; '.join(missing) or 'no results of any arm'}")
+    results, per_query = [], []
+    for (arm, seed), folder in pieces.items():
+        try:
+            scores, ranks = pd.read_csv(folder / "results.csv"), pd.read_parquet(folder / "per_query.parquet")
+            facts = scores[["task", "meta_task", "in_distribution"]].drop_duplicates("task").set_index("task")
+            tasks = set(ranks["task"])
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
+        if differ := sorted(tasks ^ set(facts.index)):
+            raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
+        for table, parts in ((scores, results), (ranks.join(facts, on="task"), per_query)):
+            table.insert(0, "arm", arm)
+            table.insert(1, "seed", seed)
+            parts.append(table)
+    return pd.concat(results, ignore_index=True), pd.concat(per_query, ignore_index=True)
+
+
+def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
+    """P@1 in percent: arm, seed, classification, vqa, retrieval, grounding, ind, ood, overall; a row an arm and seed.
+
+    Unweighted means over tasks (`mmeb.averages`), nan over none. Raises ValueError if a run lacks a task that another
+    has, since their means would not compare, or has it twice.
+    """
+    scores = results[results["metric"] == "p@1"]
+    _check_once(scores, ["arm", "seed", "task"])
+    facts = scores.drop_duplicates("task").sort_values("task")
+    tasks = [Task(row.task, row.meta_task, bool(row.in_distribution), 0) for row in facts.itertuples()]
+    rows = []
+    for (arm, seed), part in scores.groupby(["arm", "seed"]):
+        if lost := sorted({task.name for task in tasks} - set(part["task"])):
+            raise ValueError(f"arm {arm}, seed {seed} has no P@1 of {', '.join(lost)}, which other runs have")
+        rows.append({"arm": arm, "seed": seed, **averages(dict(zip(part["task"], part["value"], strict=True)), tasks)})
+    return pd.DataFrame(rows, columns=["arm", "seed", *META_TASKS, "ind", "ood", "overall"])
+
+
+# Effects
+
+
+def paired_effects(
+    per_query: pd.DataFrame, baseline: str, *, group: str = "overall", n_boot: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Arms less the baseline in points of P@1: arm, difference, low, high, p, p_holm, n_seeds, n_queries (a seed).
+
+    per_query as of `gather_results`; group: "overall", "ind", "ood" or a meta-task. Differences are paired by seed, task
+    and query over the seeds that both arms have, then averaged without weights over tasks. low, high: 95 % percentile
+    interval; p: two-sided bootstrap p (at least 2 / (n_boot + 1)), p_holm: corrected for the number of arms in the
+    table. Tasks are not resampled: the interval speaks of new seeds and new queries of these tasks.
+
+    1. All runs answer the same queries, so seeds and queries are crossed, not nested: what is peculiar to a query comes
+       back in every seed. Queries drawn anew inside each seed would average it out, and intervals become too narrow. So
+       a resample draws the queries of each task once for all seeds, and the seeds once for all queries, and adds the two
+       deviations from the observed mean. That counts what is peculiar to one seed at one query twice, so that intervals
+       are rather too wide; drawing cells by both at once (Owen's pigeonhole bootstrap, 2007) would count it three times.
+    2. The mean of n resampled seeds spreads too little if n is small: with 5, a nominal 95 % holds some 85 % where seeds
+       dominate. Its deviation is multiplied by sqrt(n / chi2(n - 1)), drawn anew each time, which mends the variance and
+       gives the tails of Student's t: with seeds alone this is `mean_interval`. One seed: only queries are resampled.
+
+    Raises ValueError for an unknown baseline or group, a repeated query, runs on different queries or candidates.
+    """
+    hits = _hits(per_query, group)  # (arm, seed) x (task, query)
+    arms = hits.index.unique("arm")
+    if baseline not in arms or len(arms) < 2:
+        raise ValueError(f"baseline {baseline!r} and another arm are needed; there are {', '.join(map(str, arms))}")
+    task_of = hits.columns.get_level_values("task")
+    weight = 100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()  # (Q,)
+    others, by_seed, by_query = arms.drop(baseline), [], []
+    for arm in others:
+        both = hits.loc[arm].index.intersection(hits.loc[baseline].index)
+        if both.empty:
+            raise ValueError(f"arm {arm} has no seed in common with the baseline {baseline!r}")
+        delta = (hits.loc[arm].loc[both].to_numpy() - hits.loc[baseline].loc[both].to_numpy()) * weight  # (S, Q)
+        by_seed.append(delta.sum(axis=1))  # (S,) points
+        by_query.append(delta.mean(axis=0))  # (Q,) sums to the difference
+    rng, cells = np.random.default_rng(seed), np.stack(by_query, axis=1)  # (Q, arms)
+    of_queries = np.zeros((n_boot, len(others)))
+    for task in task_of.unique():
+        part = cells[task_of == task]
+        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
+        of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
+    effects = []
+    for arm, seeds, drawn in zip(others, by_seed, of_queries.T, strict=True):
+        boot = np.round(drawn + _seed_deviations(seeds, n_boot, seed), 9)  # so that a sum of zero is zero
+        low, high = np.percentile(boot, [2.5, 97.5])
+        p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
+        effects.append((arm, seeds.mean(), low, high, p, len(seeds), len(task_of)))
+    table = pd.DataFrame(effects, columns=["arm", "difference", "low", "high", "p", "n_seeds", "n_queries"])
+    table.insert(5, "p_holm", holm(table["p"]))
+    return table
+
+
+def _seed_deviations(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+    """(n,) a value a seed -> (n_boot,) deviations of resampled means, widened as `paired_effects` says; n = 1 gives 0."""
+    if (n := len(values)) == 1:
+        return np.zeros(n_boot)
+    rng = np.random.default_rng([seed, n])  # the same draws for all arms with n seeds
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n - 1 / n
+    return drawn @ values * np.sqrt(n / rng.chisquare(n - 1, size=n_boot))
+
+
+def _hits(per_query: pd.DataFrame, group: str) -> pd.DataFrame:
+    """1.0 where the right candidate is first: rows (arm, seed), columns (task, query), sorted, without gaps."""
+    chosen = per_query
+    if group in ("ind", "ood"):
+        chosen = per_query[per_query["in_distribution"].astype(bool) == (group == "ind")]
+    elif group != "overall":
+        chosen = per_query[per_query["meta_task"] == group]
+    if chosen.empty:
+        raise ValueError(f"no query in group {group!r}; groups: overall, ind, ood, {', '.join(META_TASKS)}")
+    _check_once(chosen, ["arm", "seed", "task", "query"])
+    pools = chosen.drop_duplicates(["task", "query", "n_candidates"])
+    for row in pools[pools.duplicated(["task", "query"])].head(1).itertuples():
+        raise ValueError(f"task {row.task}, query {row.query}: runs rank among different numbers of candidates")
+    ranks = chosen.set_index(["arm", "seed", "task", "query"])["rank"].unstack(["task", "query"])
+    ranks = ranks.sort_index(axis=0).sort_index(axis=1)
+    for i, j in np.argwhere(ranks.isna().to_numpy())[:1]:
+        (arm, k), (task, query) = ranks.index[i], ranks.columns[j]
+        raise ValueError(f"arm {arm}, seed {k} has no rank of query {query} of {task}; all runs need the same queries")
+    return (ranks == 1).astype(float)
+
+
+def _check_once(table: pd.DataFrame, keys: list[str]) -> None:
+    for row in table.loc[table.duplicated(keys), keys].head(1).itertuples(index=False):
+        raise ValueError(f"more than one row of {', '.join(f'{k} {v}' for k, v in zip(keys, row, strict=True))}")
+
+
+def holm(p: Iterable[float]) -> np.ndarray:
+    """Holm's correction (1979) of (n,) p-values, in their order: the i-th smallest times n - i + 1, made monotone."""
+    p = np.asarray(list(p), dtype=float)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
+
+
+def verdict(row: Mapping[str, Any], *, corrected: bool = False) -> str:
+    """A claimed gain from a row of `paired_effects`: "supported", "not supported" or "undecided".
+
+    Supported: low > 0. Not supported: high <= 0. Undecided: anything else, and any interval of a single seed, which
+    says nothing of other seeds. `corrected` asks of a supported claim p_holm < 0.05 as well: use it where a table holds
+    several claims.
+    """
+    if row.get("n_seeds", 2) < 2:
+        return "undecided"
+    if row["low"] > 0 and not (corrected and row["p_holm"] >= 0.05):
+        return "supported"
+    return "not supported" if row["high"] <= 0 else "undecided"
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
+    """(mean, low, high) over seeds by Student's t, 95 %; low and high are nan for one value.
+
+    Raises ValueError for no values, or values that are not finite.
+    """
+    values = np.asarray(list(values), dtype=float)
+    if not values.size or not np.isfinite(values).all():
+        raise ValueError(f"expected finite values, found {values.tolist()}")
+    mean = float(values.mean())
+    if len(values) == 1:
+        return mean, float("nan"), float("nan")
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return mean, float(mean - half), float(mean + half)
+
+
+# Probes
+
+
+class Probe(NamedTuple):
+    accuracy: float  # percent of the test rows
+    low: float  # 95 % Wilson interval over test rows
+    high: float
+    majority: float  # percent right for the answer that is most frequent in training
+    n: int  # test rows
+
+
+def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> Probe:
+    """What a linear classifier reads from frozen embeddings (N, H) of labels (N,): logistic regression, L2, C = 1.
+
+    Features are standardised by the training rows; no randomness. Labels that training lacks count as errors. Raises
+    scikit-learn's ValueError for different lengths, values that are not finite, or a single class in training.
+    """
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train_x, train_y)
+    classes, counts = np.unique(train_y, return_counts=True)
+    right = int(accuracy_score(test_y, model.predict(test_x), normalize=False))
+    majority = 100 * float(np.mean(np.asarray(test_y) == classes[counts.argmax()]))
+    return Probe(100 * right / len(test_y), *probe_interval(right, len(test_y)), majority, len(test_y))
+
+
+def probe_interval(right: int, n: int) -> tuple[float, float]:
+    """(low, high) in percent: 95 % Wilson interval (1927) of `right` out of `n`. ValueError unless 0 <= right <= n."""
+    if not 0 <= right <= n or n == 0:
+        raise ValueError(f"{right} right out of {n}")
+    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
+    return 100 * float(interval.low), 100 * float(interval.high)

@@ -1,0 +1,331 @@
+"""The explorers: small ipywidgets panels that answer a question at once, and the plain HTML that they show.
+
+Each explorer is a VBox with `controls` (name -> widget), `outputs` (name -> HTML widget) and `error` (HTML): it can be
+driven without a browser, and what it shows is a string made by a function that a page without a kernel uses as it is
+(`mask_html`, `reconstruction_html`, `retrieval_html`). Nothing is loaded from elsewhere; text of users is escaped; an
+answer that fails says so in `error`. Sliders answer when let go, and all controls work from the keyboard.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+import numpy as np
+import torch
+from PIL import Image
+from torch import BoolTensor, LongTensor, Tensor, nn
+
+from .attention import LAYOUTS, dense_mask, describe, reachability, segments, token_names
+from .backbone import hidden_states
+from .batches import stage1_batch, stage2_batch
+from .corruption import IGNORE, hide_cells
+from .figures import COLOURS
+from .inputs import Batch, Inputs, item_images, load_image
+from .mmeb import resolve_image
+from .recipes import make_recipe
+
+DIRECT, INDIRECT, NEVER = COLOURS[0], COLOURS[1], "#eeeeee"
+CELL = 14  # pixels a cell of a mask
+
+
+def _explorer(controls: dict[str, widgets.Widget], answer: Callable[..., dict[str, str]], names: Sequence[str]):
+    """Controls, an area for errors and one HTML area a name; `answer(**values)` gives each area's HTML."""
+    outputs = {name: widgets.HTML(layout=widgets.Layout(width="auto", overflow="auto")) for name in names}
+    error = widgets.HTML(layout=widgets.Layout(width="auto"))
+
+    def update(**values: Any) -> None:
+        try:
+            answers, message = answer(**values), ""
+        except Exception as failure:  # whatever fails must be read here, not in a log
+            answers = dict.fromkeys(names, "")
+            message = f'<p role="alert"><b>Cannot show this:</b> {escape(str(failure) or type(failure).__name__)}</p>'
+        error.value = message
+        for name, html in answers.items():
+            outputs[name].value = html
+
+    strays = widgets.interactive_output(update, controls)  # holds only what a library prints
+    strays.layout = widgets.Layout(max_height="6em", overflow="auto")
+    for control in controls.values():
+        control.layout, control.style = widgets.Layout(width="300px"), {"description_width": "110px"}
+    panel = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", width="auto"))
+    box = widgets.VBox([panel, error, *outputs.values(), strays], layout=widgets.Layout(width="auto"))
+    box.controls, box.outputs, box.error = controls, outputs, error
+    return box
+
+
+def _slider(value: float, low: float, high: float, name: str, step: float = 1) -> widgets.Widget:
+    kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
+    return kind(value=value, min=low, max=high, step=step, description=name, continuous_update=False)
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+def layers_until_known(mask: BoolTensor, layers: int) -> np.ndarray:
+    """mask (L, L) -> (L, L) int: after how many layers a query can know a key, 1 = looks at it, 0 = not within `layers`.
+
+    What a token knows of itself without looking does not count.
+    """
+    depth, others = mask.int().numpy(), ~np.eye(len(mask), dtype=bool)
+    for n in range(2, layers + 1):
+        depth[reachability(mask, n).numpy() & (depth == 0) & others] = n
+    return depth
+
+
+def _grid(title: str, names: Sequence[str], depth: np.ndarray, chosen: tuple[int, int], shown: int) -> str:
+    """One mask as SVG: depth (L, L) = layers until known, 0 = never; cells above `shown` stay empty; hover tells."""
+    n, left = len(names), 44
+    parts = []
+    for i, name in enumerate(names):
+        middle = left + i * CELL + CELL * 0.7
+        parts.append(f'<text x="{left - 4}" y="{middle:.0f}" text-anchor="end">{name}</text>')
+        parts.append(f'<text transform="translate({middle:.0f},{left - 4}) rotate(-90)">{name}</text>')
+    for q in range(n):
+        for k in range(n):
+            layers = int(depth[q, k])
+            colour = NEVER if not 0 < layers <= shown else DIRECT if layers == 1 else INDIRECT
+            words = "looks" if layers == 1 else f"knows after {layers} layers" if layers else "never knows"
+            parts.append(
+                f'<rect x="{left + k * CELL}" y="{left + q * CELL}" width="{CELL - 1}" height="{CELL - 1}" '
+                f'fill="{colour}"><title>{names[q]} {words} {names[k]}</title></rect>'
+            )
+    q, k = chosen
+    parts.append(f'<rect x="{left + k * CELL - 1}" y="{left + q * CELL - 1}" width="{CELL + 1}" height="{CELL + 1}" '
+                 'fill="none" stroke="black" stroke-width="2.5" pointer-events="none"/>')  # fmt: skip
+    side = left + n * CELL + 2
+    svg = f'<svg role="img" aria-label="{title}" width="{side}" height="{side}" font-size="9" font-family="sans-serif">'
+    return f'<div style="margin-right:24px"><b>{title}</b><br>{svg}{"".join(parts)}</svg></div>'
+
+
+def mask_html(layout: str, segment_ids: LongTensor, *, layers: int, query: int, key: int) -> str:
+    """A layout, who can know whom after `layers` layers, its cost, and one cell in words; segment_ids (L,)."""
+    mask = dense_mask(layout, segment_ids[None])[0, 0]
+    names, total = token_names(segment_ids), len(segment_ids) ** 2
+    depth = layers_until_known(mask, layers)
+    pairs = int(mask.sum())
+    sentence = describe(layout, segment_ids, query, key, layers)
+    plural = "s" * (layers != 1)
+    return (
+        f'<div style="display:flex;flex-wrap:wrap">{_grid("rows look at columns", names, depth, (query, key), 1)}'
+        f"{_grid(f'known after {layers} layer{plural}', names, depth, (query, key), layers)}</div>"
+        f'<p><span style="color:{DIRECT}">&#9632;</span> looks &nbsp; <span style="color:{INDIRECT}">&#9632;</span> '
+        f"knows through others &nbsp; <span>&#9633;</span> never. Hover a cell to read it.</p>"
+        f"<p>Cost: {pairs} of {len(names)} x {len(names)} = {total} pairs a layer and head, "
+        f'<b>{pairs / total:.0%}</b>.</p><p aria-live="polite"><b>{escape(sentence)}</b></p>'
+    )
+
+
+def mask_explorer() -> widgets.VBox:
+    """Layout, sizes, padding and depth by hand: the mask, its reachability, its cost, and any cell in words."""
+    controls = {
+        "layout": widgets.Dropdown(options=list(LAYOUTS), value="eos_bridged", description="layout"),
+        "n_a": _slider(4, 1, 10, "tokens of A"),
+        "n_b": _slider(4, 1, 10, "tokens of B"),
+        "padding": widgets.Dropdown(options=["right", "left"], description="padding side"),
+        "n_pad": _slider(0, 0, 4, "padding tokens"),
+        "layers": _slider(1, 1, 8, "layers"),
+        "query": widgets.Dropdown(description="query (row)"),
+        "key": widgets.Dropdown(description="key (column)"),
+    }
+
+    def row(n_a: int, n_b: int, padding: str, n_pad: int) -> LongTensor:
+        return segments(n_a, n_b, **{f"pad_{padding}": n_pad})[0]
+
+    def rename(change: Any = None) -> None:
+        """The tokens to choose from follow the sizes; a chosen one that still exists stays chosen."""
+        names = token_names(row(*(controls[name].value for name in ("n_a", "n_b", "padding", "n_pad"))))
+        for name, start in (("query", "B1"), ("key", "A1")):
+            control = controls[name]
+            chosen = control.label if control.label in names else start
+            control.options = list(zip(names, range(len(names)), strict=True))
+            control.index = names.index(chosen)
+
+    rename()
+    for name in ("n_a", "n_b", "padding", "n_pad"):
+        controls[name].observe(rename, "value")
+
+    def answer(layout: str, n_a: int, n_b: int, padding: str, n_pad: int, layers: int, query: int, key: int):
+        ids = row(n_a, n_b, padding, n_pad)
+        last = len(ids) - 1  # while sizes change, a chosen place can be out of range for a moment
+        return {"mask": mask_html(layout, ids, layers=layers, query=min(query, last), key=min(key, last))}
+
+    return _explorer(controls, answer, ["mask"])
+
+
+# ---- reconstruction -------------------------------------------------------------------------------------------------
+
+
+def cells_image(pixels: Tensor, grid: Tensor, inputs: Inputs) -> np.ndarray:
+    """Patches (patches, D), as the processor orders them, and grid (3,) of the first picture -> (H, W, 3) uint8."""
+    processor = inputs.image_processor
+    m, p = processor.merge_size, processor.patch_size
+    t, h, w = grid.tolist()
+    patches = pixels[: t * h * w].float().reshape(t, h // m, w // m, m, m, 3, -1, p, p)[0, ..., 0, :, :]  # frame 0
+    image = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, 3)
+    image = image * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
+    return (image.clamp(0, 1) * 255).round().byte().numpy()
+
+
+@torch.no_grad()
+def reconstruct(
+    model, inputs: Inputs, row: dict[str, Any], *, text_rate: float, patch_rate: float = 0.0, draw: int = 0,
+    layout: str = "bidirectional", objective: str = "mntp", decoder: nn.Module | None = None,
+    fill: Tensor | None = None,
+) -> tuple[Batch, list[int], dict[str, Tensor]]:  # fmt: skip
+    """Hide words and cells of {text, image, target}: (batch, predicted ids of the hidden words, patches by title).
+
+    `bidirectional` is stage 1's input, any other layout stage 2's (A, EOS, B). `fill` (D,) replaces the recipe's noise,
+    for a stage-1 run with a learned one. Patches (patches, D): the original, what was seen, what the decoder predicts.
+    """
+    rows, rates = [{**row, "draw": draw}], {"text_mask_rate": text_rate}
+    if layout == "bidirectional":
+        batch = stage1_batch(rows, inputs, make_recipe("stage1", {**rates, "patch_mask_rate": patch_rate}), 0)
+    else:
+        batch = stage2_batch(rows, inputs, make_recipe("stage2", rates), 0)
+    visible, patches, merge = dict(batch), {}, inputs.image_processor.merge_size
+    if "pixel_values" in batch:
+        patches["original"] = batch["pixel_values"]
+    if "hidden_cells" in batch:
+        fill = batch["patch_fill"] if fill is None else fill
+        visible["pixel_values"] = hide_cells(batch["pixel_values"], batch["hidden_cells"], fill, merge)
+        patches["seen by the model"] = visible["pixel_values"]
+    hidden = hidden_states(model, visible, layout)
+    places = (batch["labels"][0] != IGNORE).nonzero().flatten() - int(objective == "mntp")  # MNTP: one before
+    predicted = model.lm_head(hidden[0, places]).argmax(-1).tolist()
+    if decoder is not None and "hidden_cells" in batch:
+        guess = decoder(hidden, model, batch, layout).reshape(batch["pixel_values"].shape)
+        at = batch["hidden_cells"].repeat_interleave(merge**2)[:, None]
+        patches["hidden cells predicted"] = torch.where(at, guess, batch["pixel_values"])
+    return batch, predicted, patches
+
+
+def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs) -> str:
+    """Hidden words in place, each with what was predicted, and the first picture: original, seen, predicted."""
+    guesses, words, right = iter(predicted), [], 0
+    special = {*inputs.tokenizer.all_special_ids, inputs.image_pad_id}
+    for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
+        if label != IGNORE:
+            guess = next(guesses)
+            right += (hit := guess == label)
+            colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
+            was = "" if hit else f"<s>{escape(inputs.tokenizer.decode([label]))}</s>"
+            text = escape(inputs.tokenizer.decode([guess]))
+            words.append(f'<span style="border-bottom:3px solid {colour}">{mark}<b>{text}</b>{was}</span>')
+        elif token == inputs.eos_id:
+            words.append(" [EOS] ")
+        elif token not in special:
+            words.append(escape(inputs.tokenizer.decode([token])))
+    pictures = ""
+    for title, each in patches.items():
+        image = Image.fromarray(cells_image(each, batch["image_grid_thw"][0], inputs))
+        pictures += f'<figure style="margin:4px">{_img(image, title)}<figcaption>{title}</figcaption></figure>'
+    return (
+        f'<div style="display:flex;flex-wrap:wrap">{pictures}</div><p style="white-space:pre-wrap">{"".join(words)}</p>'
+        f"<p>{right} of {len(predicted)} hidden tokens come back (&#10003;); struck out: what stood there.</p>"
+    )
+
+
+def reconstruction_explorer(
+    model, inputs: Inputs, rows: Sequence[dict[str, Any]], decoder: nn.Module | None = None, *,
+    layout: str = "bidirectional", objective: str = "mntp", fill: Tensor | None = None,
+) -> widgets.VBox:  # fmt: skip
+    """Choose a sample and how much of it to hide, or type another caption for it: see what comes back.
+
+    rows: {text, image, target}; decoder: the `PatchDecoder` trained with the model, or None to show words only.
+    """
+    stage1 = layout == "bidirectional"
+    samples = [(f"{i + 1}: {str(row['target'])[:40]}", i) for i, row in enumerate(rows)]
+    controls = {
+        "sample": widgets.Dropdown(options=samples, description="sample"),
+        "text_rate": _slider(0.2 if stage1 else 0.7, 0.0, 1.0, "words hidden", 0.05),
+        "patch_rate": _slider(0.5 if stage1 else 0.0, 0.0, 1.0, "cells hidden", 0.05),
+        "draw": _slider(0, 0, 20, "draw"),
+        "words": widgets.Text(placeholder="your own caption", description="or type", continuous_update=False),
+    }
+    controls["patch_rate"].disabled = not stage1  # stage 2 hides no cells
+
+    def answer(sample: int, words: str, **how: Any) -> dict[str, str]:
+        row = {**rows[sample], "target": words.strip() or rows[sample]["target"]}
+        found = reconstruct(model, inputs, row, layout=layout, objective=objective, decoder=decoder, fill=fill, **how)
+        return {"reconstruction": reconstruction_html(*found, inputs)}
+
+    return _explorer(controls, answer, ["reconstruction"])
+
+
+# ---- retrieval ------------------------------------------------------------------------------------------------------
+
+
+def _img(image: Image.Image, alt: str) -> str:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return f'<img src="{uri}" alt="{escape(alt)}" style="width:112px;display:block;image-rendering:pixelated">'
+
+
+@lru_cache(maxsize=512)
+def _thumbnail(path: str, alt: str) -> str:
+    image = load_image(path)
+    image.thumbnail((112, 112))
+    return _img(image, alt)
+
+
+def _card(item: Mapping[str, Any], title: str, alt: str, border: str) -> str:
+    images = "".join(_thumbnail(str(image), alt) for image in item_images(dict(item)))
+    return (
+        f'<div style="border:{border};margin:4px;padding:4px;width:130px;overflow-wrap:anywhere">'
+        f"<b>{title}</b>{images}<div>{escape(str(item.get('text') or ''))}</div></div>"
+    )
+
+
+def retrieval_html(
+    query: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], scores: Sequence[float], right: int, k: int = 5
+) -> str:
+    """A query and its `k` best candidates as self-contained HTML, the right one marked, and added if it ranks lower.
+
+    query, candidates: {"text", "image": path or None}; scores: one a candidate; right: its index. A tie counts against
+    the right one, as in `mmeb.rank`. Raises ValueError where lengths differ, InputError for an unreadable picture.
+    """
+    if len(scores) != len(candidates) or not 0 <= right < len(candidates):
+        raise ValueError(f"{len(candidates)} candidates, {len(scores)} scores, right one at {right}: they do not fit")
+    order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i == right))
+    rank = order.index(right) + 1
+    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
+    for place, i in enumerate(order, start=1):
+        if place <= k or i == right:
+            mark, border = (" &#10003; right", f"3px solid {COLOURS[2]}") if i == right else ("", "1px solid #ccc")
+            title = f"{place}. {float(scores[i]):.3f}{mark}"
+            cards.append(_card(candidates[i], title, f"picture of candidate {place}", border))
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
+        f"<p>The right candidate ranks <b>{rank}</b> of {len(candidates)}.</p>"
+    )
+
+
+def retrieval_explorer(
+    task_rows: Mapping[str, Sequence[Mapping[str, Any]]], scores: Mapping[str, Sequence[Sequence[float]]],
+    image_root: str | Path, k: int = 5,
+) -> widgets.VBox:  # fmt: skip
+    """Choose a task and a query: see its best candidates. MMEB's rows (`mmeb.load_eval`), and one score a candidate."""
+    last = {task: max(0, len(rows) - 1) for task, rows in task_rows.items()}
+    task = widgets.Dropdown(options=list(task_rows), description="task")
+    query = _slider(0, 0, last[task.value], "query")
+    task.observe(lambda change: setattr(query, "max", last[change["new"]]), "value")
+
+    def items(texts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
+        paths = (resolve_image(Path(image_root), image) if image else None for image in images)
+        return [{"text": text, "image": path} for text, path in zip(texts, paths, strict=True)]
+
+    def answer(task: str, query: int, k: int) -> dict[str, str]:
+        row = task_rows[task][query]
+        own = items([row["qry_text"]], [row["qry_img_path"]])[0]
+        found = items(row["tgt_text"], row["tgt_img_path"])
+        return {"retrieval": retrieval_html(own, found, scores[task][query], 0, k)}  # MMEB: the right one comes first
+
+    return _explorer({"task": task, "query": query, "k": _slider(k, 1, 10, "candidates")}, answer, ["retrieval"])

@@ -1,0 +1,383 @@
+"""Every figure, one style: colour-blind safe, readable at column width and in grey, intervals drawn, n on the figure.
+
+Each function takes a table or tensors and returns a matplotlib Figure whose `alt` attribute says in words what it shows;
+`save` writes PNG and SVG with the same bytes for the same data. Nothing is computed here that is not drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from PIL import Image
+
+# Okabe and Ito's palette, ordered so that neighbours differ in lightness too.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 150,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "cocoa",  # the same ids, so the same bytes
+    "svg.fonttype": "path",
+}
+META_TASKS = ("classification", "vqa", "retrieval", "grounding")
+
+
+def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 3.0, **kwargs):
+    """A figure in the project's style: (figure, axes)."""
+    with mpl.rc_context(STYLE):
+        return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+
+
+def save(figure: Figure, folder: str | Path, name: str) -> Path:
+    """Write NAME.png and NAME.svg, without a date, and the alt text as NAME.txt; returns the PNG's path."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        figure.savefig(folder / f"{name}.png", metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    (folder / f"{name}.txt").write_text(getattr(figure, "alt", "") + "\n", encoding="utf-8")
+    return folder / f"{name}.png"
+
+
+def show(figure: Figure, name: str = "", folder: str | Path = ""):
+    """The figure as a PNG display object with its alt text, for a notebook; saved as well where a folder is given."""
+    from IPython.display import Image as Shown
+
+    if folder:
+        save(figure, folder, name)
+    png = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(png, format="png", metadata={"Software": None})
+    return Shown(data=png.getvalue(), alt=getattr(figure, "alt", ""))
+
+
+def _done(figure: Figure, alt: str) -> Figure:
+    figure.alt = alt
+    plt.close(figure)  # shown by the notebook as a value, not a second time by pyplot
+    return figure
+
+
+def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
+    """Attention layouts side by side. patterns: title -> (L, L) bool, rows attend to columns; names: L token labels."""
+    figure, axes = new(1, len(patterns), width=2.4 * len(patterns), height=3.0, squeeze=False)
+    show_names = len(names) <= 32
+    for axis, (title, pattern) in zip(axes[0], patterns.items(), strict=True):
+        axis.imshow(pattern, cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(title)
+        axis.set_xlabel("key: looked at")
+        if show_names:
+            size = 8 if len(names) <= 12 else 4.5
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
+            axis.set_yticks(range(len(names)), names, fontsize=size)
+        axis.tick_params(length=0)
+    axes[0][0].set_ylabel("query: looks")
+    shares = ", ".join(f"{title}: {np.mean(pattern):.0%} of cells" for title, pattern in patterns.items())
+    return _done(figure, f"Attention masks as grids of query rows and key columns; dark cells may attend ({shares}).")
+
+
+def reachability(reach: Mapping[int, np.ndarray], names: Sequence[str]) -> Figure:
+    """Who can know what after n layers: reach[n] (L, L) bool."""
+    figure = masks({f"after {n} layer{'s' * (n != 1)}": pattern for n, pattern in reach.items()}, names)
+    figure.alt = "Which states can depend on which tokens, by number of layers. " + figure.alt
+    return figure
+
+
+def training_curves(
+    logs: Mapping[str, pd.DataFrame], columns: Sequence[str], *, smooth: int = 5, chance: float | None = None
+) -> Figure:
+    """Loss against step. logs: label -> table with `step` and the columns; raw values faint, running mean of `smooth` solid."""
+    figure, axes = new(1, len(columns), width=3.3 * len(columns), height=2.7, squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        for (label, log), colour in zip(logs.items(), COLOURS * 3, strict=False):
+            if column not in log:
+                continue
+            axis.plot(log["step"], log[column], color=colour, alpha=0.25, linewidth=1)
+            running = log[column].rolling(smooth, min_periods=1).mean()
+            axis.plot(log["step"], running, color=colour, linewidth=1.8)
+            axis.annotate(label, (log["step"].iloc[-1], running.iloc[-1]), xytext=(4, 0), textcoords="offset points",
+                          color=colour, va="center", fontsize=8)  # fmt: skip
+        if chance is not None:
+            axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
+            axis.annotate("chance", (0, chance), xytext=(2, 2), textcoords="offset points", color="grey", fontsize=8)
+        axis.set_xlabel("optimiser step")
+        axis.set_title(f"{column.replace('_', ' ')} (solid: mean of {smooth} log entries)")
+        axis.set_xlim(right=axis.get_xlim()[1] * 1.12)
+    ends = "; ".join(
+        f"{label} ends at {log[columns[0]].iloc[-1]:.2f}" for label, log in logs.items() if columns[0] in log
+    )
+    return _done(figure, f"Training curves of {', '.join(columns)} against step. {ends}.")
+
+
+def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, size: float = 1.5) -> Figure:
+    """Pictures in a grid, each with its text below."""
+    rows = -(-len(images) // columns)
+    figure, axes = new(rows, columns, width=size * columns, height=(size + 0.55) * rows, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(textwrap.fill(caption, 22), fontsize=7, y=-0.05, va="top", loc="center")
+    return _done(figure, f"{len(images)} pictures with their texts, e.g. {captions[0]!r}." if captions else "Pictures.")
+
+
+def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence, titles=("original", "seen by the model", "reconstructed")) -> Figure:  # fmt: skip
+    """Rows original / masked / reconstructed, one column a sample."""
+    n = len(originals)
+    figure, axes = new(3, n, width=1.15 * n + 0.8, height=3.6, squeeze=False)
+    for row, (title, images) in enumerate(zip(titles, (originals, hidden, restored), strict=True)):
+        for column, image in enumerate(images):
+            axes[row][column].imshow(image, interpolation="nearest")
+            axes[row][column].set_xticks([])
+            axes[row][column].set_yticks([])
+        axes[row][0].set_ylabel(title, fontsize=8)
+    return _done(figure, f"{n} held-out scenes: original, with hidden cells, and with the hidden cells predicted.")
+
+
+def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel: str = "precision@1, %") -> Figure:
+    """Scores by task with intervals: columns task, label, value, low, high (low and high may be missing)."""
+    labels = list(dict.fromkeys(table["label"]))
+    figure, axis = new(width=6.5, height=0.36 * len(order) + 1.0)
+    markers = "osD^vPX*"
+    for i, label in enumerate(labels):
+        part = table[table["label"] == label].set_index("task").reindex(order)
+        y = np.arange(len(order)) + (i - (len(labels) - 1) / 2) * 0.7 / max(1, len(labels))
+        errors = None
+        if {"low", "high"} <= set(part.columns) and part["low"].notna().any():
+            errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
+        axis.errorbar(part["value"], y, xerr=errors, fmt=markers[i % 8], color=COLOURS[i % 8], markersize=4.5,
+                      linewidth=1.2, label=label)  # fmt: skip
+    axis.set_yticks(range(len(order)), order)
+    axis.invert_yaxis()
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel(xlabel)
+    axis.set_title(title)
+    axis.grid(axis="y", color="#eeeeee")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    means = "; ".join(f"{label} {table[table['label'] == label]['value'].mean():.1f}" for label in labels)
+    return _done(figure, f"{title}. Unweighted means over {len(order)} tasks: {means}.")
+
+
+def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
+    """Paired differences to a baseline with 95 % intervals: columns arm, difference, low, high, n_seeds, n_queries."""
+    figure, axis = new(width=6.5, height=0.42 * len(effects) + 1.2)
+    y = np.arange(len(effects))
+    for i, row in enumerate(effects.itertuples()):
+        clear = row.low > 0 or row.high < 0
+        axis.plot([row.low, row.high], [i, i], color=COLOURS[0] if clear else "grey", linewidth=2)
+        axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6)
+        axis.annotate(f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (1.02, i), xycoords=("axes fraction", "data"),
+                      va="center", fontsize=8)  # fmt: skip
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(y, effects["arm"])
+    axis.invert_yaxis()
+    axis.set_ylim(len(effects) - 0.4, -0.6)
+    axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
+    first = effects.iloc[0]
+    axis.set_title(
+        f"n = {int(first.n_seeds)} seeds, {int(first.n_queries)} queries a seed; filled circle: interval excludes 0"
+    )
+    listing = "; ".join(
+        f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
+    )
+    return _done(figure, f"Paired differences to {baseline} with 95 % intervals: {listing}.")
+
+
+def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
+    """Scores by meta-task: columns label, meta_task, value and optionally low, high; one group a meta-task."""
+    labels, groups = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["meta_task"]))
+    figure, axis = new(width=6.5, height=3.0)
+    width = 0.8 / len(labels)
+    for i, label in enumerate(labels):
+        part = table[table["label"] == label].set_index("meta_task").reindex(groups)
+        x = np.arange(len(groups)) + (i - (len(labels) - 1) / 2) * width
+        axis.bar(x, part["value"], width * 0.92, color=COLOURS[i % 8], label=label, edgecolor="white")
+        if "low" in part and part["low"].notna().any():
+            errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
+            axis.errorbar(x, part["value"], yerr=errors, fmt="none", color="black", linewidth=1)
+        for position, value in zip(x, part["value"], strict=True):
+            axis.annotate(f"{value:.0f}", (position, 1), ha="center", va="bottom", fontsize=7, color="white")
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set_ylim(0, 100)
+    axis.set_ylabel("precision@1, %")
+    axis.set_title(title)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return _done(
+        figure, f"{title}. " + "; ".join(f"{row.label}, {row.meta_task}: {row.value:.1f}" for row in table.itertuples())
+    )
+
+
+def heat(image: Image.Image, weights: np.ndarray, *, title: str) -> Figure:
+    """A picture beside weights over its cells (rows, columns), e.g. attention from EOS."""
+    figure, axes = new(1, 2, width=4.6, height=2.4)
+    axes[0].imshow(image)
+    axes[1].imshow(image)
+    shown = axes[1].imshow(
+        weights, cmap="viridis", alpha=0.7, extent=(0, image.width, image.height, 0), interpolation="nearest"
+    )
+    figure.colorbar(shown, ax=axes[1], shrink=0.8)
+    axes[0].set_title("picture")
+    axes[1].set_title(title)
+    for axis in axes:
+        axis.axis("off")
+    peak = np.unravel_index(int(np.argmax(weights)), weights.shape)
+    return _done(
+        figure,
+        f"{title}: largest in row {peak[0] + 1}, column {peak[1] + 1} of {weights.shape[0]} x {weights.shape[1]} cells.",
+    )
+
+
+def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Figure:
+    """Two-dimensional maps side by side: points[title] (N, 2), groups (N,) a group a point."""
+    figure, axes = new(1, len(points), width=3.2 * len(points), height=3.0, squeeze=False)
+    names = list(dict.fromkeys(groups))
+    for axis, (title, xy) in zip(axes[0], points.items(), strict=True):
+        for name, colour, marker in zip(names, COLOURS, "osD^vPX*", strict=False):
+            chosen = np.array([group == name for group in groups])
+            axis.plot(*xy[chosen].T, marker, color=colour, markersize=3, alpha=0.7, label=name)
+        axis.set_title(title)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    return _done(figure, f"Maps of {len(groups)} embeddings in two dimensions, coloured by {', '.join(names)}.")
+
+
+def lines(table: pd.DataFrame, *, x: str, xlabel: str, title: str, log_x: bool = False) -> Figure:
+    """Value against x with intervals, one line a label: columns label, x, value, low, high."""
+    figure, axis = new(width=5.0, height=3.0)
+    for i, (label, part) in enumerate(table.groupby("label", sort=False)):
+        part = part.sort_values(x)
+        axis.plot(part[x], part["value"], marker="osD^"[i % 4], color=COLOURS[i % 8], markersize=4)
+        axis.fill_between(part[x], part["low"], part["high"], color=COLOURS[i % 8], alpha=0.2, linewidth=0)
+        axis.annotate(str(label), (part[x].iloc[-1], part["value"].iloc[-1]), xytext=(5, 0), textcoords="offset points",
+                      color=COLOURS[i % 8], va="center", fontsize=8)  # fmt: skip
+    if log_x:
+        axis.set_xscale("log")
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("precision@1, %")
+    axis.set_title(title)
+    return _done(figure, f"{title}: value with 95 % interval against {xlabel}.")
+
+
+def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segments: Sequence[str]) -> Figure:
+    """Layouts over the tokens of one sample, two a row: patterns[title] (L, L) bool, a name and a segment a token."""
+    rows = -(-len(patterns) // 2)
+    figure, axes = new(rows, 2, width=7.4, height=3.9 * rows, squeeze=False)
+    starts = [i for i in range(len(segments)) if i == 0 or segments[i] != segments[i - 1]]
+    for axis, (title, pattern) in zip(axes.flat, patterns.items(), strict=False):
+        axis.imshow(pattern, cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        axis.set_title(f"{title}: {np.mean(pattern):.0%} of pairs", fontsize=10, loc="left")
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=5.5)
+        axis.set_yticks(range(len(names)), names, fontsize=5.5)
+        axis.tick_params(length=0, pad=1)
+        for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):  # where a segment begins and ends
+            axis.axhline(start - 0.5, color="white", linewidth=1.5)
+            axis.axvline(start - 0.5, color="white", linewidth=1.5)
+            if end - start > 2:
+                x, y = start + (end - start) / 4, start + (end - start) * 0.7  # below the diagonal: dark in all layouts
+                axis.text(x, y, segments[start], color="white", ha="center", va="center", fontweight="bold")
+    for axis in list(axes.flat)[len(patterns) :]:
+        axis.axis("off")
+    counts = ", ".join(f"{list(segments).count(s)} of {s}" for s in dict.fromkeys(segments))
+    shares = ", ".join(f"{title} {np.mean(pattern):.0%}" for title, pattern in patterns.items())
+    return _done(figure, f"Masks over one sample's tokens ({counts}); rows look at columns; share of pairs: {shares}.")
+
+
+def reach_grid(depths: Mapping[str, np.ndarray], layers: Sequence[int], names: Sequence[str]) -> Figure:
+    """Who can know whom after so many layers: depths[layout] (L, L) int, layers until known, 0 never; one row a layout."""
+    figure, axes = new(
+        len(depths), len(layers), width=2.3 * len(layers), height=2.25 * len(depths) + 0.3, squeeze=False
+    )
+    colours = ListedColormap(["#f2f2f2", COLOURS[0], COLOURS[1]])
+    for line, (layout, depth) in zip(axes, depths.items(), strict=True):
+        for axis, n in zip(line, layers, strict=True):
+            known = np.where((depth == 0) | (depth > n), 0, np.where(depth == 1, 1, 2))
+            axis.imshow(known, cmap=colours, vmin=0, vmax=2, interpolation="nearest")
+            axis.set_xticks(np.arange(0.5, len(names) - 1), minor=True)
+            axis.set_yticks(np.arange(0.5, len(names) - 1), minor=True)
+            axis.grid(which="minor", color="white", linewidth=0.8)
+            axis.tick_params(which="minor", length=0)
+            axis.set_title(f"after {n} layer{'s' * (n != 1)}", fontsize=9, loc="left")
+            axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6.5)
+            axis.set_yticks(range(len(names)), names, fontsize=6.5)
+            axis.tick_params(length=0, pad=1)
+        line[0].set_ylabel(layout, fontsize=9, fontweight="bold")
+    legend = ("blue: looks at it", "orange: can know it through another token", "grey: cannot know it")
+    figure.supxlabel(("   " if len(layers) > 2 else "\n").join(legend), fontsize=8)
+    ends = "; ".join(
+        f"{layout}: {np.mean((depth > 0) & (depth <= layers[-1])):.0%}" for layout, depth in depths.items()
+    )
+    return _done(figure, f"Which token's state can depend on which token, after {', '.join(map(str, layers))} layers. "
+                 f"Share of pairs known at the end: {ends}.")  # fmt: skip
+
+
+def effects(panels: Mapping[str, pd.DataFrame], *, unit: str) -> Figure:
+    """Tables of effects, layouts (rows) by segments (columns), one panel a title; an exact zero is left light."""
+    n_rows = max(len(table) for table in panels.values())
+    figure, axes = new(1, len(panels), width=1.7 * len(panels) + 1.2, height=0.38 * n_rows + 1.1, squeeze=False)
+    top = max(float(table.to_numpy().max()) for table in panels.values())
+    for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
+        values = table.to_numpy()
+        axis.imshow(np.where(values > 0, 0.35 + 0.65 * values / top, 0), cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+        for (i, j), value in np.ndenumerate(values):
+            text, colour = (f"{value:.2g}", "white" if value > 0.6 * top else "black") if value > 0 else ("0", "black")
+            axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(table.columns)), table.columns, fontsize=8)
+        axis.set_yticks(range(len(table)), table.index if axis is axes[0][0] else [""] * len(table), fontsize=8)
+        axis.tick_params(length=0)
+    figure.supxlabel(unit, fontsize=8)
+    zeros = "; ".join(
+        f"{title}: " + (", ".join(f"{row} {column}" for row in table.index for column in table.columns
+                                  if table.loc[row, column] == 0) or "none")
+        for title, table in panels.items()
+    )  # fmt: skip
+    return _done(figure, f"{unit}. No effect at all (exactly 0) at {zeros}.")
+
+
+def cost(table: pd.DataFrame, *, block: int) -> Figure:
+    """Share of L x L pairs against L: columns layout, ratio, length, cells, blocks (shares of 1)."""
+    ratios = list(dict.fromkeys(table["ratio"]))
+    figure, axes = new(1, len(ratios), width=3.4 * len(ratios), height=2.9, sharey=True, squeeze=False)
+    looks = dict(
+        zip(dict.fromkeys(table["layout"]), zip(COLOURS, "osD^", strict=False), strict=False)
+    )  # a colour and marker a layout
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        part = table[table["ratio"] == ratio]
+        above = 0.0
+        groups = sorted(part.groupby("layout", sort=False), key=lambda group: group[1]["blocks"].iloc[-1])
+        for layout, rows in groups:
+            colour, marker = looks[layout]
+            axis.plot(rows["length"], 100 * rows["cells"], color=colour, linewidth=1.2)
+            axis.plot(rows["length"], 100 * rows["blocks"], marker, color=colour, markersize=4, linestyle=":")
+            share = 100 * rows["blocks"].iloc[-1]
+            above = max(share, above + 8)  # labels keep their distance
+            axis.annotate(f" {layout} {share:.0f} %", (rows["length"].iloc[-1] * 1.1, above), va="center", color=colour,
+                          fontsize=7.5, annotation_clip=False)  # fmt: skip
+        axis.set_title(f"A : B = {ratio}", fontsize=10, loc="left")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(list(dict.fromkeys(part["length"])), list(dict.fromkeys(part["length"])))
+        axis.set_xlabel("sequence length L, tokens")
+    axes[0][0].set_ylabel("pairs computed, % of L x L")
+    axes[0][0].set_ylim(0, 112)
+    figure.supxlabel(
+        f"line: cells of the mask; dots: {block} x {block} blocks that FlexAttention cannot skip", fontsize=8
+    )
+    last = table[table["length"] == table["length"].max()]
+    return _done(figure, "Share of all pairs that is computed, at the greatest length: " + "; ".join(
+        f"{row.layout}, A:B {row.ratio}: {row.blocks:.0%}" for row in last.itertuples()) + ".")  # fmt: skip

@@ -1,0 +1,590 @@
+"""Runs: what a stage leaves, that it repeats to the bit, goes on after any interruption, and refuses what it must."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from torch.nn.parallel import DistributedDataParallel
+
+from cocoa_lib import corpus, embedder, train, world
+from cocoa_lib.backbone import new_backbone, open_backbone
+from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch
+from cocoa_lib.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
+from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
+from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
+from cocoa_lib.recipes import RECIPES, make_recipe
+from cocoa_lib.train import TrainingError, last_whole_checkpoint, main, run_stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
+
+STAGES = ("causal", "stage1", "stage2", "stage3")
+PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+# Checkpoints at 2 and 4, log rows at 4 and 6: neither falls together, so a resumed run must carry half a log row.
+TINY = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
+        "logging_steps": 4}  # fmt: skip
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
+
+
+def tiny(stage, **values):
+    extra = {"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {}
+    return make_recipe(stage, TINY | extra | values)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `world`, `init` and the four stages from it, seed 0, uninterrupted."""
+    folder = tmp_path_factory.mktemp("runs")
+    torch.set_num_threads(1)
+    world.build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
+    rows = corpus.captions(folder / "world") + corpus.questions(folder / "world")
+    model, inputs = new_backbone(
+        [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
+        layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
+    )  # fmt: skip
+    save_checkpoint(folder / "init", model, inputs, {"stage": "init"})
+    for stage in STAGES:
+        go(folder, stage, folder / stage)
+    return folder
+
+
+def go(home, stage, out, recipe=None, **settings):
+    settings = {"parent": home / PARENT[stage], "data": home / "world", "show_progress": False} | settings
+    return run_stage(stage, recipe or tiny(stage), out=out, **settings)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    assert (one / "log.csv").read_text() == (other / "log.csv").read_text()
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert read_meta(one)["weights_sha256"] == read_meta(other)["weights_sha256"]
+
+
+# --- what a run leaves --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_leaves_a_whole_checkpoint(home, stage):
+    folder, parent = home / stage, read_meta(home / PARENT[stage])
+    meta = read_meta(folder)  # checks the weights against their hash
+    assert meta["stage"] == stage and meta["layout"] == RECIPES[stage]().layout and meta["pooling"] == "eos"
+    assert meta["eos_token"] == "<|im_end|>" and meta["max_length"] == 128
+    assert meta["prompt"] == "<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>"
+    assert meta["run"]["recipe"]["steps"] == 6 and meta["run"]["seed"] == 0
+    assert meta["parent"] == str(home / PARENT[stage])
+    assert meta["run"]["parent_stage"] == PARENT[stage]
+    assert meta["run"]["parent_sha256"] == parent["weights_sha256"] != meta["weights_sha256"]
+    log = pd.read_csv(folder / "log.csv")
+    assert log["step"].tolist() == [4, 6] and np.isfinite(log["loss"]).all() and (log["loss"] > 0).all()
+    if stage != "stage3":
+        weight = meta["run"]["recipe"].get("image_weight", 0.0)
+        assert np.allclose(log["loss"], log["text_loss"] + weight * log["image_loss"])
+    assert not (home / f".{stage}.work").exists(), "no trace of the run is left beside its result"
+    vectors = CocoaEmbedder.load(folder).encode([{"text": "a red circle"}])
+    assert vectors.shape == (1, 64) and np.isclose(np.linalg.norm(vectors), 1)
+    causal = open_backbone(folder, bidirectional=stage != "causal").config.text_config.is_causal
+    assert causal == (stage == "causal")
+
+
+def test_a_log_row_is_the_mean_of_its_steps(home, tmp_path):
+    every = pd.read_csv(go(home, "stage1", tmp_path / "out", tiny("stage1", logging_steps=1)) / "log.csv")
+    log = pd.read_csv(home / "stage1" / "log.csv")
+    assert every["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "text_loss", "image_loss"):
+        assert np.allclose(log[name], [every[name][:4].mean(), every[name][4:].mean()])
+    assert log["learning_rate"].tolist() == every["learning_rate"][[3, 5]].tolist()
+
+
+def test_stage3_learns(home, tmp_path):
+    recipe = tiny("stage3", steps=20, batch_size=16, logging_steps=1, save_steps=100, temperature=0.2)
+    loss = pd.read_csv(go(home, "stage3", tmp_path / "out", recipe) / "log.csv")["loss"]
+    assert loss[-5:].mean() < loss[:5].mean() - 0.1
+
+
+# --- the same again -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_same_seed_is_bit_equal_and_another_differs(home, stage, tmp_path):
+    assert_same_run(go(home, stage, tmp_path / "again"), home / stage)
+    other = go(home, stage, tmp_path / "other", seed=1)
+    assert (other / "log.csv").read_text() != (home / stage / "log.csv").read_text()
+    assert read_meta(other)["weights_sha256"] != read_meta(home / stage)["weights_sha256"]
+
+
+def test_a_finished_run_is_returned_and_another_configuration_refused(home, monkeypatch):
+    out = home / "stage1"
+    before = (out / "cocoa.json").read_bytes()
+    monkeypatch.setitem(train.BUILDERS, "stage1", None)  # nothing may be trained
+    assert go(home, "stage1", out) == out and (out / "cocoa.json").read_bytes() == before
+    with pytest.raises(CheckpointError, match=r"another configuration \(different: recipe\)"):
+        go(home, "stage1", out, tiny("stage1", steps=7))
+    with pytest.raises(CheckpointError, match=r"\(different: seed\)"):
+        go(home, "stage1", out, seed=3)
+    with pytest.raises(CheckpointError, match=r"\(different: parent_sha256, parent_stage, stage\)|recipe"):
+        go(home, "stage2", out)
+    with pytest.raises(CheckpointError, match="different: data, parent_sha256"):
+        go(home, "causal", home / "init")  # a checkpoint that no run made
+
+
+def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3, RuntimeError("stopped"))
+    with pytest.raises(RuntimeError, match="stopped"):
+        go(home, "stage2", tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"\.out\.work: holds a run of another configuration \(different: seed\)"):
+        go(home, "stage2", tmp_path / "out", seed=5)
+
+
+# --- interrupted --------------------------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, step, how):
+    """At the loss of `step`: raise `how`, or send that signal to this process; steps before it are untouched."""
+    original = train.PlainTrainer.checked
+
+    def checked(self, loss):
+        if self.state.global_step + 1 == step:
+            if isinstance(how, BaseException):
+                raise how
+            os.kill(os.getpid(), how)
+        return original(self, loss)
+
+    monkeypatch.setattr(train.PlainTrainer, "checked", checked)
+
+
+def killed_run(home, stage, out, values, where):
+    """In a child process: run the command line until `where`, then SIGKILL oneself."""
+    torch.set_num_threads(1)
+    kill = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    patch = pytest.MonkeyPatch()
+    if where == "finishing":  # all is trained and written aside, the last rename is missing
+        replace = os.replace
+        patch.setattr("cocoa_lib.checkpoint.os.replace", lambda a, b: kill() if str(b) == str(out) else replace(a, b))
+    elif where == "saving":  # checkpoint-4 holds its weights but neither optimiser nor random state
+        save = train.PlainTrainer._save
+        patch.setattr(
+            train.PlainTrainer, "_save",
+            lambda self, *a, **k: (save(self, *a, **k), kill() if self.state.global_step == 4 else None),
+        )  # fmt: skip
+    else:
+        stop_at(patch, where, signal.SIGKILL)
+    command = [stage, "--parent", home / PARENT[stage], "--data", home / "world", "--out", out]
+    main([str(word) for word in command] + ["--recipe", json.dumps(values)])
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Child processes from one that has imported the library once, and nothing of this one's state."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cocoa_lib.train"])
+    return context
+
+
+@pytest.mark.parametrize(
+    "stage, where, extra",
+    [("stage1", 6, LORA), ("stage3", 4, LORA), ("stage2", "saving", {}), ("causal", "finishing", {}), ("stage3", 2, {})],
+)  # fmt: skip
+def test_killed_and_resumed_is_the_uninterrupted_run(home, processes, stage, where, extra, tmp_path, caplog):
+    """At a step, in the middle of a save, after the last step, before the first save; with dropout in the adapter."""
+    whole = home / stage if not extra else go(home, stage, tmp_path / "whole", tiny(stage, **extra))
+    recipe, out = tiny(stage, **extra), tmp_path / "out"
+    child = processes.Process(target=killed_run, args=(home, stage, out, recipe.__dict__, where))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL and not out.exists()
+    saved = sorted(path.name for path in (tmp_path / ".out.work").glob("checkpoint-*"))
+    caplog.clear()
+    assert_same_run(go(home, stage, out, recipe), whole)
+    if where == "saving":
+        assert saved == ["checkpoint-2", "checkpoint-4"]
+        assert "checkpoint-4 is not whole ((unfinished)): removed, going on from the one before" in caplog.text
+    elif where == 2:
+        assert saved == [], "from the start, in the same order"
+    else:
+        assert saved and "not whole" not in caplog.text
+    assert not (tmp_path / ".out.work").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_the_command_killed_at_a_random_moment_goes_on(home, tmp_path):
+    """python -m cocoa_lib.train, from outside, at no chosen place; then the same command again (in this process)."""
+    values = TINY | {"steps": 30, "mini_batch_size": 3}
+    command = ["stage3", "--parent", home / "stage2", "--data", home / "world", "--out"]
+    command = [str(word) for word in command]
+    whole = tmp_path / "whole"
+    main([*command, str(whole), "--recipe", json.dumps(values)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cocoa_lib.train", *command, str(tmp_path / "out"), "--recipe", json.dumps(values)],
+        cwd=Path(train.__file__).parent.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    work, deadline = tmp_path / ".out.work", time.monotonic() + 120
+    while not (work / "checkpoint-2").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.3)  # noqa: S311
+    child.kill()
+    child.wait()
+    assert work.exists(), "killed before it was done"
+    main([*command, str(tmp_path / "out"), "--recipe", json.dumps(values)])
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_ctrl_c_saves_and_the_same_call_goes_on(home, stage, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3, signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3; the same command goes on from there"):
+            go(home, stage, tmp_path / "out")
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / ".out.work" / "checkpoint-3" / "complete.json").is_file()
+    assert_same_run(go(home, stage, tmp_path / "out"), home / stage)
+
+
+def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 6, signal.SIGINT)
+    assert_same_run(go(home, "stage2", tmp_path / "out"), home / "stage2")
+
+
+def test_ctrl_c_twice_stops_at_once():
+    watch = train.Watch()
+    watch._interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        watch._interrupt()
+
+
+@pytest.mark.parametrize("damage", ["optimizer.pt", "model.safetensors", "rng_state.pth", "half", "both"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(home, damage, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, RuntimeError("stopped"))
+        with pytest.raises(RuntimeError, match="stopped"):
+            go(home, "stage2", tmp_path / "out")
+    work = tmp_path / ".out.work"
+    newest = work / "checkpoint-4"
+    assert last_whole_checkpoint(work) == newest
+    if damage == "half":
+        (newest / "complete.json").unlink()
+        (newest / "trainer_state.json").unlink()
+    else:
+        for folder in (newest, work / "checkpoint-2")[: 1 + (damage == "both")]:
+            file = folder / ("scheduler.pt" if damage == "both" else damage)
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+    assert_same_run(go(home, "stage2", tmp_path / "out"), home / "stage2")
+    what = {"half": "(unfinished)", "both": "scheduler.pt"}.get(damage, damage)
+    warnings = [record.getMessage() for record in caplog.records if "not whole" in record.getMessage()]
+    assert len(warnings) == 1 + (damage == "both")
+    assert warnings[0].startswith(str(newest)) and f"({what})" in warnings[0]
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_starts_from_the_one_before_unless_told(home, tmp_path):
+    for stage, parent in (("stage1", "init"), ("stage2", "causal"), ("stage3", "stage1"), ("causal", "stage1")):
+        with pytest.raises(CheckpointError, match=f"{stage} starts from a .* but .*{parent}.* is {parent}.*allow_parent"):
+            go(home, stage, tmp_path / "out", parent=home / parent)
+    assert not list(tmp_path.iterdir()), "a refusal leaves nothing behind"
+    out = go(home, "stage3", tmp_path / "out", tiny("stage3", steps=1), parent=home / "causal", allow_parent=True)
+    assert read_meta(out)["run"]["parent_stage"] == "causal"
+
+
+def test_parents_that_are_no_checkpoint(home, tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        go(home, "stage1", tmp_path / "out", parent=tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no config.json"):
+        go(home, "stage1", tmp_path / "out", parent=tmp_path / "empty")
+
+
+def test_altered_weights_are_noticed(home, tmp_path):
+    copy = tmp_path / "causal"
+    shutil.copytree(home / "causal", copy)
+    assert read_meta(copy)["stage"] == "causal"
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert read_meta(copy, check=False)["stage"] == "causal"
+    for use in (read_meta, CocoaEmbedder.load, lambda folder: go(home, "stage1", tmp_path / "out", parent=folder)):
+        with pytest.raises(CheckpointError, match="the weights do not match cocoa.json"):
+            use(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no .safetensors file"):
+        read_meta(copy)
+    (copy / "cocoa.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        read_meta(copy)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(home, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    for stage in ("stage1", "stage3"):
+        with pytest.raises(TrainingError, match=r"the loss is nan at step [23]\. Lower learning_rate.*delete .*\.work"):
+            go(home, stage, tmp_path / stage, tiny(stage, learning_rate=1e30, warmup_steps=0))
+        assert not (tmp_path / stage).exists()
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C must work after a failed run"
+
+
+def test_a_batch_larger_than_the_data_is_refused(home, tmp_path):
+    with pytest.raises(TrainingError, match="64 training pairs are fewer than one batch of 65"):
+        go(home, "stage3", tmp_path / "out", tiny("stage3", batch_size=65))
+
+
+def test_with_an_adapter_the_patch_decoder_is_trained_whole(home, tmp_path, monkeypatch):
+    seen = {}
+
+    def look(self, **kwargs):
+        seen.update({name: p.requires_grad for name, p in self.model.named_parameters()})
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(train.ReconstructionTrainer, "train", look)
+    with pytest.raises(RuntimeError, match="seen"):
+        go(home, "stage1", tmp_path / "out", tiny("stage1", **LORA))
+    decoder = {name: flag for name, flag in seen.items() if name.startswith("decoder.")}
+    assert decoder and all(decoder.values()) and not any("lora" in name for name in decoder)
+    rest = {name: flag for name, flag in seen.items() if not name.startswith("decoder.")}
+    assert {name for name, flag in rest.items() if flag} == {name for name in rest if "lora_" in name}
+
+
+# --- collapse -----------------------------------------------------------------------------------------------------------
+
+
+def test_collapse_is_reported_once_with_what_to_try(home, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(embedder, "pool", lambda hidden, batch, pooling: hidden[:, 0] * 0.0 + 1.0)
+    go(home, "stage3", tmp_path / "out", tiny("stage3", steps=14, warmup_steps=2))
+    reports = [record for record in caplog.records if record.getMessage().startswith("collapsed")]
+    assert len(reports) == 1 and reports[0].levelno == logging.WARNING
+    text = reports[0].getMessage()
+    assert "for 10 steps, up to step 12" in text and "effective rank of this batch's embeddings is 1.00" in text
+    for remedy in ("warmup_steps", "max_grad_norm", "learning_rate", "batch_size"):
+        assert remedy in text
+
+
+def test_a_healthy_run_is_not_called_collapsed(home, tmp_path, caplog):
+    go(home, "stage3", tmp_path / "out", tiny("stage3", steps=14, batch_size=16))
+    assert "collapsed" not in caplog.text
+
+
+def test_the_loss_of_identical_embeddings_leaves_copies_out():
+    """ln of the candidates that count: copies of a positive are no candidates, its own place is."""
+
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = torch.nn.Parameter(torch.ones(1, 4))
+
+        def forward(self, features):
+            return {"sentence_embedding": self.one.expand(len(features["input_ids"]), 4)}
+
+    rows = torch.zeros(6, 1)
+    for keys in (None, (torch.arange(6), torch.tensor([0, 0, 0, 1, 2, 3]))):
+        columns = [{"input_ids": rows} | ({} if keys is None else {"key": keys[i]}) for i in range(2)]
+        loss = CachedInfoNCE(Constant(), temperature=0.02, mini_batch_size=4)
+        assert np.isclose(loss(columns).item(), loss.chance, rtol=1e-6)
+        assert np.isclose(loss.chance, np.log(6) if keys is None else (3 * np.log(4) + 3 * np.log(6)) / 6)
+
+
+# --- two processes ------------------------------------------------------------------------------------------------------
+
+
+def pairs(home):
+    rows, _ = corpus.pairs(home / "world")
+    return [rows[i] for i in (0, 20, 40, 63, 8, 30, 50, 16)]
+
+
+def captions(home):
+    """The second half has longer texts and no image: two processes mask different numbers of words and cells."""
+    rows = [row | {"draw": i} for i, row in enumerate(corpus.captions(home / "world")[:8])]
+    return rows[:4] + [row | {"image": None, "target": row["target"] + ", " + row["target"]} for row in rows[4:]]
+
+
+def contrastive_gradients(home, mine, wrap):
+    folder = home / "stage3"
+    inputs = load_inputs(folder, read_meta(folder))
+    model = SentenceTransformer(modules=[EosEmbedding(open_backbone(folder, bidirectional=True), inputs)], device="cpu")
+    batch = PairCollator(preprocess_fn=inputs.collate)(pairs(home)[mine])
+    columns = [
+        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)} for c in ("anchor", "positive")
+    ]
+    wrapped = wrap(model.train())
+    loss = CachedInfoNCE(wrapped, temperature=0.1, mini_batch_size=3)(columns)
+    loss.backward()
+    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def reconstruction_gradients(home, mine, wrap):
+    folder = home / "causal"
+    inputs = load_inputs(folder, read_meta(folder))
+    torch.manual_seed(0)
+    module = Reconstruction(open_backbone(folder, bidirectional=True), layout="bidirectional", image_weight=0.5)
+    batch = stage1_batch(captions(home)[mine], inputs, make_recipe("stage1", {"preset": "figure"}), seed=0)
+    wrapped = wrap(module.train())
+    out = wrapped(**batch)
+    out["loss"].backward()
+    losses = {name: float(value.detach()) for name, value in out.items()}
+    return losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+
+
+def one_of_two(rank, port, home, out):
+    """A process of two: gradients through DDP with what was sent, then stages 1 and 3, into `out`."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    torch.set_num_threads(1)
+    from accelerate import PartialState
+
+    PartialState(cpu=True)
+    sent = []
+
+    def count(state, bucket):
+        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+        sent.append(bucket.buffer().numel())
+        return allreduce_hook(None, bucket)
+
+    def wrap(module):
+        wrapped = DistributedDataParallel(module, find_unused_parameters=True)
+        wrapped.register_comm_hook(None, count)
+        return wrapped
+
+    mine, results = slice(4 * rank, 4 * rank + 4), {}
+    for name, gradients in (("stage3", contrastive_gradients), ("stage1", reconstruction_gradients)):
+        sent.clear()
+        results[name] = (*gradients(home, mine, wrap), list(sent))
+    torch.save(results, out / f"gradients-{rank}.pt")
+    for stage in ("stage1", "stage3"):
+        go(home, stage, out / stage)
+
+
+@pytest.fixture(scope="module")
+def two(home, processes, tmp_path_factory):
+    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [processes.Process(target=one_of_two, args=(rank, port, home, out)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.exitcode is None:
+            child.kill()
+    assert [child.exitcode for child in children] == [0, 0]
+    return out
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_two_processes_give_the_gradient_of_the_whole_batch(home, two, stage):
+    """Relative 1e-5 in float32; the losses of the two average to that of the whole batch, also where one has no image."""
+    ranks = [torch.load(two / f"gradients-{rank}.pt", weights_only=True)[stage] for rank in (0, 1)]
+    if stage == "stage3":
+        loss, whole = contrastive_gradients(home, slice(None), lambda module: module)
+        assert np.isclose(np.mean([rank[0] for rank in ranks]), loss, rtol=1e-5)
+    else:
+        losses, whole = reconstruction_gradients(home, slice(None), lambda module: module)
+        for name, value in losses.items():
+            assert np.isclose(np.mean([rank[0][name] for rank in ranks]), value, rtol=1e-5), name
+        assert ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"] and ranks[1][0]["image_loss"] == 0
+    for _, gradients, _ in ranks:
+        assert gradients.keys() == whole.keys()
+        for name, gradient in whole.items():
+            assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+def test_one_synchronisation_a_step(two):
+    """Six chunks of GradCache and two columns, but every number crosses once."""
+    for rank in (0, 1):
+        results = torch.load(two / f"gradients-{rank}.pt", weights_only=True)
+        for _, gradients, sent in results.values():
+            assert sum(sent) == sum(gradient.numel() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_a_stage_on_two_processes_is_the_stage_on_one(home, two, stage):
+    """Same rows, same corruption, same means: losses to 1e-4; weights to 1e-4 (Adam divides rounding by tiny gradients)."""
+    one, other = pd.read_csv(home / stage / "log.csv"), pd.read_csv(two / stage / "log.csv")
+    assert np.allclose(one["loss"], other["loss"], rtol=1e-4)
+    assert np.allclose(one["grad_norm"], other["grad_norm"], rtol=1e-3)
+    a, b = weights(home / stage), weights(two / stage)
+    start = weights(home / PARENT[stage])
+    moved = sum((a[name] - start[name]).norm() ** 2 for name in a) ** 0.5
+    apart = sum((a[name] - b[name]).norm() ** 2 for name in a) ** 0.5
+    assert apart < 1e-2 * moved
+    if stage == "stage1":
+        assert np.allclose(one[["text_loss", "image_loss"]], other[["text_loss", "image_loss"]], rtol=1e-4)
+    assert not (two / f".{stage}.work").exists()
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------------
+
+sizes = st.lists(st.integers(1, 12), min_size=1, max_size=5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes=sizes, n=st.integers(0, 80), block=st.integers(0, 9), seed=st.integers(0, 5))
+def test_plan_takes_every_row_once_before_any_twice(sizes, n, block, seed):
+    plan = index_plan(sizes, n, seed=seed, block=block)
+    assert plan.shape == (n,) and np.array_equal(plan, index_plan(sizes, n, seed=seed, block=block))
+    start = 0
+    for size in sizes:
+        mine = plan[(plan >= start) & (plan < start + size)]
+        start += size
+        for first in range(0, len(mine), size):
+            assert max(Counter(mine[first : first + size].tolist()).values()) == 1
+    assert ((plan >= 0) & (plan < start)).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=sizes, n=st.integers(1, 60), more=st.integers(0, 40), block=st.integers(0, 9))
+def test_a_shorter_plan_begins_a_longer_one(sizes, n, more, block):
+    assert np.array_equal(
+        index_plan(sizes, n + more, seed=0, block=block)[:n], index_plan(sizes, n, seed=0, block=block)
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=sizes, n=st.integers(1, 80), block=st.integers(2, 9))
+def test_a_block_is_of_one_subset(sizes, n, block):
+    subset = np.searchsorted(np.cumsum(sizes), index_plan(sizes, n, seed=0, block=block), side="right")
+    for first in range(0, n, block):
+        assert len(set(subset[first : first + block].tolist())) == 1
+
+
+def test_subsets_take_turns_in_proportion_and_seeds_differ():
+    plan = index_plan([300, 100], 4000, seed=0)
+    assert 0.72 < (plan < 300).mean() < 0.78
+    assert not np.array_equal(plan, index_plan([300, 100], 4000, seed=1))
+    with pytest.raises(ValueError, match=r"a subset without training rows \(sizes \[3, 0\]\)"):
+        index_plan([3, 0], 5, seed=0)
+
+
+def test_order_and_draws_do_not_depend_on_workers():
+    data = Planned([{"row": i} for i in range(7)], index_plan([7], 20, seed=0))
+    loaders = [torch.utils.data.DataLoader(data, batch_size=4, collate_fn=list, num_workers=n) for n in (0, 2)]
+    alone, shared = [[row for batch in loader for row in batch] for loader in loaders]
+    assert alone == shared and [row["draw"] for row in alone] == list(range(20))
