@@ -3,6 +3,12 @@
 
 PROFILE ?= laptop
 PAIRS   ?=
+# With PAIRS: names of columns where they are not the usual ones, the image folder, and skip for bad rows.
+IMAGE_COLUMN ?=
+TEXT_COLUMN  ?=
+CLASS_COLUMN ?=
+IMAGE_ROOT   ?=
+ON_BAD_ROW   ?=
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON  ?=
 SNAKEFLAGS ?=
@@ -27,7 +33,10 @@ help: ## this list
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
 	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
-		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS)))
+		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
+		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
+		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
+		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW)))
 
 backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
 	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
@@ -45,7 +54,7 @@ site: check-arguments $(STAMP) ## executed notebooks of that run as HTML -> repo
 test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
 	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests
 	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 --dist loadfile \
+		$(TESTENV) $(PY) -m pytest -q -n 0 \
 			--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks; \
 	else echo "No notebooks yet: none checked."; fi
 

@@ -18,6 +18,7 @@ from cocoa_lib.profiles import load_profile, read_arms
 
 PROFILE = config.get("profile", "laptop")
 PAIRS = config.get("pairs", "")
+PAIR_OPTIONS = {name: config[name] for name in ("image_column", "text_column", "class_column", "image_root", "on_bad_row") if config.get(name)}
 P = load_profile(PROFILE)
 NAME = PROFILE + ("-" + Path(PAIRS).stem if PAIRS else "")
 RUN = f"runs/{NAME}"
@@ -79,6 +80,20 @@ rule all:
         f"{RUN}/notebooks/05_ablations.ipynb",
 
 
+rule backbone:
+    """`make backbone`: notebook 00 trains the small causal model anew; it then replaces data/backbone."""
+    output:
+        f"{RUN}/backbone.done",
+    params:
+        out=f"{RUN}/backbone",
+    threads: workflow.cores
+    shell:
+        "rm -rf {params.out} && "
+        + NOTEBOOK.replace("{output.notebook}", "{RUN}/notebooks/00_backbone.ipynb").replace("{params.name}", "00_data_and_backbone")
+        + " --set data={RUN}/benchmark backbone_folder={params.out} retrain=true"
+        " && rm -rf {BACKBONE} && cp -r {params.out} {BACKBONE} && touch {output}"
+
+
 rule benchmark:
     """Notebook 00: the data and the backbone, looked at."""
     input:
@@ -90,10 +105,10 @@ rule benchmark:
         notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
     params:
         name="00_data_and_backbone",
-        pairs=f"pairs={shlex.quote(json.dumps({'path': PAIRS}))}" if PAIRS else "",
+        pairs=f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else "",
     threads: workflow.cores
     shell:
-        NOTEBOOK + " --set data={DATA} backbone_folder={BACKBONE} {params.pairs}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {params.pairs}"
 
 
 rule masks:
@@ -105,7 +120,7 @@ rule masks:
     params:
         name="01_attention_masks",
     shell:
-        NOTEBOOK
+        NOTEBOOK + " --set figures={RUN}/figures"
 
 
 rule pretraining:
@@ -123,7 +138,7 @@ rule pretraining:
         stage1_out=stage_dir("stage1", MAIN, SEED),
         stage2_out=stage_dir("stage2", MAIN, SEED),
     shell:
-        NOTEBOOK + " --set data={DATA} backbone_folder={BACKBONE} seed={SEED}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
         " stage1_out={params.stage1_out} stage2_out={params.stage2_out}"
 
 
@@ -141,7 +156,7 @@ rule contrastive:
         parent_dir=stage_dir("stage2", MAIN, SEED),
         out=stage_dir("stage3", MAIN, SEED),
     shell:
-        NOTEBOOK + " --set data={DATA} seed={SEED} parent={params.parent_dir} stage3_out={params.out}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} seed={SEED} parent={params.parent_dir} stage3_out={params.out}"
 
 
 rule stage:
@@ -191,7 +206,7 @@ rule evaluation:
         model=stage_dir("stage3", MAIN, SEED),
         results=f"{RUN}/results/{MAIN}/seed{SEED}",
     shell:
-        NOTEBOOK + " --set data={DATA} model={params.model} results={params.results}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
 
 
 rule ablations:
@@ -205,4 +220,4 @@ rule ablations:
     params:
         name="05_ablations",
     shell:
-        NOTEBOOK + " --set run={RUN}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures run={RUN}"

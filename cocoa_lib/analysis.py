@@ -5,6 +5,7 @@ Scores, differences and accuracies are in percent or percentage points. Every ra
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -288,3 +289,19 @@ def probe_interval(right: int, n: int) -> tuple[float, float]:
         raise ValueError(f"{right} right out of {n}")
     interval = stats.binomtest(right, n).proportion_ci(method="wilson")
     return 100 * float(interval.low), 100 * float(interval.high)
+
+
+def training_costs(run: str | Path, arms: Mapping[str, Any]) -> pd.DataFrame:
+    """Seconds of training of all stages that an arm has, from the checkpoints of a run: arm, seed, seconds.
+
+    arms: name -> `profiles.Arm`. Stages that arms share count in full for each, as they would if it were run alone.
+    """
+    rows = []
+    for folder in sorted(Path(run).glob("seed*")):
+        for name, arm in arms.items():
+            stages = [stage for stage in ("stage1", "stage2", "stage3") if getattr(arm, stage) is not None]
+            metas = [folder / stage / arm.key(stage) / "cocoa.json" for stage in stages]
+            if all(meta.is_file() for meta in metas):
+                seconds = sum(json.loads(meta.read_text(encoding="utf-8"))["train_seconds"] for meta in metas)
+                rows.append({"arm": name, "seed": int(folder.name[4:]), "seconds": seconds})
+    return pd.DataFrame(rows, columns=["arm", "seed", "seconds"])

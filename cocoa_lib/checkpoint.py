@@ -17,11 +17,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_model
+from torch import nn
 from transformers import PreTrainedModel
 
 from .inputs import Inputs
 
 META = "cocoa.json"
+DECODER = "image_decoder.safetensors"
 STAGES = ("init", "causal", "stage1", "stage2", "stage3")
 
 
@@ -79,9 +82,16 @@ def provenance() -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path, model: PreTrainedModel, inputs: Inputs, meta: dict[str, Any], extra: dict[str, str] | None = None
+    folder: Path,
+    model: PreTrainedModel,
+    inputs: Inputs,
+    meta: dict[str, Any],
+    extra: dict[str, str] | None = None,
+    decoder: nn.Module | None = None,
 ) -> Path:
     """Model, tokenizer, image processor, `cocoa.json` and extra text files, written beside and renamed to `folder`.
+
+    `decoder`: stage 1's image decoder, kept in DECODER so that reconstructions can be looked at; no later stage needs it.
 
     Raises CheckpointError if `folder` already holds something.
     """
@@ -95,6 +105,8 @@ def save_checkpoint(
     aside.mkdir(parents=True)
     model.save_pretrained(aside)
     inputs.save(aside)
+    if decoder is not None:
+        save_model(decoder, str(aside / DECODER))
     for name, text in (extra or {}).items():
         (aside / name).write_text(text, encoding="utf-8")
     settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}

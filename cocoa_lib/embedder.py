@@ -107,7 +107,13 @@ class CocoaEmbedder:
     ) -> CocoaEmbedder:
         module = load_module(folder, dtype=dtype, attn_implementation=attn_implementation)
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        seen = [module.meta["weights_sha256"], module.inputs.eos_token, module.inputs.max_length, module.pooling, str(dtype)]
+        seen = [
+            module.meta["weights_sha256"],
+            module.inputs.eos_token,
+            module.inputs.max_length,
+            module.pooling,
+            str(dtype),
+        ]
         return cls(module, "-".join(map(str, seen)))  # all that an embedding depends on, besides the item
 
     def encode(

@@ -284,6 +284,15 @@ def _card(item: Mapping[str, Any], title: str, alt: str, border: str) -> str:
     )
 
 
+def candidates_html(query: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
+    """A query and its candidates in the order given, the first one marked as right, as self-contained HTML."""
+    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
+    for place, candidate in enumerate(candidates, start=1):
+        mark, border = (" &#10003; right", f"3px solid {COLOURS[2]}") if place == 1 else ("", "1px solid #ccc")
+        cards.append(_card(candidate, f"{place}.{mark}", f"picture of candidate {place}", border))
+    return f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
+
+
 def retrieval_html(
     query: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]], scores: Sequence[float], right: int, k: int = 5
 ) -> str:

@@ -35,6 +35,7 @@ STYLE = {
     "svg.hashsalt": "cocoa",  # the same ids, so the same bytes
     "svg.fonttype": "path",
 }
+mpl.rcParams.update(STYLE)  # one style for the session, so that titles set later follow it too
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 
@@ -127,13 +128,16 @@ def training_curves(
 def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, size: float = 1.5) -> Figure:
     """Pictures in a grid, each with its text below."""
     rows = -(-len(images) // columns)
-    figure, axes = new(rows, columns, width=size * columns, height=(size + 0.55) * rows, squeeze=False)
+    texts = [textwrap.fill(caption, 24) for caption in captions]
+    below = 0.13 * max((text.count("\n") + 1 for text in texts), default=0)  # inches for the longest text
+    figure, axes = new(rows, columns, width=size * columns, height=(size + below) * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, caption in zip(axes.flat, images, captions, strict=False):
+    for axis, image, text in zip(axes.flat, images, texts, strict=False):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(textwrap.fill(caption, 22), fontsize=7, y=-0.05, va="top", loc="center")
-    return _done(figure, f"{len(images)} pictures with their texts, e.g. {captions[0]!r}." if captions else "Pictures.")
+        axis.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+    alt = f"{len(images)} pictures, each with its text below; the first: {captions[0]!r}." if captions else "Pictures."
+    return _done(figure, alt)
 
 
 def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence, titles=("original", "seen by the model", "reconstructed")) -> Figure:  # fmt: skip
@@ -381,3 +385,15 @@ def cost(table: pd.DataFrame, *, block: int) -> Figure:
     last = table[table["length"] == table["length"].max()]
     return _done(figure, "Share of all pairs that is computed, at the greatest length: " + "; ".join(
         f"{row.layout}, A:B {row.ratio}: {row.blocks:.0%}" for row in last.itertuples()) + ".")  # fmt: skip
+
+
+def similarity(cosine: np.ndarray) -> Figure:
+    """Cosine similarities (n, n) as a heat map, pictures in rows and texts in columns; the right pairs are the diagonal."""
+    figure, axis = new(width=3.6, height=3.0)
+    shown = axis.imshow(cosine, cmap="cividis", interpolation="nearest")
+    figure.colorbar(shown, ax=axis, label="cosine")
+    axis.set_xlabel("text")
+    axis.set_ylabel("picture")
+    hits = int((cosine.argmax(1) == np.arange(len(cosine))).sum())
+    axis.set_title(f"{hits} of {len(cosine)} find their own text")
+    return _done(figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal.")

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, load_model
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util import all_gather, get_rank
 from torch import LongTensor, Tensor, nn
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from .attention import additive, dense_mask
 from .backbone import hidden_states, language_model, position_ids
+from .checkpoint import DECODER
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
 
@@ -91,6 +94,17 @@ class PatchDecoder(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
         return self.project(hidden[batch["mm_token_type_ids"] == 1])
+
+
+def load_decoder(folder: str | Path, model: PreTrainedModel) -> PatchDecoder:
+    """The image decoder that stage 1 left in its checkpoint folder. Raises FileNotFoundError where it left none."""
+    path = Path(folder) / DECODER
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no image decoder; stage 1 leaves one when image_weight is above 0")
+    n_layers = len({name.split(".")[1] for name in load_file(path) if name.startswith("layers.")})
+    decoder = PatchDecoder(model, n_layers)
+    load_model(decoder, str(path))
+    return decoder.eval()
 
 
 class Reconstruction(nn.Module):
@@ -194,9 +208,7 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
         local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
         mine = torch.arange(local, device=columns[0].device) + get_rank() * local
         exclude = self._duplicates(mine, total)
-        loss = info_nce(
-            columns[0][mine], torch.cat(columns[1:]), mine, temperature=self.temperature, exclude=exclude
-        )
+        loss = info_nce(columns[0][mine], torch.cat(columns[1:]), mine, temperature=self.temperature, exclude=exclude)
         self.embeddings = columns[0].detach()
         self.chance = _chance(len(columns[0]) * (len(columns) - 1), mine, exclude)
         if with_backward:

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +93,23 @@ def run_notebook(notebook: Path, out: Path, profile: str, overrides: dict[str, A
         progress_bar=progress,
         log_output=False,
     )
+    tidy_notebook(partial)
     os.replace(partial, out)
     return out
+
+
+def tidy_notebook(notebook: Path) -> None:
+    """Drop what only a live kernel can show: progress bars left behind and the state of widgets."""
+    import nbformat
+
+    content = nbformat.read(notebook, as_version=4)
+    content.metadata.pop("widgets", None)
+    for cell in content.cells:
+        outputs = cell.get("outputs", [])
+        cell_outputs = [o for o in outputs if not re.match(r"\s*\d+%\|", o.get("data", {}).get("text/plain", ""))]
+        if cell.cell_type == "code":
+            cell.outputs = cell_outputs
+    nbformat.write(content, notebook)
 
 
 @dataclass(frozen=True)

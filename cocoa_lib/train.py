@@ -319,14 +319,15 @@ def run_stage(
     if trainer.is_world_process_zero():
         if adapter is not None:
             model = merge_adapter(adapter)
-        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history)
+        decoder = getattr(trainer.accelerator.unwrap_model(trainer.model), "decoder", None)
+        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, decoder)
         shutil.rmtree(work)
     trainer.accelerator.wait_for_everyone()
     return out
 
 
 def _finish(
-    out: Path, model, inputs: Inputs, recipe: Recipe, run: dict, parent: str | Path, history: list[dict]
+    out: Path, model, inputs: Inputs, recipe: Recipe, run: dict, parent: str | Path, history: list[dict], decoder=None
 ) -> None:
     log = averaged([row for row in history if "loss" in row], recipe.logging_steps)
     runtime = next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), float("nan"))
@@ -335,12 +336,16 @@ def _finish(
         "layout": recipe.layout,
         "pooling": getattr(recipe, "pooling", "eos"),
         "prompt": "<|vision_start|><|image_pad|><|vision_end|>{text}" + inputs.eos_token,
-        "parent": str(parent),
+        "parent": "/".join(Path(parent).parts[-2:]),  # enough to find it; a whole path would name this machine
         "train_seconds": round(runtime, 1),
         "final_loss": None if log.empty else float(log["loss"].tail(5).mean()),
         "run": run,
     }
-    save_checkpoint(out, model, inputs, meta, {"log.csv": log.to_csv(index=False)})
+    extra = {"log.csv": log.to_csv(index=False)}
+    if run["stage"] == "stage3":  # so that the folder also opens as a sentence-transformers model
+        module = {"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}
+        extra["modules.json"] = json.dumps([module], indent=2)
+    save_checkpoint(out, model, inputs, meta, extra, decoder)
 
 
 def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
@@ -463,12 +468,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parent", required=True, help="checkpoint folder or hub name to start from")
     parser.add_argument("--data", required=True, help="folder of the benchmark or of MMEB-train")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--profile", help="take the recipe of this profile (smoke, laptop, gpu, paper)")
     parser.add_argument("--recipe", default="{}", help="recipe values as JSON, e.g. '{\"steps\": 200}'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--allow-parent", action="store_true", help="accept a parent of another stage (ablations)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO)
-    recipe = make_recipe(args.stage, json.loads(args.recipe))
+    from .profiles import load_profile
+
+    values = load_profile(args.profile).get(args.stage, {}) if args.profile else {}
+    recipe = make_recipe(args.stage, values | json.loads(args.recipe))
     folder = run_stage(
         args.stage,
         recipe,

@@ -95,7 +95,7 @@ def test_a_stage_leaves_a_whole_checkpoint(home, stage):
     assert meta["eos_token"] == "<|im_end|>" and meta["max_length"] == 128
     assert meta["prompt"] == "<|vision_start|><|image_pad|><|vision_end|>{text}<|im_end|>"
     assert meta["run"]["recipe"]["steps"] == 6 and meta["run"]["seed"] == 0
-    assert meta["parent"] == str(home / PARENT[stage])
+    assert meta["parent"] == f"{home.name}/{PARENT[stage]}", "found by its last two names, no path of this machine"
     assert meta["run"]["parent_stage"] == PARENT[stage]
     assert meta["run"]["parent_sha256"] == parent["weights_sha256"] != meta["weights_sha256"]
     log = pd.read_csv(folder / "log.csv")
@@ -306,7 +306,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(home, damage, tmp
 
 def test_a_stage_starts_from_the_one_before_unless_told(home, tmp_path):
     for stage, parent in (("stage1", "init"), ("stage2", "causal"), ("stage3", "stage1"), ("causal", "stage1")):
-        with pytest.raises(CheckpointError, match=f"{stage} starts from a .* but .*{parent}.* is {parent}.*allow_parent"):
+        with pytest.raises(
+            CheckpointError, match=f"{stage} starts from a .* but .*{parent}.* is {parent}.*allow_parent"
+        ):
             go(home, stage, tmp_path / "out", parent=home / parent)
     assert not list(tmp_path.iterdir()), "a refusal leaves nothing behind"
     out = go(home, "stage3", tmp_path / "out", tiny("stage3", steps=1), parent=home / "causal", allow_parent=True)
@@ -451,7 +453,7 @@ def reconstruction_gradients(home, mine, wrap):
 
 
 def one_of_two(rank, port, home, out):
-    """A process of two: gradients through DDP with what was sent, then stages 1 and 3, into `out`."""
+    """A process of two: gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     torch.set_num_threads(1)
@@ -478,11 +480,19 @@ def one_of_two(rank, port, home, out):
     torch.save(results, out / f"gradients-{rank}.pt")
     for stage in ("stage1", "stage3"):
         go(home, stage, out / stage)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            stop_at(patch, 3, signal.SIGINT)  # Ctrl-C reaches one process only: both must stop at the same step
+        with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
+            go(home, "stage3", out / "resumed")
+    files = json.loads((out / ".resumed.work" / "checkpoint-3" / "complete.json").read_text())
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= files.keys(), "every process's random state is vouched for"
+    go(home, "stage3", out / "resumed")
 
 
 @pytest.fixture(scope="module")
 def two(home, processes, tmp_path_factory):
-    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3."""
+    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3, resumed."""
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -538,6 +548,10 @@ def test_a_stage_on_two_processes_is_the_stage_on_one(home, two, stage):
     if stage == "stage1":
         assert np.allclose(one[["text_loss", "image_loss"]], other[["text_loss", "image_loss"]], rtol=1e-4)
     assert not (two / f".{stage}.work").exists()
+
+
+def test_two_processes_stop_together_and_go_on(two):
+    assert_same_run(two / "resumed", two / "stage3")
 
 
 # --- the plan -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,143 @@
+"""A user's own pictures and texts: reading, splitting by concept, clear errors before anything is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cocoa_lib import corpus, mmeb
+from cocoa_lib.inputs import InputError
+from cocoa_lib.pairs import build_pairs, concept, group_concepts
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "grey", "black", "pink", "brown"]
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A JSONL with 24 rows: 12 colours, each twice as variants of one concept."""
+    (tmp_path / "png").mkdir()
+    rows = []
+    for i, colour in enumerate(COLOURS):
+        for variant in ("man", "woman"):
+            name = f"{colour}-{variant}.png"
+            Image.new("RGB", (20 + i, 20), colour).resize((20 + i, 20 + (variant == "man"))).save(tmp_path / "png" / name)
+            rows.append({"file": name, "name": f"{colour} {variant}: large", "group": "warm" if i % 2 else "cold", "more": [1]})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path, rows
+
+
+def rewrite(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+
+
+def test_concepts_join_variants_and_equal_pictures():
+    assert concept("Waving Hand: dark skin tone") == "waving hand"
+    assert concept("woman runner") == concept("man runner") == "runner"
+    assert concept("man") == "man", "a text of variant words alone keeps its words"
+    rows = [{"_text": t, "_hash": h} for t, h in (("cat", "1"), ("dog", "2"), ("hound", "2"), ("cat: red", "3"))]
+    groups = group_concepts(rows)
+    assert groups[0] == groups[3] and groups[1] == groups[2] and groups[0] != groups[1]
+
+
+def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
+    path, rows = table
+    root = tmp_path / "data"
+    manifest = build_pairs(path, root, n_eval=3, progress=False)
+    assert manifest["used"] == 24 and manifest["image_root"] == "png", "the image folder is found below the table"
+    tasks = mmeb.choose_tasks(["all"], str(root))
+    assert [task.name for task in tasks] == [
+        "TextToImageSeen", "ImageToTextSeen", "ClassSeen", "TextToImageUnseen", "ImageToTextUnseen", "ClassUnseen",
+    ]  # fmt: skip
+    unseen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextUnseen")}
+    seen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextSeen")}
+    training = {row["target"] for row in corpus.captions(root)}
+    assert seen <= training and not {concept(t) for t in unseen} & {concept(t) for t in training}
+    pairs, sizes = corpus.pairs(root)
+    assert sizes == [len(training)] * 3 and set(pairs.column_names) == {"anchor", "positive"}
+    for row in mmeb.load_eval(str(root), "TextToImageUnseen"):
+        assert len(set(row["tgt_img_path"])) == len(row["tgt_img_path"]) == 2
+
+
+def test_a_second_call_does_nothing_and_other_settings_are_refused(table, tmp_path):
+    path, _ = table
+    root = tmp_path / "data"
+    first = build_pairs(path, root, progress=False)
+    stamp = (root / "manifest.json").stat().st_mtime_ns
+    assert build_pairs(path, root, progress=False) == first and (root / "manifest.json").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="other settings"):
+        build_pairs(path, root, seed=1, progress=False)
+    (root / "manifest.json").unlink()
+    with pytest.raises(InputError, match="unfinished build"):
+        build_pairs(path, root, progress=False)
+
+
+def test_csv_reads_the_same(table, tmp_path):
+    path, rows = table
+    other = path.with_suffix(".csv")
+    with other.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file", "name"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    assert build_pairs(other, tmp_path / "data", progress=False)["used"] == 24
+
+
+def test_bad_rows_stop_before_anything_is_written_and_are_all_named(table, tmp_path):
+    path, rows = table
+    rows[2]["file"] = "none.png"
+    rows[5]["name"] = "  "
+    (path.parent / "png" / rows[7]["file"]).write_bytes(b"not a picture")
+    rewrite(path, rows)
+    root = tmp_path / "data"
+    with pytest.raises(InputError) as error:
+        build_pairs(path, root, progress=False)
+    message = str(error.value)
+    assert "3 of 24 rows" in message and not root.exists()
+    for part in ("row 3", "none.png: no such image file", "row 6: empty 'name'", "row 8", "not a readable image"):
+        assert part in message
+    manifest = build_pairs(path, root, on_bad_row="skip", progress=False)
+    assert (manifest["used"], manifest["skipped"]) == (21, 3)
+    assert len((root / "skipped.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_column": "title"}, r"no column 'title' for the text; columns: file, name, group, more"),
+        ({"on_bad_row": "ignore"}, "on_bad_row must be 'stop' or 'skip'"),
+    ],
+)
+def test_wrong_settings_say_what_is_known(table, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        build_pairs(table[0], tmp_path / "data", progress=False, **change)
+
+
+def test_wrong_files(table, tmp_path):
+    path, rows = table
+    with pytest.raises(InputError, match="no such file; PAIRS takes"):
+        build_pairs(tmp_path / "none.jsonl", tmp_path / "data", progress=False)
+    path.write_text('{"file": "a.png"}\nnonsense\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 2: not a JSON object"):
+        build_pairs(path, tmp_path / "data", progress=False)
+    rewrite(path, [{"a": 1}])
+    with pytest.raises(InputError, match="cannot tell image and text columns among a"):
+        build_pairs(path, tmp_path / "data", progress=False)
+    rewrite(path, rows[:4])
+    with pytest.raises(InputError, match="4 usable rows; at least 10"):
+        build_pairs(path, tmp_path / "data", progress=False)
+
+
+def test_the_emoji_of_the_real_data(shared_data, tmp_path):
+    """The first 200 real rows: transparent pictures, names with variants."""
+    lines = (shared_data / "emoji" / "emoji_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    root = tmp_path / "data"
+    manifest = build_pairs(path, root, image_root=shared_data / "emoji" / "png" / "72", progress=False)
+    assert manifest["used"] == 200 and manifest["skipped"] == 0
+    table = pd.read_parquet(root / "eval" / "ClassSeen" / "test-00000-of-00001.parquet")
+    assert set(table["tgt_text"].iloc[0]) <= {"Smileys & Emotion", "People & Body"}

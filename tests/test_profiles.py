@@ -1,0 +1,96 @@
+"""Profiles, arms and notebooks fit together: unknown names are errors, notebook defaults are the smoke profile."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from cocoa_lib.profiles import NOTEBOOKS, declared_parameters, load_profile, notebook_parameters, read_arms, tidy_notebook
+from cocoa_lib.recipes import RecipeError, make_recipe
+
+ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
+
+
+def test_there_are_six_numbered_notebooks():
+    assert [path.name[:2] for path in ALL] == ["00", "01", "02", "03", "04", "05"]
+
+
+@pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
+def test_defaults_are_the_smoke_profile(notebook):
+    smoke = load_profile("smoke")
+    for name, default in declared_parameters(notebook).items():
+        if name in smoke:
+            assert ast.literal_eval(default) == smoke[name], name
+
+
+@pytest.mark.parametrize("notebook", ALL, ids=lambda path: path.stem)
+def test_every_name_of_the_parameters_cell_is_found(notebook):
+    """papermill's reader drops a parameter whose comment confuses it; the cell itself is the truth."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    source = next(cell.source for cell in cells if "parameters" in cell.metadata.get("tags", []))
+    names = {target.id for node in ast.parse(source).body for target in node.targets}
+    assert names == set(declared_parameters(notebook))
+
+
+@pytest.mark.parametrize("name", ["smoke", "laptop", "gpu", "paper"])
+def test_profiles_are_whole(name):
+    profile = load_profile(name)
+    assert set(profile["arms"]) <= set(read_arms()) and profile["seeds"]
+    for stage in ("stage1", "stage2", "stage3"):
+        make_recipe(stage, profile[stage])
+
+
+def test_the_paper_profile_is_the_published_recipe():
+    profile = load_profile("paper")
+    one, two, three = (make_recipe(stage, profile[stage]) for stage in ("stage1", "stage2", "stage3"))
+    assert (one.text_mask_rate, one.patch_mask_rate, one.image_weight) == (0.2, 0.3, 0.5)
+    assert (two.text_mask_rate, two.layout, two.batch_size) == (0.7, "eos_bridged", 64)
+    assert (three.temperature, three.batch_size, three.steps, three.warmup_steps) == (0.02, 1024, 2000, 200)
+    for recipe in (one, two, three):
+        assert (recipe.learning_rate, recipe.schedule, recipe.lora_r, recipe.lora_alpha, recipe.dora) == (2e-5, "linear", 8, 64, True)
+
+
+def test_unknown_names_are_errors_that_help(tmp_path):
+    with pytest.raises(RecipeError, match="unknown name 'laptp'; did you mean 'laptop'"):
+        load_profile("laptp")
+    (tmp_path / "mine.yaml").write_text("stage1: {stepz: 3}")
+    with pytest.raises(RecipeError, match="unknown name 'stepz'; did you mean 'steps'"):
+        load_profile("mine", tmp_path)
+    (tmp_path / "mine.yaml").write_text("stage9: {}")
+    with pytest.raises(RecipeError, match="unknown name 'stage9'"):
+        load_profile("mine", tmp_path)
+    (tmp_path / "mine.yaml").write_text("stage1: {steps: many}")
+    with pytest.raises(RecipeError, match="stage1.steps: expected int, got 'many'"):
+        load_profile("mine", tmp_path)
+    with pytest.raises(RecipeError, match="unknown name 'sed'; did you mean 'seed'"):
+        notebook_parameters(NOTEBOOKS / "02_reconstruction_pretraining.ipynb", {}, {"sed": 1})
+
+
+def test_arms_share_what_is_the_same():
+    arms = read_arms()
+    assert arms["cocoa"].key("stage1") == arms["stage1_only"].key("stage1") == arms["cocoa_strict"].key("stage1") == "base"
+    assert arms["cocoa"].key("stage2") == "base" != arms["cocoa_strict"].key("stage2") != arms["no_truncation"].key("stage2")
+    assert arms["stage2_only"].key("stage2") != "base", "stage 2 from the backbone is not stage 2 from stage 1"
+    assert len({arm.key("stage3") for arm in arms.values()}) == len(arms)
+
+
+def test_a_bad_arm_names_its_line_and_column(tmp_path):
+    path = tmp_path / "arms.csv"
+    path.write_text('arm,stage1,stage2,stage3,hypothesis\nx,{},-,"{""stepz"": 1}",none\n')
+    with pytest.raises(RecipeError, match="line 2, column stage3.*stepz"):
+        read_arms(path)
+
+
+def test_tidy_notebook_drops_progress_bars_only(tmp_path):
+    cell = nbformat.v4.new_code_cell("x")
+    texts = ["  0%|          | 0/6 [00:00<?, ?step/s]", "a result of 5%"]
+    cell.outputs = [nbformat.v4.new_output("display_data", {"text/plain": text}) for text in texts]
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"widgets": {"state": 1}})
+    path = Path(tmp_path / "n.ipynb")
+    nbformat.write(notebook, path)
+    tidy_notebook(path)
+    tidied = nbformat.read(path, as_version=4)
+    assert [o.data["text/plain"] for o in tidied.cells[0].outputs] == texts[1:] and "widgets" not in tidied.metadata
