@@ -32,24 +32,20 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
-	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
+	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
 		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
 		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
 		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
 		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW)))
 
 backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
-	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete $(SNAKEFLAGS) \
+	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
 		--config profile=$(call quote,$(PROFILE))
 
-site: check-arguments $(STAMP) ## executed notebooks of that run as HTML -> reports/
-	@run=$(call quote,runs/$(PROFILE)); pairs=$(call quote,$(PAIRS)); \
-	if [ -n "$$pairs" ]; then stem="$${pairs##*/}"; run="$$run-$${stem%.*}"; fi; \
-	if [ -z "$$(find "$$run/notebooks" -name '*.ipynb' 2>/dev/null)" ]; then \
-		echo "No executed notebooks in $$run/notebooks: run \`make reproduce\` with the same arguments first." >&2; exit 1; \
-	fi; \
-	mkdir -p reports; \
-	$(ENV) $(PY) -m nbconvert --to html --output-dir reports "$$run"/notebooks/*.ipynb
+site: check-arguments $(STAMP) ## figures, tables and pages of runs/PROFILE -> reports/PROFILE
+	@test -n "$$(find runs/$(call quote,$(PROFILE)) -name '*.ipynb' 2>/dev/null)" || \
+		{ echo "No executed notebooks in runs/$(PROFILE): run \`make reproduce PROFILE=$(PROFILE)\` first." >&2; exit 1; }
+	@$(ENV) $(PY) scripts/publish.py runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
 
 test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
 	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests

@@ -3,7 +3,8 @@
     snakemake --cores 2 --config profile=laptop [pairs=path/to/pairs.jsonl]
 
 Numbered notebooks run the main arm (`cocoa`, first seed) and make the figures; the other arms and seeds run the same
-library from the command line, one core each, in parallel. Artefacts mark a step as done, never notebooks. A notebook
+library from the command line, one core each, in parallel. Snakemake deletes the outputs of a step before it runs it
+again, so a step's output is a marker, NAME.done: checkpoints and data know by themselves whether they are whole. A notebook
 or recipe that changed makes what depends on it stale; what is finished is not made again.
 """
 
@@ -45,6 +46,11 @@ def parent_dir(stage, arm, seed):
         if getattr(ARMS[arm], before) is not None:
             return stage_dir(before, arm, seed)
     return BACKBONE
+
+
+def done(folder):
+    """What marks a checkpoint as there: the committed backbone's own file, or the step's marker beside the folder."""
+    return f"{folder}/cocoa.json" if folder == BACKBONE else f"{folder}.done"
 
 
 STEPS = {}  # (stage, key, seed) -> the first arm that needs it
@@ -101,7 +107,7 @@ rule benchmark:
         f"notebooks/profiles/{PROFILE}.yaml",
         PAIRS or [],
     output:
-        manifest=f"{DATA}/manifest.json",
+        done=touch(f"{DATA}.done"),
         notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
     params:
         name="00_data_and_backbone",
@@ -127,11 +133,11 @@ rule pretraining:
     """Notebook 02: stages 1 and 2 of the main arm."""
     input:
         "notebooks/02_reconstruction_pretraining.ipynb",
-        data=f"{DATA}/manifest.json",
+        data=f"{DATA}.done",
         backbone=f"{BACKBONE}/cocoa.json",
     output:
-        stage1=f"{stage_dir('stage1', MAIN, SEED)}/cocoa.json",
-        stage2=f"{stage_dir('stage2', MAIN, SEED)}/cocoa.json",
+        stage1=touch(f"{stage_dir('stage1', MAIN, SEED)}.done"),
+        stage2=touch(f"{stage_dir('stage2', MAIN, SEED)}.done"),
         notebook=f"{RUN}/notebooks/02_reconstruction_pretraining.ipynb",
     params:
         name="02_reconstruction_pretraining",
@@ -146,26 +152,28 @@ rule contrastive:
     """Notebook 03: stage 3 of the main arm."""
     input:
         "notebooks/03_contrastive_training.ipynb",
-        data=f"{DATA}/manifest.json",
-        parent=f"{stage_dir('stage2', MAIN, SEED)}/cocoa.json",
+        data=f"{DATA}.done",
+        parent=f"{stage_dir('stage2', MAIN, SEED)}.done",
     output:
-        stage3=f"{stage_dir('stage3', MAIN, SEED)}/cocoa.json",
+        stage3=touch(f"{stage_dir('stage3', MAIN, SEED)}.done"),
         notebook=f"{RUN}/notebooks/03_contrastive_training.ipynb",
     params:
         name="03_contrastive_training",
-        parent_dir=stage_dir("stage2", MAIN, SEED),
+        stage1_out=stage_dir("stage1", MAIN, SEED),
+        stage2_out=stage_dir("stage2", MAIN, SEED),
         out=stage_dir("stage3", MAIN, SEED),
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} seed={SEED} parent={params.parent_dir} stage3_out={params.out}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
+        " stage1_out={params.stage1_out} stage2_out={params.stage2_out} stage3_out={params.out}"
 
 
 rule stage:
     """One stage of another arm or seed, without a notebook."""
     input:
-        data=f"{DATA}/manifest.json",
-        parent=lambda w: f"{parent_dir(w.stage, step_of(w), w.seed)}/cocoa.json",
+        data=f"{DATA}.done",
+        parent=lambda w: done(parent_dir(w.stage, step_of(w), w.seed)),
     output:
-        f"{RUN}/seed{{seed}}/{{stage}}/{{key}}/cocoa.json",
+        touch(f"{RUN}/seed{{seed}}/{{stage}}/{{key}}.done"),
     params:
         parent=lambda w: parent_dir(w.stage, step_of(w), w.seed),
         out=lambda w: f"{RUN}/seed{w.seed}/{w.stage}/{w.key}",
@@ -180,8 +188,8 @@ rule stage:
 rule evaluate:
     """All tasks of the benchmark with one checkpoint."""
     input:
-        data=f"{DATA}/manifest.json",
-        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}/cocoa.json",
+        data=f"{DATA}.done",
+        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}.done",
     output:
         f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv",
     params:

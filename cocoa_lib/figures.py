@@ -140,10 +140,11 @@ def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns:
     return _done(figure, alt)
 
 
-def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence, titles=("original", "seen by the model", "reconstructed")) -> Figure:  # fmt: skip
+def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence) -> Figure:
     """Rows original / masked / reconstructed, one column a sample."""
     n = len(originals)
     figure, axes = new(3, n, width=1.15 * n + 0.8, height=3.6, squeeze=False)
+    titles = ("original", "seen by the model", "reconstructed")
     for row, (title, images) in enumerate(zip(titles, (originals, hidden, restored), strict=True)):
         for column, image in enumerate(images):
             axes[row][column].imshow(image, interpolation="nearest")
@@ -396,4 +397,6 @@ def similarity(cosine: np.ndarray) -> Figure:
     axis.set_ylabel("picture")
     hits = int((cosine.argmax(1) == np.arange(len(cosine))).sum())
     axis.set_title(f"{hits} of {len(cosine)} find their own text")
-    return _done(figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal.")
+    return _done(
+        figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal."
+    )

@@ -215,11 +215,11 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
         tasks += [_eval_task(root, f"TextToImage{name}", "retrieval", seen, text_task)]
         tasks += [_eval_task(root, f"ImageToText{name}", "retrieval", seen, image_task)]
         if len(classes) > 1:
-            labelled = [row for row in part if row.get(class_name)]
-            class_task = [
-                ("", row["_file"], [str(row[class_name])] + [label for label in classes if label != str(row[class_name])], [""] * len(classes))
-                for row in labelled
-            ]  # fmt: skip
+            class_task = []
+            for row in part:
+                if own := str(row.get(class_name) or ""):
+                    labels = [own, *(label for label in classes if label != own)]
+                    class_task.append(("", row["_file"], labels, [""] * len(labels)))
             tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)]
     return tasks
 

@@ -1,7 +1,7 @@
 """The stages as runs: each opens its parent's folder, trains, and leaves a checkpoint folder for the next.
 
 `run_stage` is the one entry point, from a notebook, from the command line (`python -m cocoa_lib.train`, also under
-`accelerate launch`) or from the graph. Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on
+`accelerate launch` or `torchrun`) or from the graph. Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on
 sentence-transformers' trainer with its GradCache. While a run lasts its state is in `.NAME.work` beside the output
 folder; the same command goes on from the newest checkpoint there that matches its hash, and the output folder appears
 only when the stage is done.
@@ -21,6 +21,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -133,9 +134,8 @@ class Bar(TrainerCallback):
     """A progress bar with the loss: one line, where the trainers' own callbacks print or build a table."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm, leave=False
-        )
+        off = args.disable_tqdm or not state.is_local_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -201,6 +201,14 @@ def last_whole_checkpoint(work: Path) -> Path | None:
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
+def join_processes() -> PartialState:
+    """This process among those of `torchrun` or `accelerate launch`: alone where there are none.
+
+    On a machine without an accelerator accelerate must be told so, or each process would take itself for the only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
     """A recipe as the trainers' arguments; `batch_size` is divided over the processes."""
     args = cls(
@@ -213,6 +221,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
         seed=seed,
         save_steps=recipe.save_steps,
         save_total_limit=2,
@@ -285,8 +294,9 @@ def run_stage(
     work = out.parent / f".{out.name}.work"
     if (work / "run.json").is_file():
         _same_run(json.loads((work / "run.json").read_text(encoding="utf-8")), run, work)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
+    state = join_processes()
+    with state.main_process_first():
+        if state.is_main_process:
             work.mkdir(parents=True, exist_ok=True)
             write_json(work / "run.json", run)
         checkpoint = last_whole_checkpoint(work)
@@ -312,6 +322,13 @@ def run_stage(
     trainer.add_callback(watch)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (OSError, SafetensorError) as error:
+        if "No space left" not in str(error):
+            raise
+        raise TrainingError(
+            f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
+            "space and run the same command: it goes on from the last whole checkpoint"
+        ) from error
     finally:
         watch.restore()
     if trainer.state.global_step < recipe.steps:

@@ -92,8 +92,10 @@ def check(path: Path, max_bytes: int = MAX_BYTES) -> list[str]:
             faults.append(f"cell {number}: has an error among its outputs")
         if cell.source.strip():
             if cell.execution_count != expected:
-                faults.append(f"cell {number}: execution count is {cell.execution_count}, expected {expected}; "
-                              "restart the kernel and run all cells")
+                faults.append(
+                    f"cell {number}: execution count is {cell.execution_count}, expected {expected}; "
+                    "restart the kernel and run all cells"
+                )
                 expected = cell.execution_count or expected
             expected += 1
 

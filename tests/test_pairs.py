@@ -24,8 +24,12 @@ def table(tmp_path):
     for i, colour in enumerate(COLOURS):
         for variant in ("man", "woman"):
             name = f"{colour}-{variant}.png"
-            Image.new("RGB", (20 + i, 20), colour).resize((20 + i, 20 + (variant == "man"))).save(tmp_path / "png" / name)
-            rows.append({"file": name, "name": f"{colour} {variant}: large", "group": "warm" if i % 2 else "cold", "more": [1]})
+            Image.new("RGB", (20 + i, 20), colour).resize((20 + i, 20 + (variant == "man"))).save(
+                tmp_path / "png" / name
+            )
+            rows.append(
+                {"file": name, "name": f"{colour} {variant}: large", "group": "warm" if i % 2 else "cold", "more": [1]}
+            )
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path, rows

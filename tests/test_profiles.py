@@ -8,7 +8,14 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from cocoa_lib.profiles import NOTEBOOKS, declared_parameters, load_profile, notebook_parameters, read_arms, tidy_notebook
+from cocoa_lib.profiles import (
+    NOTEBOOKS,
+    declared_parameters,
+    load_profile,
+    notebook_parameters,
+    read_arms,
+    tidy_notebook,
+)
 from cocoa_lib.recipes import RecipeError, make_recipe
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -50,7 +57,13 @@ def test_the_paper_profile_is_the_published_recipe():
     assert (two.text_mask_rate, two.layout, two.batch_size) == (0.7, "eos_bridged", 64)
     assert (three.temperature, three.batch_size, three.steps, three.warmup_steps) == (0.02, 1024, 2000, 200)
     for recipe in (one, two, three):
-        assert (recipe.learning_rate, recipe.schedule, recipe.lora_r, recipe.lora_alpha, recipe.dora) == (2e-5, "linear", 8, 64, True)
+        assert (recipe.learning_rate, recipe.schedule, recipe.lora_r, recipe.lora_alpha, recipe.dora) == (
+            2e-5,
+            "linear",
+            8,
+            64,
+            True,
+        )
 
 
 def test_unknown_names_are_errors_that_help(tmp_path):
@@ -71,8 +84,15 @@ def test_unknown_names_are_errors_that_help(tmp_path):
 
 def test_arms_share_what_is_the_same():
     arms = read_arms()
-    assert arms["cocoa"].key("stage1") == arms["stage1_only"].key("stage1") == arms["cocoa_strict"].key("stage1") == "base"
-    assert arms["cocoa"].key("stage2") == "base" != arms["cocoa_strict"].key("stage2") != arms["no_truncation"].key("stage2")
+    assert (
+        arms["cocoa"].key("stage1") == arms["stage1_only"].key("stage1") == arms["cocoa_strict"].key("stage1") == "base"
+    )
+    assert (
+        arms["cocoa"].key("stage2")
+        == "base"
+        != arms["cocoa_strict"].key("stage2")
+        != arms["no_truncation"].key("stage2")
+    )
     assert arms["stage2_only"].key("stage2") != "base", "stage 2 from the backbone is not stage 2 from stage 1"
     assert len({arm.key("stage3") for arm in arms.values()}) == len(arms)
 

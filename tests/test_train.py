@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -352,6 +353,27 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(home, tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C must work after a failed run"
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_a_full_disk_is_said_and_the_same_command_goes_on(home, stage, tmp_path, monkeypatch):
+    from cocoa_lib import train
+
+    save, written = train.save_model, []
+
+    def full(model, path, *args):
+        written.append(path)
+        if len(written) == 2:
+            Path(path).write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(model, path, *args)
+
+    monkeypatch.setattr(train, "save_model", full)
+    with pytest.raises(TrainingError, match=r"the disk is full.*step 4.*same command: it goes on"):
+        go(home, stage, tmp_path / stage)
+    assert not (tmp_path / stage).exists()
+    monkeypatch.setattr(train, "save_model", save)
+    assert_same_run(go(home, stage, tmp_path / stage), home / stage)
+
+
 def test_a_batch_larger_than_the_data_is_refused(home, tmp_path):
     with pytest.raises(TrainingError, match="64 training pairs are fewer than one batch of 65"):
         go(home, "stage3", tmp_path / "out", tiny("stage3", batch_size=65))
@@ -455,11 +477,9 @@ def reconstruction_gradients(home, mine, wrap):
 def one_of_two(rank, port, home, out):
     """A process of two: gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     torch.set_num_threads(1)
-    from accelerate import PartialState
-
-    PartialState(cpu=True)
+    assert train.join_processes().num_processes == 2
     sent = []
 
     def count(state, bucket):

@@ -1,0 +1,59 @@
+"""Copy what readers need of a finished run into reports/: figures, result tables, notebooks and their pages.
+
+    python scripts/publish.py runs/laptop reports/laptop
+
+Checkpoints and embeddings stay in the run. The target is written beside and renamed, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter
+
+KEPT = ("results.csv", "per_query.parquet", "provenance.json")
+
+
+def page(notebook: Path) -> str:
+    """An executed notebook as one HTML page; pictures carry their alt text, links to notebooks lead to pages."""
+    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True)
+    content = nbformat.read(notebook, as_version=4)
+    for cell in content.cells:
+        if cell.cell_type == "markdown":
+            cell.source = cell.source.replace(".ipynb)", ".html)")
+        for output in cell.get("outputs", []):  # the lab template ignores the alt text of a PNG: write the tag itself
+            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if alt and "image/png" in output.get("data", {}):
+                safe = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+                output.data = {
+                    "text/html": f'<img alt="{safe}" src="data:image/png;base64,{output.data["image/png"].strip()}">'
+                }
+    return exporter.from_notebook_node(content)[0]
+
+
+def publish(run: Path, target: Path) -> None:
+    aside = target.parent / f".{target.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    if (run / "figures").is_dir():
+        shutil.copytree(run / "figures", aside / "figures")
+    for results in sorted(run.glob("results/*/seed*/results.csv")):
+        for name in KEPT:
+            copy = aside / (results.parent / name).relative_to(run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(results.parent / name, copy)
+    if (run / "costs.csv").is_file():
+        shutil.copy(run / "costs.csv", aside)
+    for notebook in sorted(run.glob("notebooks/0*.ipynb")):
+        if not notebook.name.endswith(".partial.ipynb"):
+            (aside / f"{notebook.stem}.html").write_text(page(notebook), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+
+
+if __name__ == "__main__":
+    publish(Path(sys.argv[1]), Path(sys.argv[2]))
