@@ -98,8 +98,8 @@ check-arguments:
 	@test -f notebooks/profiles/$(call quote,$(PROFILE)).yaml || { \
 		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
 		exit 2; }
-	@test -z $(call quote,$(PAIRS)) || test -f $(call quote,$(PAIRS)) || { \
-		echo "PAIRS: no such file: $(PAIRS)" >&2; exit 2; }
+	@test -z $(call quote,$(PAIRS)) || test -e $(call quote,$(PAIRS)) || { \
+		echo "PAIRS: no such file or folder: $(PAIRS)" >&2; exit 2; }
 
 clean: ## remove runs/, caches and build products (keeps .venv, data/ and reports/)
 	rm -rf runs .snakemake .pytest_cache .ruff_cache .hypothesis .coverage build dist *.egg-info

@@ -57,11 +57,14 @@ def save(figure: Figure, folder: str | Path, name: str) -> Path:
 
 
 def show(figure: Figure, name: str = "", folder: str | Path = ""):
-    """The figure as a PNG display object with its alt text, for a notebook; saved as well where a folder is given."""
+    """The figure as a PNG display object with its alt text, for a notebook; saved as well where a folder is given,
+    which starts at the repository's root as all paths of a notebook's parameters do."""
     from IPython.display import Image as Shown
 
+    from .profiles import path
+
     if folder:
-        save(figure, folder, name)
+        save(figure, path(folder), name)
     png = io.BytesIO()
     with mpl.rc_context(STYLE):
         figure.savefig(png, format="png", metadata={"Software": None})

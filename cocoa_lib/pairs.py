@@ -30,10 +30,29 @@ CLASS_COLUMNS = ("class", "label", "category", "group")
 VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+
+
+def read_folders(path: Path) -> list[dict[str, Any]]:
+    """A folder of pictures sorted into folders: a picture's text is the name of its folder, its class the first one."""
+    rows = []
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        if file.suffix.lower() in PICTURES and len(parts) > 1:
+            text = parts[-2].replace("-", " ").replace("_", " ")
+            rows.append({"image": "/".join(parts), "text": text} | ({"class": parts[0]} if len(parts) > 2 else {}))
+    if not rows:
+        raise InputError(f"{path}: no pictures in named folders below it ({', '.join(PICTURES)})")
+    return rows
+
+
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL or CSV file. Raises InputError naming file and line for what is not a row."""
+    """Rows of a JSONL or CSV file, or of a folder. Raises InputError naming file and line for what is not a row."""
+    if path.is_dir():
+        return read_folders(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; PAIRS takes a .jsonl or .csv file with an image path and a text a row")
+        known = "a .jsonl or .csv file with an image path and a text a row, or a folder of named folders"
+        raise InputError(f"{path}: no such file; PAIRS takes {known}")
     rows: list[dict[str, Any]] = []
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".csv":
@@ -53,6 +72,16 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def source_hash(path: Path) -> str:
+    """sha256 of a table's bytes, or of the names and sizes below a folder; "" where there is nothing."""
+    if path.is_dir():
+        listing = [
+            f"{file.relative_to(path)}:{file.stat().st_size}" for file in sorted(path.rglob("*")) if file.is_file()
+        ]
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+
 def pick_column(
     rows: list[dict[str, Any]], wanted: str | None, known: tuple[str, ...], what: str, path: Path
 ) -> str | None:
@@ -67,8 +96,8 @@ def pick_column(
 
 def find_image_root(path: Path, first_image: str) -> Path:
     """Where relative image paths start: the table's folder, or the one folder below it that holds the first image."""
-    if (path.parent / first_image).is_file():
-        return path.parent
+    if path.is_dir() or (path.parent / first_image).is_file():
+        return path if path.is_dir() else path.parent
     for found in sorted(path.parent.rglob(Path(first_image).name)):
         if found.as_posix().endswith(first_image):
             return Path(found.as_posix()[: -len(first_image)])
@@ -135,7 +164,7 @@ def build_pairs(
     path, root = Path(path), Path(root)
     if on_bad_row not in ("stop", "skip"):
         raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
-    settings = {"source": path.name, "source_sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "",
+    settings = {"source": path.name, "source_sha256": source_hash(path),
                 "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
                 "max_side": max_side, "seed": seed}  # fmt: skip
     manifest_path = root / "manifest.json"

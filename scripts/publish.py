@@ -20,7 +20,10 @@ KEPT = ("results.csv", "per_query.parquet", "provenance.json")
 
 def page(notebook: Path) -> str:
     """An executed notebook as one HTML page; pictures carry their alt text, links to notebooks lead to pages."""
-    exporter = HTMLExporter(template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(
+        template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True,
+        mathjax_url="", require_js_url="", jquery_url="",  # a page loads nothing from elsewhere
+    )  # fmt: skip
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
         if cell.cell_type == "markdown":

@@ -120,6 +120,26 @@ def test_wrong_settings_say_what_is_known(table, tmp_path, change, message):
         build_pairs(table[0], tmp_path / "data", progress=False, **change)
 
 
+def test_a_folder_of_named_folders(tmp_path, picture):
+    for kind, name in (("Fruit", "Red-Apple"), ("Fruit", "Pear"), ("Drink", "Oat_Milk")):
+        (tmp_path / "in" / kind / name).mkdir(parents=True)
+        for i in range(4):
+            picture(seed=len(name) * 10 + i).save(tmp_path / "in" / kind / name / f"{i}.jpg")
+    manifest = build_pairs(tmp_path / "in", tmp_path / "data", progress=False)
+    assert manifest["used"] == 12
+    texts = set(pd.read_parquet(tmp_path / "data" / "corpus" / "train.parquet")["answer"])
+    assert texts < {"Red Apple", "Pear", "Oat Milk"} and len(texts) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no pictures in named folders"):
+        build_pairs(tmp_path / "empty", tmp_path / "other", progress=False)
+
+
+def test_the_grocery_photos_of_the_real_data(shared_data, tmp_path):
+    manifest = build_pairs(shared_data / "grocery" / "val", tmp_path / "data", max_side=64, progress=False)
+    assert (manifest["used"], manifest["skipped"]) == (296, 0)
+    assert {task[0] for task in manifest["tasks"]} >= {"TextToImageUnseen", "ClassSeen"}
+
+
 def test_wrong_files(table, tmp_path):
     path, rows = table
     with pytest.raises(InputError, match="no such file; PAIRS takes"):
