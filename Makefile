@@ -9,6 +9,8 @@ TEXT_COLUMN  ?=
 CLASS_COLUMN ?=
 IMAGE_ROOT   ?=
 ON_BAD_ROW   ?=
+# More seeds than the profile's, e.g. SEEDS="0 1 2": those that are there are not trained again.
+SEEDS        ?=
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON  ?=
 SNAKEFLAGS ?=
@@ -36,7 +38,7 @@ reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, thre
 		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
 		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
 		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
-		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW)))
+		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW))) $(if $(SEEDS),seeds=$(call quote,$(SEEDS)))
 
 backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
 	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \

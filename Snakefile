@@ -1,6 +1,6 @@
 """The road as a graph: notebook -> artefact -> notebook, and the arms of the ablation.
 
-    snakemake --cores 2 --config profile=laptop [pairs=path/to/pairs.jsonl]
+    snakemake --cores 2 --config profile=laptop [pairs=path/to/pairs.jsonl] [seeds='0 1 2']
 
 Numbered notebooks run the main arm (`cocoa`, first seed) and make the figures; the other arms and seeds run the same
 library from the command line, one core each, in parallel. Snakemake deletes the outputs of a step before it runs it
@@ -24,7 +24,7 @@ P = load_profile(PROFILE)
 NAME = PROFILE + ("-" + Path(PAIRS).stem if PAIRS else "")
 RUN = f"runs/{NAME}"
 ARMS = {name: arm for name, arm in read_arms().items() if name in P["arms"]}
-SEEDS = P["seeds"]
+SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()] or P["seeds"]
 MAIN, SEED = "cocoa", SEEDS[0]
 DATA = f"{RUN}/benchmark"
 BACKBONE = "data/backbone"

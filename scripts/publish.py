@@ -1,6 +1,7 @@
 """Copy what readers need of a finished run into reports/: figures, result tables, notebooks and their pages.
 
     python scripts/publish.py runs/laptop reports/laptop
+    python scripts/publish.py runs/laptop-mypairs reports/laptop-mypairs --tables   # no pictures of other people's data
 
 Checkpoints and embeddings stay in the run. The target is written beside and renamed, so it is whole or not there.
 """
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import nbformat
 from nbconvert import HTMLExporter
+
+from cocoa_lib import analysis
+from cocoa_lib.profiles import read_arms
 
 KEPT = ("results.csv", "per_query.parquet", "provenance.json")
 
@@ -38,11 +42,27 @@ def page(notebook: Path) -> str:
     return exporter.from_notebook_node(content)[0]
 
 
-def publish(run: Path, target: Path) -> None:
+def summary(run: Path, baseline: str = "contrastive") -> str:
+    """The README's table of a run: an arm a row, means over seeds, and the paired difference with its interval."""
+    results, per_query = analysis.gather_results(run)
+    scores = analysis.arm_scores(results).groupby("arm").mean(numeric_only=True)
+    effects = analysis.paired_effects(per_query, baseline).set_index("arm")
+    names = [name for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall") if scores[name].notna().any()]
+    lines = ["| arm | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 2) + "|"]
+    for arm in [name for name in read_arms() if name in scores.index]:
+        found = "(baseline)"
+        if arm in effects.index:
+            row = effects.loc[arm]
+            found = f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+        lines.append(f"| {arm} | " + " | ".join(f"{scores.loc[arm, name]:.1f}" for name in names) + f" | {found} |")
+    return "\n".join(lines)
+
+
+def publish(run: Path, target: Path, tables_only: bool = False) -> None:
     aside = target.parent / f".{target.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    if (run / "figures").is_dir():
+    if (run / "figures").is_dir() and not tables_only:
         shutil.copytree(run / "figures", aside / "figures")
     for results in sorted(run.glob("results/*/seed*/results.csv")):
         for name in KEPT:
@@ -52,11 +72,12 @@ def publish(run: Path, target: Path) -> None:
     if (run / "costs.csv").is_file():
         shutil.copy(run / "costs.csv", aside)
     for notebook in sorted(run.glob("notebooks/0*.ipynb")):
-        if not notebook.name.endswith(".partial.ipynb"):
+        if not (tables_only or notebook.name.endswith(".partial.ipynb")):
             (aside / f"{notebook.stem}.html").write_text(page(notebook), encoding="utf-8")
+    (aside / "summary.md").write_text(summary(run) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
 
 
 if __name__ == "__main__":
-    publish(Path(sys.argv[1]), Path(sys.argv[2]))
+    publish(Path(sys.argv[1]), Path(sys.argv[2]), "--tables" in sys.argv)
