@@ -47,7 +47,11 @@ def summary(run: Path, baseline: str = "contrastive") -> str:
     results, per_query = analysis.gather_results(run)
     scores = analysis.arm_scores(results).groupby("arm").mean(numeric_only=True)
     effects = analysis.paired_effects(per_query, baseline).set_index("arm")
-    names = [name for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall") if scores[name].notna().any()]
+    names = [
+        name
+        for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
+        if scores[name].notna().any()
+    ]
     lines = ["| arm | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 2) + "|"]
     for arm in [name for name in read_arms() if name in scores.index]:
         found = "(baseline)"
