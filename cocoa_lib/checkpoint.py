@@ -25,7 +25,6 @@ from .inputs import Inputs
 
 META = "cocoa.json"
 DECODER = "image_decoder.safetensors"
-STAGES = ("init", "causal", "stage1", "stage2", "stage3")
 
 
 class CheckpointError(RuntimeError):

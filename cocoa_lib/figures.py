@@ -95,13 +95,6 @@ def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     return _done(figure, f"Attention masks as grids of query rows and key columns; dark cells may attend ({shares}).")
 
 
-def reachability(reach: Mapping[int, np.ndarray], names: Sequence[str]) -> Figure:
-    """Who can know what after n layers: reach[n] (L, L) bool."""
-    figure = masks({f"after {n} layer{'s' * (n != 1)}": pattern for n, pattern in reach.items()}, names)
-    figure.alt = "Which states can depend on which tokens, by number of layers. " + figure.alt
-    return figure
-
-
 def training_curves(
     logs: Mapping[str, pd.DataFrame], columns: Sequence[str], *, smooth: int = 5, chance: float | None = None
 ) -> Figure:
@@ -230,26 +223,6 @@ def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
     )
 
 
-def heat(image: Image.Image, weights: np.ndarray, *, title: str) -> Figure:
-    """A picture beside weights over its cells (rows, columns), e.g. attention from EOS."""
-    figure, axes = new(1, 2, width=4.6, height=2.4)
-    axes[0].imshow(image)
-    axes[1].imshow(image)
-    shown = axes[1].imshow(
-        weights, cmap="viridis", alpha=0.7, extent=(0, image.width, image.height, 0), interpolation="nearest"
-    )
-    figure.colorbar(shown, ax=axes[1], shrink=0.8)
-    axes[0].set_title("picture")
-    axes[1].set_title(title)
-    for axis in axes:
-        axis.axis("off")
-    peak = np.unravel_index(int(np.argmax(weights)), weights.shape)
-    return _done(
-        figure,
-        f"{title}: largest in row {peak[0] + 1}, column {peak[1] + 1} of {weights.shape[0]} x {weights.shape[1]} cells.",
-    )
-
-
 def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Figure:
     """Two-dimensional maps side by side: points[title] (N, 2), groups (N,) a group a point."""
     figure, axes = new(1, len(points), width=3.2 * len(points), height=3.0, squeeze=False)
@@ -263,23 +236,6 @@ def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Fi
         axis.set_yticks([])
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     return _done(figure, f"Maps of {len(groups)} embeddings in two dimensions, coloured by {', '.join(names)}.")
-
-
-def lines(table: pd.DataFrame, *, x: str, xlabel: str, title: str, log_x: bool = False) -> Figure:
-    """Value against x with intervals, one line a label: columns label, x, value, low, high."""
-    figure, axis = new(width=5.0, height=3.0)
-    for i, (label, part) in enumerate(table.groupby("label", sort=False)):
-        part = part.sort_values(x)
-        axis.plot(part[x], part["value"], marker="osD^"[i % 4], color=COLOURS[i % 8], markersize=4)
-        axis.fill_between(part[x], part["low"], part["high"], color=COLOURS[i % 8], alpha=0.2, linewidth=0)
-        axis.annotate(str(label), (part[x].iloc[-1], part["value"].iloc[-1]), xytext=(5, 0), textcoords="offset points",
-                      color=COLOURS[i % 8], va="center", fontsize=8)  # fmt: skip
-    if log_x:
-        axis.set_xscale("log")
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel("precision@1, %")
-    axis.set_title(title)
-    return _done(figure, f"{title}: value with 95 % interval against {xlabel}.")
 
 
 def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segments: Sequence[str]) -> Figure:

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from .checkpoint import write_json
 from .inputs import InputError, load_image
-from .mmeb import Task
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
 TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
@@ -142,11 +141,6 @@ def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
         for key in ("text:" + concept(row["_text"]), "image:" + row["_hash"]):
             parent[root(i)] = root(first.setdefault(key, i))
     return np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1]
-
-
-def tasks_of(manifest: dict[str, Any]) -> tuple[Task, ...]:
-    """The evaluation tasks of a folder made by `build_pairs`: seen counts as in distribution, unseen as out of it."""
-    return tuple(Task(*fields) for fields in manifest["tasks"])
 
 
 def build_pairs(

@@ -25,6 +25,23 @@ def test_the_readmes_table_is_the_reports(report):
             assert line in README, line
 
 
+def test_the_readmes_emoji_table_is_the_reports():
+    from cocoa_lib import analysis
+
+    results, _ = analysis.gather_results(ROOT / "reports" / "laptop-emoji_pairs")
+    scores = results[results["metric"] == "p@1"].pivot_table(index="task", columns="arm", values="value")
+    for label, task in (
+        ("text to image", "TextToImage"),
+        ("image to text", "ImageToText"),
+        ("group (10 classes)", "Class"),
+    ):
+        cells = [
+            f"{scores.loc[task + part, 'cocoa']:.1f} / {scores.loc[task + part, 'contrastive']:.1f}"
+            for part in ("Seen", "Unseen")
+        ]
+        assert f"| {label} | {cells[0]} | {cells[1]} |" in README
+
+
 def test_links_and_pictures_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
