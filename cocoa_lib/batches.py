@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 
 from .attention import A, B
 from .corruption import IGNORE, mask_cells, mask_text, maskable, patch_noise
-from .inputs import Batch, Inputs
+from .inputs import PLACEHOLDER, Batch, Inputs
 from .recipes import Stage1Recipe, Stage2Recipe
 
 
@@ -91,28 +91,42 @@ def stage1_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recip
     items = [{"text": f"{row['text']} {row['target']}".strip(), "image": row["image"]} for row in rows]
     batch = inputs.collate(items, eos=False)
     batch = _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=A)
-    if "pixel_values" in batch and recipe.patch_mask_rate > 0 and recipe.image_weight > 0:
-        draws = [row["draw"] for row in rows]
-        merge = inputs.image_processor.merge_size
-        batch["hidden_cells"] = mask_cells(
-            batch["image_grid_thw"],
-            batch["num_images_per_sample"],
-            merge,
-            rate=recipe.patch_mask_rate,
-            seed=seed,
-            draws=draws,
-        )
-        dim = batch["pixel_values"].shape[1]
-        batch["patch_fill"] = patch_noise(dim, seed=seed) if recipe.patch_fill == "noise" else torch.zeros(dim)
-    return batch
+    return _with_hidden_cells(batch, rows, inputs, recipe, seed, segment=A)
 
 
 def stage2_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage2Recipe, seed: int) -> Batch:
-    """A = image and query, EOS, B = text to reconstruct, masked."""
-    batch = inputs.collate(
-        [{"text": row["text"], "image": row["image"]} for row in rows], [row["target"] for row in rows]
-    )
-    return _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=B)
+    """A = image and query, EOS, B = text to reconstruct, masked; where `image_weight` is above 0, B ends with a copy of
+    A's picture, cells of it hidden, so that pixels too must come through EOS (ours). Text first: its first token is
+    then predicted from EOS, as without the picture."""
+    targets = [{"text": PLACEHOLDER.sub("", row["target"])} for row in rows]
+    if recipe.image_weight > 0:
+        for target, row in zip(targets, rows, strict=True):
+            target["image"] = row["image"]
+            target["text"] += "<|image_1|>" * bool(row["image"])
+    batch = inputs.collate([{"text": row["text"], "image": row["image"]} for row in rows], targets)
+    batch = _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=B)
+    return _with_hidden_cells(batch, rows, inputs, recipe, seed, segment=B)
+
+
+def _with_hidden_cells(
+    batch: Batch,
+    rows: list[dict[str, Any]],
+    inputs: Inputs,
+    recipe: Stage1Recipe | Stage2Recipe,
+    seed: int,
+    segment: int,
+) -> Batch:
+    """Adds `hidden_cells` (cells,), True only in pictures of `segment`, and what stands in for them, `patch_fill` (D,)."""
+    if "pixel_values" not in batch or recipe.patch_mask_rate == 0 or recipe.image_weight == 0:
+        return batch
+    hidden = mask_cells(
+        batch["image_grid_thw"], batch["num_images_per_sample"], inputs.image_processor.merge_size,
+        rate=recipe.patch_mask_rate, seed=seed, draws=[row["draw"] for row in rows],
+    )  # fmt: skip
+    hidden &= batch["segment_ids"][batch["mm_token_type_ids"] == 1] == segment
+    dim = batch["pixel_values"].shape[1]
+    fill = patch_noise(dim, seed=seed) if recipe.patch_fill == "noise" else torch.zeros(dim)
+    return batch | {"hidden_cells": hidden, "patch_fill": fill}
 
 
 def _masked(batch: Batch, rows: list[dict[str, Any]], inputs: Inputs, rate: float, seed: int, segment: int) -> Batch:

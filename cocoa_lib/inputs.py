@@ -163,10 +163,13 @@ class Inputs:
                 ids += self.text_ids(piece)
         return ids
 
+    def _text_at(self, ids: list[int]) -> list[int]:
+        vision = (self.vision_start_id, self.image_pad_id, self.vision_end_id)
+        return [i for i, token in enumerate(ids) if token not in vision]
+
     def cut_text(self, ids: list[int], n_drop: int) -> list[int]:
         """Drop the last `n_drop` text tokens of an input; image tokens stay. Raises InputError if there are too few."""
-        vision = (self.vision_start_id, self.image_pad_id, self.vision_end_id)
-        text_at = [i for i, token in enumerate(ids) if token not in vision]
+        text_at = self._text_at(ids)
         if n_drop > len(text_at):
             raise InputError(
                 f"the images alone need {len(ids) - len(text_at)} tokens, more than max_length={self.max_length} leaves; "
@@ -176,14 +179,22 @@ class Inputs:
         return [token for i, token in enumerate(ids) if i not in dropped]
 
     def collate(
-        self, items: Sequence[dict[str, Any]], targets: Sequence[str] | None = None, *, eos: bool = True
+        self,
+        items: Sequence[dict[str, Any]],
+        targets: Sequence[str | dict[str, Any]] | None = None,
+        *,
+        eos: bool = True,
     ) -> Batch:
-        """Items -> a padded batch. With `targets`, each row is A, EOS, B with B the text to reconstruct (stage 2).
+        """Items -> a padded batch. With `targets`, each row is A, EOS, B with B the text or item to reconstruct (stage 2).
 
-        `eos=False` leaves EOS out (stage 1, where the prompt ends with the caption). Raises InputError naming the row.
+        `eos=False` leaves EOS out (stage 1, where the prompt ends with the caption). Pictures stand in the order of the
+        tokens: a row's A, then its B. Raises InputError naming the row.
         """
         images = [item_images(item) for item in items]
-        flat = [image for row in images for image in row]
+        if targets is not None:
+            targets = [{"text": target} if isinstance(target, str) else target for target in targets]
+        copies = [[] for _ in items] if targets is None else [item_images(target) for target in targets]
+        flat = [image for row, copy in zip(images, copies, strict=True) for image in (*row, *copy)]
         batch: Batch = {}
         n_tokens: list[int] = []
         if flat:
@@ -191,32 +202,33 @@ class Inputs:
             n_tokens = (batch["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
         rows, at = [], 0
         for i, item in enumerate(items):
-            counts = n_tokens[at : at + len(images[i])]
-            at += len(images[i])
+            middle, end = at + len(images[i]), at + len(images[i]) + len(copies[i])
             try:
-                rows.append(self._row(item.get("text") or "", counts, None if targets is None else targets[i], eos))
+                ids_a = self.input_ids(item.get("text") or "", n_tokens[at:middle])
+                ids_b = None if targets is None else self.input_ids(targets[i].get("text") or "", n_tokens[middle:end])
+                rows.append(self._row(ids_a, ids_b, eos))
             except InputError as error:
                 raise InputError(f"item {i} of the batch: {error}") from None
+            at = end
         batch |= self._pad(rows)
-        batch["num_images_per_sample"] = torch.tensor([len(row) for row in images])
+        batch["num_images_per_sample"] = torch.tensor([len(a) + len(b) for a, b in zip(images, copies, strict=True)])
         return batch
 
-    def _row(self, text: str, n_tokens: Sequence[int], target: str | None, eos: bool) -> tuple[list[int], list[int]]:
-        """One row -> (ids, segments), text cut to max_length: the longer of A's text and B gives way first."""
-        ids_a = self.input_ids(text, n_tokens)
-        ids_b = [] if target is None else self.text_ids(target)
+    def _row(self, ids_a: list[int], ids_b: list[int] | None, eos: bool) -> tuple[list[int], list[int]]:
+        """One row -> (ids, segments), text cut to max_length: the longer of A's text and B's gives way first."""
         if not ids_a:
             raise InputError("neither text nor image; give at least one")
-        if target is not None and not ids_b:
+        if ids_b is not None and not ids_b:
             raise InputError("the text to reconstruct is empty")
-        middle = [self.eos_id] if eos or target is not None else []
+        middle = [self.eos_id] if eos or ids_b is not None else []
+        ids_b = ids_b or []
         over = len(ids_a) + len(middle) + len(ids_b) - self.max_length
         if over > 0:
-            text_a = len(ids_a) - sum(n_tokens) - 2 * len(n_tokens)
-            room = text_a + len(ids_b) - over  # text tokens that fit, A and B together
-            keep_b = min(len(ids_b), max(room // 2, room - text_a, 1)) if ids_b else 0
-            ids_a = self.cut_text(ids_a, over - (len(ids_b) - keep_b))
-            ids_b = ids_b[:keep_b]
+            text_a, text_b = len(self._text_at(ids_a)), len(self._text_at(ids_b))
+            room = text_a + text_b - over  # text tokens that fit, A and B together
+            keep_b = min(text_b, max(room // 2, room - text_a, 1))
+            ids_a = self.cut_text(ids_a, over - (text_b - keep_b))
+            ids_b = self.cut_text(ids_b, text_b - keep_b)
         return ids_a + middle + ids_b, [A] * len(ids_a) + [EOS] * len(middle) + [B] * len(ids_b)
 
     def _pad(self, rows: list[tuple[list[int], list[int]]]) -> Batch:

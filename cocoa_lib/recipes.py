@@ -79,6 +79,9 @@ class Stage2Recipe(Recipe):
     text_mask_rate: float = 0.7  # script
     objective: str = "mntp"
     sources: str = "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
+    image_weight: float = 0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
+    patch_mask_rate: float = 0.7  # of that picture; the rate of the text (ours)
+    patch_fill: str = "noise"  # as in stage 1
 
 
 @dataclass(frozen=True)

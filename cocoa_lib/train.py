@@ -36,7 +36,7 @@ from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_meta
 from .embedder import EosEmbedding
 from .inputs import Inputs
 from .objectives import CachedInfoNCE, Reconstruction, gathered
-from .recipes import CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
+from .recipes import RECIPES, CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
@@ -380,6 +380,8 @@ def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
 
 
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Raises CheckpointError where the two differ. A recipe from before an option existed has that option's default."""
+    found = found | {"recipe": as_dict(RECIPES[wanted["stage"]]()) | found.get("recipe", {})}
     differing = sorted(name for name in wanted if json.dumps(found.get(name), sort_keys=True, default=str)
                        != json.dumps(wanted[name], sort_keys=True, default=str))  # fmt: skip
     if differing:
@@ -433,7 +435,10 @@ def _stage2(
     if recipe.sources in ("pairs", "both"):
         parts += list(corpus.text_pairs(data).values())
     rows = [row for part in parts for row in part]
-    module = Reconstruction(model, layout=recipe.layout, objective=recipe.objective)
+    module = Reconstruction(
+        model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
+        learned_fill=recipe.patch_fill == "learned",
+    )  # fmt: skip
     collate = lambda batch: stage2_batch(batch, inputs, recipe, seed)  # noqa: E731
     return _reconstruction_trainer(
         module, inputs, rows, [len(part) for part in parts], collate, recipe, work, seed, show_progress

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cocoa_lib.attention import EOS, A, B
+from cocoa_lib.attention import EOS, LAYOUTS, A, B
 from cocoa_lib.backbone import hidden_states, set_bidirectional
 from cocoa_lib.batches import stage1_batch, stage2_batch
 from cocoa_lib.corruption import IGNORE, hide_cells, mask_cells, mask_text, maskable, patch_noise
@@ -215,6 +215,43 @@ def test_stage2_loss_is_on_masked_b_only_and_its_first_token_comes_from_eos(smal
     places = shifted != IGNORE
     expected = -logits[places].gather(1, shifted[places][:, None]).mean()
     assert torch.allclose(loss, expected, atol=1e-5)
+
+
+def test_stage2_can_also_restore_the_picture_through_eos(small, picture):
+    model, inputs = small
+    recipe = make_recipe("stage2", {"image_weight": 0.5, "patch_mask_rate": 0.5})
+    mixed = [*rows(picture), {"text": "no picture", "image": None, "target": "a red circle <|image_1|>", "draw": 9}]
+    batch = stage2_batch(mixed, inputs, recipe, seed=0)
+    cell_segment, hidden = batch["segment_ids"][batch["mm_token_type_ids"] == 1], batch["hidden_cells"]
+    assert (cell_segment[hidden] == B).all() and (cell_segment == A).sum() == (cell_segment == B).sum()
+    assert 0 < hidden.sum() < (cell_segment == B).sum(), "some cells of the copy are hidden; A's picture is whole"
+    assert batch["num_images_per_sample"].tolist() == [2, 2, 2, 2, 0]
+    first_b = (batch["segment_ids"] == B).int().argmax(1)
+    assert (batch["mm_token_type_ids"][torch.arange(5), first_b] == 0).all(), "B begins with its text: EOS predicts it"
+    out = Reconstruction(model, layout="eos_bridged", image_weight=0.5)(**batch)
+    assert out["image_loss"] > 0 and torch.allclose(out["loss"], out["text_loss"] + 0.5 * out["image_loss"])
+    off = stage2_batch(mixed, inputs, make_recipe("stage2"), seed=0)
+    assert "hidden_cells" not in off and off["num_images_per_sample"].tolist() == [1, 1, 1, 1, 0], "off by default"
+
+
+@torch.no_grad()
+def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch):
+    """Two pictures in A, all cells of the copy hidden: its predicted pixels differ, and, once EOS is cut off, do not."""
+    model, inputs = small
+    recipe = make_recipe("stage2", {"image_weight": 1.0, "patch_mask_rate": 1.0})
+    module = Reconstruction(model, layout="eos_bridged_strict", image_weight=1.0).eval()
+
+    def pixels(seed: int) -> torch.Tensor:
+        row = {"text": "what?", "image": picture(seed=seed), "target": "a red circle", "draw": 0}
+        batch = stage2_batch([row], inputs, recipe, 0)
+        visible = hide_cells(batch["pixel_values"], batch["hidden_cells"], batch["patch_fill"], 2)
+        states = hidden_states(model, batch | {"pixel_values": visible}, module.layout)
+        return module.decoder(states, model, batch, module.layout)[batch["hidden_cells"]]
+
+    assert not torch.equal(pixels(0), pixels(1))
+    whole = LAYOUTS["eos_bridged_strict"]
+    monkeypatch.setitem(LAYOUTS, "eos_bridged_strict", lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS)))
+    assert torch.equal(pixels(0), pixels(1))
 
 
 # --- contrastive -------------------------------------------------------------------------------------------------

@@ -152,6 +152,22 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(home, monk
         go(home, "causal", home / "init")  # a checkpoint that no run made
 
 
+def test_a_checkpoint_from_before_an_option_existed_is_still_the_same_run(home, tmp_path):
+    out = shutil.copytree(home / "stage2", tmp_path / "out")
+    meta = json.loads((out / "cocoa.json").read_text())
+    del meta["run"]["recipe"]["image_weight"]
+    (out / "cocoa.json").write_text(json.dumps(meta))
+    assert go(home, "stage2", out) == out
+    with pytest.raises(CheckpointError, match="different: recipe"):
+        go(home, "stage2", out, tiny("stage2", image_weight=0.5))
+
+
+def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
+    out = go(home, "stage2", tmp_path / "out", tiny("stage2", image_weight=0.5))
+    assert (pd.read_csv(out / "log.csv")["image_loss"] > 0).all()
+    assert (out / "image_decoder.safetensors").is_file()
+
+
 def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3, RuntimeError("stopped"))
     with pytest.raises(RuntimeError, match="stopped"):
