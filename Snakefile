@@ -202,6 +202,21 @@ rule evaluate:
         " > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
+rule probe:
+    """What the state at EOS of one checkpoint holds; the labels are the scenes of the built-in benchmark."""
+    input:
+        data=f"{DATA}.done",
+        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}.done",
+    output:
+        f"{RUN}/results/{{arm}}/seed{{seed}}/probe.csv",
+    params:
+        model=lambda w: stage_dir("stage3", w.arm, w.seed),
+    log:
+        f"{RUN}/logs/probe-{{arm}}-seed{{seed}}.log",
+    shell:
+        "{PYTHON} -m cocoa_lib.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
+
+
 rule evaluation:
     """Notebook 04: scores of the main arm by task and meta-task, beside the published table."""
     input:
@@ -222,6 +237,7 @@ rule ablations:
     input:
         "notebooks/05_ablations.ipynb",
         expand(f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv", arm=ARMS, seed=SEEDS),
+        [] if PAIRS else expand(f"{RUN}/results/{{arm}}/seed{{seed}}/probe.csv", arm=ARMS, seed=SEEDS),
         contrastive=f"{RUN}/notebooks/03_contrastive_training.ipynb",
     output:
         notebook=f"{RUN}/notebooks/05_ablations.ipynb",

@@ -159,31 +159,45 @@ def paired_effects(
     arms = hits.index.unique("arm")
     if baseline not in arms or len(arms) < 2:
         raise ValueError(f"baseline {baseline!r} and another arm are needed; there are {', '.join(map(str, arms))}")
-    task_of = hits.columns.get_level_values("task")
-    weight = 100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()  # (Q,)
-    others, by_seed, by_query = arms.drop(baseline), [], []
-    for arm in others:
-        both = hits.loc[arm].index.intersection(hits.loc[baseline].index)
-        if both.empty:
-            raise ValueError(f"arm {arm} has no seed in common with the baseline {baseline!r}")
-        delta = (hits.loc[arm].loc[both].to_numpy() - hits.loc[baseline].loc[both].to_numpy()) * weight  # (S, Q)
-        by_seed.append(delta.sum(axis=1))  # (S,) points
-        by_query.append(delta.mean(axis=0))  # (Q,) sums to the difference
-    rng, cells = np.random.default_rng(seed), np.stack(by_query, axis=1)  # (Q, arms)
-    of_queries = np.zeros((n_boot, len(others)))
-    for task in task_of.unique():
-        part = cells[task_of == task]
-        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
-        of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
-    effects = []
-    for arm, seeds, drawn in zip(others, by_seed, of_queries.T, strict=True):
-        boot = np.round(drawn + _seed_deviations(seeds, n_boot, seed), 9)  # so that a sum of zero is zero
-        low, high = np.percentile(boot, [2.5, 97.5])
-        p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
-        effects.append((arm, seeds.mean(), low, high, p, len(seeds), len(task_of)))
-    table = pd.DataFrame(effects, columns=["arm", "difference", "low", "high", "p", "n_seeds", "n_queries"])
+    rows = [{"arm": arm, **_combine(hits, {arm: 1, baseline: -1}, n_boot, seed)} for arm in arms.drop(baseline)]
+    table = pd.DataFrame(rows)
     table.insert(5, "p_holm", holm(table["p"]))
     return table
+
+
+def contrast(
+    per_query: pd.DataFrame, weights: Mapping[str, float], *, group: str = "overall", n_boot: int = 2000, seed: int = 0
+) -> dict[str, Any]:
+    """A weighted sum of arms in points of P@1, e.g. the gain with few pairs less the gain with all of them.
+
+    weights: arm -> factor, as {"cocoa_few": 1, "contrastive_few": -1, "cocoa": -1, "contrastive": 1}. Returns difference,
+    low, high, p, n_seeds, n_queries, computed and resampled as in `paired_effects`. Raises what that raises.
+    """
+    return _combine(_hits(per_query, group), weights, n_boot, seed)
+
+
+def _combine(hits: pd.DataFrame, weights: Mapping[str, float], n_boot: int, seed: int) -> dict[str, Any]:
+    if lost := sorted(set(weights) - set(hits.index.unique("arm"))):
+        raise ValueError(f"no results of arm {', '.join(lost)}")
+    task_of = hits.columns.get_level_values("task")
+    points = 100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()  # (Q,)
+    shared = set.intersection(*(set(hits.loc[arm].index) for arm in weights))
+    if not shared:
+        raise ValueError(f"arms {', '.join(weights)} have no seed in common")
+    delta = (
+        sum(factor * hits.loc[arm].loc[sorted(shared)].to_numpy() for arm, factor in weights.items()) * points
+    )  # (S, Q)
+    by_seed, by_query = delta.sum(axis=1), delta.mean(axis=0)  # each sums, or averages, to the difference
+    rng, boot = np.random.default_rng(seed), np.zeros(n_boot)
+    for task in task_of.unique():
+        part = by_query[task_of == task]
+        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
+        boot += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
+    boot = np.round(boot + _seed_deviations(by_seed, n_boot, seed), 9)  # so that a sum of zero is zero
+    low, high = np.percentile(boot, [2.5, 97.5])
+    p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
+    facts = {"difference": by_seed.mean(), "low": low, "high": high, "p": p}
+    return facts | {"n_seeds": len(by_seed), "n_queries": len(task_of)}
 
 
 def _seed_deviations(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:

@@ -235,6 +235,19 @@ def test_pairs_only_seeds_that_both_have():
     assert set(one["n_seeds"]) == {1} and np.isfinite(one[["low", "high"]]).all(axis=None)
 
 
+def test_a_contrast_of_two_arms_is_their_paired_effect_and_four_are_an_interaction():
+    table = grid(np.random.default_rng(5), {"x": 0.1, "few": -0.2, "x_few": 0.2}, queries=20)
+    effect = paired_effects(table, "base", n_boot=200).set_index("arm").loc["x"]
+    two = analysis.contrast(table, {"x": 1, "base": -1}, n_boot=200)
+    assert all(two[name] == effect[name] for name in two)
+    four = analysis.contrast(table, {"x_few": 1, "few": -1, "x": -1, "base": 1}, n_boot=200)
+    few = analysis.contrast(table, {"x_few": 1, "few": -1}, n_boot=200)
+    assert four["difference"] == pytest.approx(few["difference"] - two["difference"])
+    assert four["high"] - four["low"] > two["high"] - two["low"], "a difference of differences is less certain"
+    with pytest.raises(ValueError, match="no results of arm nobody"):
+        analysis.contrast(table, {"nobody": 1, "base": -1})
+
+
 def test_runs_that_do_not_compare_are_refused():
     table = grid(np.random.default_rng(5), {"x": 0.1}, queries=20)
     row = (table["arm"] == "x") & (table["seed"] == 2) & (table["task"] == "B") & (table["query"] == 7)
@@ -244,7 +257,7 @@ def test_runs_that_do_not_compare_are_refused():
         (table.assign(n_candidates=np.where(row, 3, 10)), "task B, query 7: .* different numbers of candidates"),
         (table[table["arm"] == "base"], "another arm"),
         (table[table["arm"] == "x"], "baseline 'base' and another arm are needed; there are x"),
-        (table[(table["arm"] == "x") == (table["seed"] > 2)], "arm x has no seed in common"),
+        (table[(table["arm"] == "x") == (table["seed"] > 2)], "arms x, base have no seed in common"),
     ):
         with pytest.raises(ValueError, match=message):
             paired_effects(bad, "base", n_boot=10)
