@@ -359,3 +359,40 @@ def similarity(cosine: np.ndarray) -> Figure:
     return _done(
         figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal."
     )
+
+
+def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
+    """Paired differences by group: columns arm, group, difference, low, high; bold where the interval excludes 0."""
+    wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
+    arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
+    value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
+    limit = max(1.0, float(np.abs(value).max()))
+    figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
+    axis.imshow(value, cmap="PuOr", vmin=-1.6 * limit, vmax=1.6 * limit, aspect="auto")  # pale, for black numbers
+    for (i, j), number in np.ndenumerate(value):
+        clear = low[i, j] > 0 or high[i, j] < 0
+        axis.text(j, i, f"{number:+.1f}", ha="center", va="center", fontsize=8, weight="bold" if clear else "normal")
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    axis.set_title(f"difference to '{baseline}', {unit}; bold: 95 % interval excludes 0")
+    listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
+    return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
+
+
+def cost_score(table: pd.DataFrame, *, title: str) -> Figure:
+    """Training time against score, a point an arm: columns arm, seconds, value, low, high (low and high may be nan)."""
+    figure, axis = new(width=6.5, height=3.2)
+    errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
+    axis.errorbar(
+        table["seconds"] / 60, table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1
+    )
+    for row in table.itertuples():
+        axis.annotate(row.arm, (row.seconds / 60, row.value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.set_xlim(0, table["seconds"].max() / 60 * 1.25)
+    axis.set_xlabel("training time of all stages, minutes on one core")
+    axis.set_ylabel("precision@1, %")
+    axis.set_title(title)
+    listing = "; ".join(f"{row.arm}: {row.seconds / 60:.1f} min, {row.value:.1f} %" for row in table.itertuples())
+    return _done(figure, f"{title}. {listing}.")
