@@ -102,11 +102,12 @@ def test_eos_that_is_the_padding_token_survives(small):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n_a=st.integers(0, 60), n_b=st.integers(1, 60), with_image=st.booleans(), max_length=st.integers(22, 60))
-def test_truncation_never_cuts_images_or_eos(small, picture, n_a, n_b, with_image, max_length):
+@given(n_a=st.integers(0, 60), n_b=st.integers(1, 60), with_image=st.booleans(), max_length=st.integers(22, 60),
+       mark=st.sampled_from(["", " <|image_1|>"]))
+def test_truncation_never_cuts_images_or_eos(small, picture, n_a, n_b, with_image, max_length, mark):
     _, inputs = small
     cut = Inputs(inputs.tokenizer, inputs.image_processor, max_length=max_length)
-    item = {"text": "7 " * n_a + "x", "image": picture() if with_image else None}
+    item = {"text": "7 " * n_a + "x" + mark, "image": picture() if with_image else None}  # before the text, or after it
     batch = cut.collate([item], ["3 " * n_b])
     segments = batch["segment_ids"][0]
     assert batch["input_ids"].shape[1] <= max_length
