@@ -88,6 +88,9 @@ def test_eos_stands_once_and_last_on_both_padding_sides(small, picture):
             real = segments != PAD
             assert ids[real][-1] == inputs.eos_id and (segments == EOS).sum() == 1
             assert (ids[real] == inputs.eos_id).sum() == 1
+            padding = (~real).nonzero().flatten().tolist()
+            assert padding == list(range(len(padding))) if side == "left" else padding == list(range(int(real.sum()), len(ids)))
+        assert (batch["segment_ids"] == PAD).any(), "there is padding to look at"
     inputs.padding_side = "right"
 
 
