@@ -159,8 +159,9 @@ def paired_effects(
     arms = hits.index.unique("arm")
     if baseline not in arms or len(arms) < 2:
         raise ValueError(f"baseline {baseline!r} and another arm are needed; there are {', '.join(map(str, arms))}")
-    rows = [{"arm": arm, **_combine(hits, {arm: 1, baseline: -1}, n_boot, seed)} for arm in arms.drop(baseline)]
-    table = pd.DataFrame(rows)
+    others = arms.drop(baseline)
+    rows = _combine(hits, [{arm: 1, baseline: -1} for arm in others], n_boot, seed)
+    table = pd.DataFrame([{"arm": arm, **row} for arm, row in zip(others, rows, strict=True)])
     table.insert(5, "p_holm", holm(table["p"]))
     return table
 
@@ -173,31 +174,38 @@ def contrast(
     weights: arm -> factor, as {"cocoa_few": 1, "contrastive_few": -1, "cocoa": -1, "contrastive": 1}. Returns difference,
     low, high, p, n_seeds, n_queries, computed and resampled as in `paired_effects`. Raises what that raises.
     """
-    return _combine(_hits(per_query, group), weights, n_boot, seed)
+    return _combine(_hits(per_query, group), [weights], n_boot, seed)[0]
 
 
-def _combine(hits: pd.DataFrame, weights: Mapping[str, float], n_boot: int, seed: int) -> dict[str, Any]:
-    if lost := sorted(set(weights) - set(hits.index.unique("arm"))):
-        raise ValueError(f"no results of arm {', '.join(lost)}")
+def _combine(hits: pd.DataFrame, sums: list[Mapping[str, float]], n_boot: int, seed: int) -> list[dict[str, Any]]:
+    """One row for each weighted sum of arms; all of them on the same resamples."""
     task_of = hits.columns.get_level_values("task")
     points = 100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()  # (Q,)
-    shared = set.intersection(*(set(hits.loc[arm].index) for arm in weights))
+    deltas = [_weighted(hits, weights) * points for weights in sums]  # (S, Q) each
+    cells = np.stack([delta.mean(axis=0) for delta in deltas], axis=1)  # (Q, sums): a column adds up to the difference
+    rng, of_queries = np.random.default_rng(seed), np.zeros((n_boot, len(sums)))
+    for task in task_of.unique():
+        part = cells[task_of == task]
+        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
+        of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
+    rows = []
+    for by_seed, drawn in zip([delta.sum(axis=1) for delta in deltas], of_queries.T, strict=True):
+        boot = np.round(drawn + _seed_deviations(by_seed, n_boot, seed), 9)  # so that a sum of zero is zero
+        low, high = np.percentile(boot, [2.5, 97.5])
+        p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
+        facts = {"difference": by_seed.mean(), "low": low, "high": high, "p": p}
+        rows.append(facts | {"n_seeds": len(by_seed), "n_queries": len(task_of)})
+    return rows
+
+
+def _weighted(hits: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
+    """(seeds that all these arms have, queries): the weighted sum of their hits."""
+    if lost := sorted(set(weights) - set(hits.index.unique("arm"))):
+        raise ValueError(f"no results of arm {', '.join(lost)}")
+    shared = sorted(set.intersection(*(set(hits.loc[arm].index) for arm in weights)))
     if not shared:
         raise ValueError(f"arms {', '.join(weights)} have no seed in common")
-    delta = (
-        sum(factor * hits.loc[arm].loc[sorted(shared)].to_numpy() for arm, factor in weights.items()) * points
-    )  # (S, Q)
-    by_seed, by_query = delta.sum(axis=1), delta.mean(axis=0)  # each sums, or averages, to the difference
-    rng, boot = np.random.default_rng(seed), np.zeros(n_boot)
-    for task in task_of.unique():
-        part = by_query[task_of == task]
-        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
-        boot += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
-    boot = np.round(boot + _seed_deviations(by_seed, n_boot, seed), 9)  # so that a sum of zero is zero
-    low, high = np.percentile(boot, [2.5, 97.5])
-    p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
-    facts = {"difference": by_seed.mean(), "low": low, "high": high, "p": p}
-    return facts | {"n_seeds": len(by_seed), "n_queries": len(task_of)}
+    return np.sum([factor * hits.loc[arm].loc[shared].to_numpy() for arm, factor in weights.items()], axis=0)
 
 
 def _seed_deviations(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:

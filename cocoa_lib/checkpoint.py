@@ -25,6 +25,17 @@ from .inputs import Inputs
 
 META = "cocoa.json"
 DECODER = "image_decoder.safetensors"
+# What is read back from `cocoa.json`, and what stands for a field that a checkpoint need not have.
+FIELDS = {
+    "stage": str,
+    "eos_token": str,
+    "max_length": int,
+    "weights_sha256": str,
+    "layout": str,
+    "pooling": str,
+    "run": dict,
+}
+FIELDS_DEFAULT: dict[str, Any] = {"stage": "", "layout": "", "pooling": "", "run": {}}
 
 
 class CheckpointError(RuntimeError):
@@ -55,6 +66,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk, not only the system, hold this file, or the names in this folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError naming the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, train it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}; train it again")
+    return content
 
 
 def provenance() -> dict[str, Any]:
@@ -110,10 +142,10 @@ def save_checkpoint(
         (aside / name).write_text(text, encoding="utf-8")
     settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
     write_json(aside / META, {**meta, **settings, "weights_sha256": weights_hash(aside), **provenance()})
-    for path in aside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in (*aside.iterdir(), aside):
+        sync(path)
     os.replace(aside, folder)
+    sync(folder.parent)
     return folder
 
 
@@ -126,10 +158,13 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, train it again") from error
+    meta = read_json(path)
+    for name, kind in FIELDS.items():
+        if not isinstance(meta.get(name, FIELDS_DEFAULT.get(name)), kind):
+            raise CheckpointError(
+                f"{path}: {name} must be {'an object' if kind is dict else f'of type {kind.__name__}'}, found "
+                f"{meta.get(name)!r:.80}; the checkpoint was altered or damaged, train it again"
+            )
     if check and weights_hash(folder) != meta.get("weights_sha256"):
         raise CheckpointError(
             f"{folder}: the weights do not match {META}; the file was altered or damaged, train it again"

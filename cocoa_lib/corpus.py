@@ -8,21 +8,27 @@ DATA/images/...                          every path in a row is relative to this
 from __future__ import annotations
 
 import hashlib
-import json
+import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
+from .inputs import InputError
 
 
 def fingerprint(data: Path) -> str:
     """What the data are, in one short string: the manifest's content hash, or a hash of file names and sizes."""
     manifest = data / "manifest.json"
     if manifest.is_file():
-        return json.loads(manifest.read_text(encoding="utf-8"))["content_hash"]
+        found = mmeb.read_manifest(data).get("content_hash")
+        if not isinstance(found, str) or not found:
+            raise InputError(f"{manifest}: no content_hash; the data folder is damaged, make it again")
+        return found
     files = sorted(path for path in data.rglob("*.parquet"))
     if not files:
         raise FileNotFoundError(
@@ -32,15 +38,44 @@ def fingerprint(data: Path) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
+def image_file(images: Path, rel: str) -> str:
+    """A row's image path below `images`, "" for none; whether the file is there shows when it is read.
+
+    Raises ValueError for a path that leaves the folder: absolute, with `..`, or through a link.
+    """
+    if not rel:
+        return ""
+    mmeb.check_plain(images, rel)
+    path = images / rel
+    real = os.path.realpath(path) if path.is_symlink() else _real_folder(path.parent)
+    if not Path(real).is_relative_to(_real_folder(images)):
+        raise InputError(f"image path {rel!r} is a link that leaves the image folder {images}")
+    return str(path)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> str:
+    return os.path.realpath(folder)
+
+
 def _corpus(data: Path, kind: str, split: str = "train") -> list[dict[str, Any]]:
     path = data / "corpus" / f"{split}.parquet"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it")
-    table = pd.read_parquet(path)
+    try:
+        table = pd.read_parquet(path)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise InputError(f"{path}: not readable as parquet ({error})") from error
+    for name in ("image_path", "kind", "question", "answer"):
+        if name not in table:
+            raise InputError(f"{path}: no column {name}; found {', '.join(table)}")
+        table[name] = table[name].astype(object).where(table[name].notna(), "")
+        for row in table.index[[not isinstance(value, str) for value in table[name]]][:1]:
+            raise InputError(f"{path}, row {row}, column {name}: expected a string, found {table[name][row]!r:.80}")
     table = table[table["kind"] == kind]
     images = data / "images"
     return [
-        {"text": question, "image": str(images / image) if image else None, "target": answer}
+        {"text": question, "image": image_file(images, image) or None, "target": answer}
         for image, question, answer in zip(table["image_path"], table["question"], table["answer"], strict=True)
     ]
 
@@ -74,7 +109,7 @@ def subsets(data: Path) -> list[str]:
 
 
 def _item(text: str, image: str, images: Path) -> dict[str, Any]:
-    return {"text": text, "image": str(images / image) if image else ""}
+    return {"text": text or "", "image": image_file(images, image)}
 
 
 def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, list[dict[str, Any]]]:

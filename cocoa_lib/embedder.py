@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,7 +23,7 @@ from transformers import PreTrainedModel
 
 from .backbone import hidden_states, open_backbone, pool
 from .checkpoint import load_inputs, read_meta, save_checkpoint
-from .inputs import Batch, Inputs, item_images, load_image
+from .inputs import PLACEHOLDER, Batch, Inputs, item_images, load_image
 
 
 class EosEmbedding(InputModule):
@@ -126,8 +128,8 @@ class CocoaEmbedder:
         """Items ({text, image} dicts, strings or pictures; a list, a generator, or one alone) -> (N, H) float32.
 
         Vectors have length 1 and stand in the order given; one item alone gives (H,). Items are taken in windows of
-        64 batches, sorted by length within a window, so memory is bounded and little is padded. `truncate_dim` keeps the
-        first dimensions and normalises again. Raises InputError naming the item.
+        64 * batch_size and batched by tokens (`token_batches`): memory is that of `batch_size` of the longest items, and
+        little is padded. `truncate_dim` keeps the first dimensions and normalises again. Raises InputError naming the item.
         """
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
         stream = iter([items] if single else items)
@@ -143,10 +145,8 @@ class CocoaEmbedder:
         return vectors[0] if single else vectors
 
     def _encode_window(self, items: list[dict[str, Any]], batch_size: int, bar) -> np.ndarray:
-        order = sorted(range(len(items)), key=lambda i: self._length(items[i]))
         vectors = np.empty((len(items), self.module.get_embedding_dimension()), dtype=np.float32)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in token_batches(*self._lengths(items), batch_size):
             vectors[chosen] = self._encode_batch([items[i] for i in chosen])
             bar.update(len(chosen))
         return vectors
@@ -157,9 +157,41 @@ class CocoaEmbedder:
         batch = {name: value.to(device) for name, value in self.module.inputs.collate(items).items()}
         return self.module(batch)["sentence_embedding"].cpu().numpy()
 
-    def _length(self, item: dict[str, Any]) -> tuple[int, int]:
-        """A cheap stand-in for the number of tokens: images first, then characters."""
-        return len(item_images(item)), len(item.get("text") or "")
+    def _lengths(self, items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read;
+        one that cannot be used counts nothing here, and is named when its batch is made."""
+        inputs = self.module.inputs
+        texts = [PLACEHOLDER.sub("", item.get("text") or "") for item in items]
+        ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        cells = np.array([sum(map(self._cells, item_images(item))) for item in items])
+        marks = np.array([2 * len(item_images(item)) + 1 for item in items])  # round each picture, and EOS
+        return np.minimum(np.array([len(row) for row in ids]) + cells + marks, inputs.max_length), cells
+
+    def _cells(self, image: Any) -> int:
+        processor = self.module.inputs.image_processor
+        try:
+            with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
+                width, height = opened.size
+            return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            return 0
+
+
+def token_batches(lengths: np.ndarray, cells: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """Indices of items, batch by batch, alike in length, longest first (what does not fit into memory fails at once).
+
+    lengths, cells: (N,) tokens of each item, and how many of these are picture cells. A batch has at most as many
+    tokens, padding counted, as `batch_size` of the longest items and as many cells as `batch_size` of the largest
+    pictures: it needs no more memory than a plain batch may, and short texts come by the hundred.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    tokens, picture_cells = batch_size * lengths.max(initial=1), batch_size * cells.max(initial=0)
+    start = 0
+    while start < len(order):
+        chosen = order[start : start + tokens // max(1, lengths[order[start]])]
+        chosen = chosen[np.cumsum(cells[chosen]) <= picture_cells]
+        yield chosen
+        start += len(chosen)
 
 
 def _windows(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:

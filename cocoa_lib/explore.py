@@ -2,8 +2,9 @@
 
 Each explorer is a VBox with `controls` (name -> widget), `outputs` (name -> HTML widget) and `error` (HTML): it can be
 driven without a browser, and what it shows is a string made by a function that a page without a kernel uses as it is
-(`mask_html`, `reconstruction_html`, `retrieval_html`). Nothing is loaded from elsewhere; text of users is escaped; an
-answer that fails says so in `error`. Sliders answer when let go, and all controls work from the keyboard.
+(`mask_html`, `reconstruction_html`, `attention_html`, `ablation_html`, `retrieval_html`). Nothing is loaded from
+elsewhere; text of users is escaped; an answer that fails says so in `error`. Sliders answer when let go, and all
+controls work from the keyboard.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import BoolTensor, LongTensor, Tensor, nn
 
-from .attention import LAYOUTS, dense_mask, describe, reachability, segments, token_names
-from .backbone import hidden_states
+from . import analysis, figures
+from .attention import EOS, LAYOUTS, dense_mask, describe, reachability, segments, token_names
+from .backbone import hidden_states, language_model
 from .batches import stage1_batch, stage2_batch
 from .corruption import IGNORE, hide_cells
 from .figures import COLOURS
-from .inputs import Batch, Inputs, item_images, load_image
-from .mmeb import resolve_image
+from .inputs import Batch, InputError, Inputs, item_images, load_image
+from .mmeb import META_TASKS, resolve_image
 from .recipes import make_recipe
 
 DIRECT, INDIRECT, NEVER = COLOURS[0], COLOURS[1], "#eeeeee"
@@ -53,11 +56,27 @@ def _explorer(controls: dict[str, widgets.Widget], answer: Callable[..., dict[st
     strays = widgets.interactive_output(update, controls)  # holds only what a library prints
     strays.layout = widgets.Layout(max_height="6em", overflow="auto")
     for control in controls.values():
-        control.layout, control.style = widgets.Layout(width="300px"), {"description_width": "110px"}
+        control.layout = widgets.Layout(width="300px")
+        if control.style.has_trait("description_width"):  # a button has none
+            control.style.description_width = "110px"
     panel = widgets.HBox(list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", width="auto"))
     box = widgets.VBox([panel, error, *outputs.values(), strays], layout=widgets.Layout(width="auto"))
     box.controls, box.outputs, box.error = controls, outputs, error
     return box
+
+
+def _png_uri(image: Image.Image | bytes) -> str:
+    """A picture, or the bytes of a PNG file, as an address that needs no other file."""
+    if isinstance(image, Image.Image):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        image = file.getvalue()
+    return "data:image/png;base64," + base64.b64encode(image).decode()
+
+
+def _img(image: Image.Image, alt: str) -> str:
+    style = "width:112px;display:block;image-rendering:pixelated"
+    return f'<img src="{_png_uri(image)}" alt="{escape(alt)}" style="{style}">'
 
 
 def _slider(value: float, low: float, high: float, name: str, step: float = 1) -> widgets.Widget:
@@ -79,8 +98,11 @@ def layers_until_known(mask: BoolTensor, layers: int) -> np.ndarray:
     return depth
 
 
-def _grid(title: str, names: Sequence[str], depth: np.ndarray, chosen: tuple[int, int], shown: int) -> str:
-    """One mask as SVG: depth (L, L) = layers until known, 0 = never; cells above `shown` stay empty; hover tells."""
+def _grid(
+    title: str, names: Sequence[str], depth: np.ndarray, words: Sequence[Sequence[str]], chosen: tuple[int, int],
+    shown: int,
+) -> str:  # fmt: skip
+    """One mask as SVG: depth (L, L) = layers until known, 0 = never; cells above `shown` stay empty; hover: words."""
     n, left = len(names), 44
     parts = []
     for i, name in enumerate(names):
@@ -91,10 +113,9 @@ def _grid(title: str, names: Sequence[str], depth: np.ndarray, chosen: tuple[int
         for k in range(n):
             layers = int(depth[q, k])
             colour = NEVER if not 0 < layers <= shown else DIRECT if layers == 1 else INDIRECT
-            words = "looks" if layers == 1 else f"knows after {layers} layers" if layers else "never knows"
             parts.append(
                 f'<rect x="{left + k * CELL}" y="{left + q * CELL}" width="{CELL - 1}" height="{CELL - 1}" '
-                f'fill="{colour}"><title>{names[q]} {words} {names[k]}</title></rect>'
+                f'fill="{colour}"><title>{words[q][k]}</title></rect>'
             )
     q, k = chosen
     parts.append(f'<rect x="{left + k * CELL - 1}" y="{left + q * CELL - 1}" width="{CELL + 1}" height="{CELL + 1}" '
@@ -110,11 +131,15 @@ def mask_html(layout: str, segment_ids: LongTensor, *, layers: int, query: int, 
     names, total = token_names(segment_ids), len(segment_ids) ** 2
     depth = layers_until_known(mask, layers)
     pairs = int(mask.sum())
+    words = [[f"{q} {'looks at' if depth[i, k] == 1 else 'never knows'} {name}" for k, name in enumerate(names)]
+             for i, q in enumerate(names)]  # fmt: skip
+    for q, k in np.argwhere(depth > 1):  # only where there is more to say: a sentence for each cell would be slow
+        words[q][k] = describe(layout, segment_ids, q, k, layers)
     sentence = describe(layout, segment_ids, query, key, layers)
     plural = "s" * (layers != 1)
     return (
-        f'<div style="display:flex;flex-wrap:wrap">{_grid("rows look at columns", names, depth, (query, key), 1)}'
-        f"{_grid(f'known after {layers} layer{plural}', names, depth, (query, key), layers)}</div>"
+        f'<div style="display:flex;flex-wrap:wrap">{_grid("rows look at columns", names, depth, words, (query, key), 1)}'
+        f"{_grid(f'known after {layers} layer{plural}', names, depth, words, (query, key), layers)}</div>"
         f'<p><span style="color:{DIRECT}">&#9632;</span> looks &nbsp; <span style="color:{INDIRECT}">&#9632;</span> '
         f"knows through others &nbsp; <span>&#9633;</span> never. Hover a cell to read it.</p>"
         f"<p>Cost: {pairs} of {len(names)} x {len(names)} = {total} pairs a layer and head, "
@@ -259,14 +284,225 @@ def reconstruction_explorer(
     return _explorer(controls, answer, ["reconstruction"])
 
 
+# ---- attention of a checkpoint --------------------------------------------------------------------------------------
+
+DIRECTIONS = {"from EOS: what EOS looks at": "from_eos", "to EOS: who looks at EOS": "to_eos"}
+UPLOADED = -1  # the value of `sample` that stands for the user's own picture
+
+
+class EosAttention(NamedTuple):
+    batch: Batch  # of one item
+    from_eos: np.ndarray  # (layers, heads, L): weight that EOS gives to each token, sums to 1
+    to_eos: np.ndarray  # (layers, heads, L): weight that each token gives to EOS
+
+
+@torch.no_grad()
+def eos_attention(model, inputs: Inputs, item: Mapping[str, Any]) -> EosAttention:
+    """The attention weights from and to EOS of one {text, image} item, in the model's own mode, all layers and heads.
+
+    Only eager attention computes weights one can look at, so the language model uses it for this one pass. Only the row
+    and the column of EOS are kept: O(L) and not O(L^2) numbers a head. Raises InputError for an unusable item.
+    """
+    batch = inputs.collate([dict(item)])
+    text, kept = language_model(model), []
+    place = int((batch["segment_ids"][0] == EOS).nonzero())
+
+    def keep(module: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
+        weights = output[1][0].float().cpu()  # (heads, L, L)
+        kept.append((weights[:, place], weights[:, :, place]))
+
+    hooks = [layer.self_attn.register_forward_hook(keep) for layer in text.layers]
+    usual = text.config._attn_implementation
+    text.config._attn_implementation = "eager"
+    try:
+        hidden_states(model, {name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        text.config._attn_implementation = usual
+        for hook in hooks:
+            hook.remove()
+    return EosAttention(batch, *(torch.stack(each).numpy() for each in zip(*kept, strict=True)))
+
+
+def _cells(weights: np.ndarray, top: float, image: Image.Image, title: str) -> str:
+    """weights (rows, columns) of merged cells over a picture as SVG: the area of a square is its weight, `top` fills."""
+    rows, columns = weights.shape
+    side = max(8, min(64, 288 // max(rows, columns)))
+    width, height = columns * side, rows * side
+    parts = [f'<image href="{_png_uri(image)}" width="{width}" height="{height}" preserveAspectRatio="none" '
+             'opacity="0.6" style="image-rendering:pixelated"/>']  # fmt: skip
+    for (y, x), weight in np.ndenumerate(weights):
+        parts.append(f'<rect x="{x * side}" y="{y * side}" width="{side}" height="{side}" fill="none" stroke="#888"/>')
+        a = (side - 2) * (weight / top) ** 0.5 if top > 0 else 0
+        parts.append(
+            f'<rect class="weight" x="{(x + 0.5) * side - a / 2:.1f}" y="{(y + 0.5) * side - a / 2:.1f}" '
+            f'width="{a:.1f}" height="{a:.1f}" fill="{COLOURS[0]}" fill-opacity="0.8" stroke="white"/>'
+            f'<rect x="{x * side}" y="{y * side}" width="{side}" height="{side}" fill="transparent">'
+            f"<title>row {y + 1}, column {x + 1}: {weight:.2%}</title></rect>"
+        )
+    y, x = np.unravel_index(weights.argmax(), weights.shape)
+    label = f"{title} as {rows} x {columns} cells; largest weight {weights.max():.1%} at row {y + 1}, column {x + 1}"
+    return (
+        f'<figure style="margin:4px"><svg role="img" aria-label="{label}" width="{width}" height="{height}">'
+        f"{''.join(parts)}</svg><figcaption>{title}, {rows} x {columns} cells</figcaption></figure>"
+    )
+
+
+def _bar(name: str, weight: float, top: float) -> str:
+    width = 90 * weight / top if top > 0 else 0
+    return (
+        '<div style="display:flex;align-items:center;break-inside:avoid"><span style="width:84px;overflow:hidden;'
+        f'white-space:pre;text-align:right;margin-right:4px">{escape(name)}</span><span class="bar" style="width:'
+        f'{width:.1f}px;height:10px;background:{COLOURS[0]}"></span>&nbsp;{weight:.1%}</div>'
+    )
+
+
+def attention_html(found: EosAttention, inputs: Inputs, *, layer: int, head: int | None, direction: str) -> str:
+    """Weights from or to EOS over the picture's cells and beside the other tokens, all on one scale.
+
+    layer: from 1; head: from 1, None is the mean over heads; direction: "from_eos" or "to_eos".
+    """
+    heads = getattr(found, direction)[layer - 1]  # (heads, L)
+    weights = heads.mean(0) if head is None else heads[head - 1]
+    batch, top = found.batch, float(weights.max())
+    ids, at_picture = batch["input_ids"][0].tolist(), batch["mm_token_type_ids"][0].numpy() == 1
+    pictures, start, patch = "", 0, 0
+    for number, grid in enumerate(batch.get("image_grid_thw", ()), start=1):
+        rows, columns = (grid[1:] // inputs.image_processor.merge_size).tolist()
+        cells = weights[at_picture][start : start + rows * columns].reshape(rows, columns)
+        image = Image.fromarray(cells_image(batch["pixel_values"][patch:], grid, inputs))
+        title = f"picture {number}"
+        pictures += _img(image, f"{title} as the model gets it") + _cells(cells, top, image, title)
+        start, patch = start + rows * columns, patch + int(grid.prod())
+    spoken = {inputs.eos_id: "EOS", inputs.vision_start_id: "picture starts", inputs.vision_end_id: "picture ends"}
+    names = [spoken.get(token) or inputs.tokenizer.decode([token]).replace("\n", "\u21b5") for token in ids]
+    bars = "".join(_bar(names[i], float(weights[i]), top) for i in np.flatnonzero(~at_picture))
+    eos = batch["segment_ids"][0].numpy() == EOS
+    parts = {"the picture": at_picture, "EOS itself": eos, "the other tokens": ~at_picture & ~eos}
+    if direction == "from_eos":
+        shares = ", ".join(f"<b>{weights[at].sum():.0%}</b> to {name}" for name, at in parts.items() if at.any())
+        sentence = f"EOS gives {shares}."
+    else:
+        means = {name: weights[at].mean() for name, at in parts.items() if at.any()}
+        shares = ", ".join(f"<b>{mean:.0%}</b> by {name}" for name, mean in means.items())
+        sentence = f"Given to EOS, of each token's 100 %, on average: {shares}."
+    which = f"mean over {len(heads)} heads" if head is None else f"head {head} of {len(heads)}"
+    return (
+        f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{pictures}</div>'
+        f'<div style="columns:240px;font-size:12px;max-width:960px">{bars}</div>'
+        f'<p aria-live="polite">Layer {layer}, {which}. {sentence} The largest square or bar is {top:.1%}; hover a cell '
+        "to read it.</p>"
+    )
+
+
+def _uploaded(files: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """The value of a FileUpload -> its picture, under `load_image`'s limits; an InputError names the user's file."""
+    if not files:
+        raise InputError("no picture is uploaded yet; press 'Upload' and choose one, or choose a sample")
+    stream = io.BytesIO(files[0]["content"])
+    try:
+        return load_image(stream)
+    except InputError as error:
+        raise InputError(str(error).replace(str(stream), str(files[0]["name"]))) from None
+
+
+def attention_explorer(model, inputs: Inputs, items: Sequence[Mapping[str, Any]]) -> widgets.VBox:
+    """Choose a sample, upload a picture or type a text: see what EOS looks at, or who looks at EOS, by layer and head.
+
+    items: {text, image}. The forward pass is made once a sample; another layer or head only draws anew.
+    """
+    text = language_model(model)
+    samples = [(f"{i + 1}: {str(item.get('text') or 'picture alone')[:40]}", i) for i, item in enumerate(items)]
+    heads = [("mean over heads", None), *((str(h + 1), h + 1) for h in range(text.config.num_attention_heads))]
+    sample = widgets.Dropdown(options=[*samples, ("your uploaded picture", UPLOADED)], description="sample")
+    upload = widgets.FileUpload(accept="image/*", description="Upload a picture")
+    upload.observe(lambda change: setattr(sample, "value", UPLOADED if change["new"] else sample.value), "value")
+    controls = {
+        "sample": sample,
+        "upload": upload,
+        "words": widgets.Text(placeholder="your own text", description="or type", continuous_update=False),
+        "layer": _slider(len(text.layers), 1, len(text.layers), "layer"),
+        "head": widgets.Dropdown(options=heads, description="head"),
+        "direction": widgets.Dropdown(options=list(DIRECTIONS.items()), description="direction"),
+    }
+
+    @lru_cache(maxsize=8)
+    def found(sample: int, words: str, content: bytes) -> EosAttention:
+        item = {"text": "", "image": _uploaded(upload.value)} if sample == UPLOADED else dict(items[sample])
+        return eos_attention(model, inputs, {**item, "text": words or item.get("text")})
+
+    def answer(sample: int, upload: Any, words: str, **how: Any) -> dict[str, str]:
+        content = bytes(upload[0]["content"]) if upload and sample == UPLOADED else b""
+        return {"attention": attention_html(found(sample, words.strip(), content), inputs, **how)}
+
+    return _explorer(controls, answer, ["attention"])
+
+
+# ---- ablations ------------------------------------------------------------------------------------------------------
+
+HITS = {"p@1": 1, "hit@5": 5}  # metrics of the results that ask whether the right candidate is among the first k
+GROUPS = ("overall", *META_TASKS, "ind", "ood")
+
+
+def ablation_html(effects: pd.DataFrame, scores: pd.Series, *, baseline: str, metric: str, group: str) -> str:
+    """Forest plot and table of arms less `baseline`: effects of `analysis.paired_effects`, scores: arm -> mean, percent.
+
+    The p-values stay corrected for all arms they were computed with: choosing what to look at is no reason for less.
+    """
+    figure = figures.forest(effects, baseline=baseline, unit=f"points of {metric}, {group}")
+    table = pd.DataFrame({
+        "arm": effects["arm"],
+        f"{metric}, %": [f"{scores[arm]:.1f}" for arm in effects["arm"]],
+        "difference": [f"{value:+.1f}" for value in effects["difference"]],
+        "95 % interval": [f"{low:+.1f} to {high:+.1f}" for low, high in zip(effects["low"], effects["high"], strict=True)],
+        "p, corrected": [f"{p:.3f}" for p in effects["p_holm"]],
+        "gain over baseline": [analysis.verdict(row, corrected=True) for row in effects.to_dict("records")],
+        "seeds": effects["n_seeds"],
+        "queries a seed": effects["n_queries"],
+    })  # fmt: skip
+    return (
+        f'<img src="{_png_uri(figures.show(figure).data)}" alt="{escape(figure.alt)}" style="max-width:100%">'
+        f"{table.to_html(index=False, border=0)}<p>Baseline {escape(baseline)}: {scores[baseline]:.1f} %. Corrected for "
+        "all arms of the run, not for trying metrics and groups: what is clear only in one of many is a hint.</p>"
+    )
+
+
+def ablation_explorer(
+    results: pd.DataFrame, per_query: pd.DataFrame, baseline: str, *, n_boot: int = 2000
+) -> widgets.VBox:  # fmt: skip
+    """Choose arms, metric and group of tasks: see paired differences to the baseline, with intervals, and the scores.
+
+    results, per_query: `analysis.gather_results`. All differences are resampled here, at the start, so that answers only
+    draw: about a second an arm. Raises what `analysis.paired_effects` raises.
+    """
+    present = [g for g in GROUPS if g not in META_TASKS or (per_query["meta_task"] == g).any()]
+    if per_query["in_distribution"].nunique() < 2:
+        present = [g for g in present if g not in ("ind", "ood")]
+    effects, scores = {}, {}
+    for metric, k in HITS.items():
+        as_first = per_query.assign(rank=-(-per_query["rank"] // k))  # 1 where the rank is at most k
+        values = results[results["metric"] == metric].assign(metric="p@1")  # `arm_scores` averages what has this name
+        scores[metric] = analysis.arm_scores(values).groupby("arm").mean(numeric_only=True)
+        for group in present:
+            effects[metric, group] = analysis.paired_effects(as_first, baseline, group=group, n_boot=n_boot)
+    arms = list(effects["p@1", "overall"]["arm"])
+    controls = {
+        "arms": widgets.SelectMultiple(options=arms, value=arms, rows=min(8, len(arms)), description="arms"),
+        "metric": widgets.Dropdown(options=list(HITS), description="metric"),
+        "group": widgets.Dropdown(options=present, description="tasks"),
+    }
+
+    def answer(arms: Sequence[str], metric: str, group: str) -> dict[str, str]:
+        if not arms:
+            raise ValueError("no arm is chosen; choose one or more (Ctrl or Shift adds to a choice)")
+        table = effects[metric, group]
+        chosen = table[table["arm"].isin(arms)]
+        how = {"baseline": baseline, "metric": metric, "group": group}
+        return {"ablation": ablation_html(chosen, scores[metric][group], **how)}
+
+    return _explorer(controls, answer, ["ablation"])
+
+
 # ---- retrieval ------------------------------------------------------------------------------------------------------
-
-
-def _img(image: Image.Image, alt: str) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    return f'<img src="{uri}" alt="{escape(alt)}" style="width:112px;display:block;image-rendering:pixelated">'
 
 
 @lru_cache(maxsize=512)

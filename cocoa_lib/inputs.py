@@ -31,6 +31,8 @@ from .attention import EOS, PAD, A, B
 VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 VISION = VISION_START + IMAGE_PAD + VISION_END
 PLACEHOLDER = re.compile(r"<\|image_\d+\|>|" + re.escape(VISION))
+# What is decoded: no format that runs another program (EPS) or holds other files. Phones' MPO opens through JPEG's reader.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000  # decoded size limit of one picture: a 10,000 x 10,000 bomb is refused before it is decoded
 
 Batch = dict[str, Tensor]
@@ -48,13 +50,13 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     if isinstance(source, Image.Image):
         return _rgb(source, "the given image")
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             return _rgb(image, str(source))
     except FileNotFoundError:
         raise InputError(f"{source}: no such image file; check the path and the image folder") from None
     except InputError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files make decoders raise struct.error, IndexError, EOFError, zlib.error, ...
         raise InputError(f"{source}: not a readable image ({error}); replace or leave out this file") from error
 
 
@@ -85,6 +87,8 @@ def split_prompt(text: str, n_images: int) -> list[str | None]:
     first (ours: CoCoA's stage-1 form). A mark without a picture is dropped, as MoCa does. Raises InputError when marks
     and pictures are both present but differ in number.
     """
+    if not isinstance(text, str):
+        raise InputError(f"text must be a string, found {type(text).__name__}")
     parts = PLACEHOLDER.split(text)
     n_marks = len(parts) - 1
     if n_images == 0:
@@ -140,6 +144,10 @@ class Inputs:
         """Plain text -> ids; control tokens typed by a user stay text."""
         if not text:
             return []
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
+            raise InputError(f"the text is not valid Unicode ({error.reason}, place {error.start})") from None
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def process_images(self, images: Sequence) -> tuple[Tensor, Tensor]:

@@ -179,7 +179,9 @@ def _load(root: str, part: str, name: str, split: str, revision: str | None) -> 
     try:
         # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
         rows = datasets.Dataset.from_parquet({split: pattern}, split=split)
-    except (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid) as error:
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and isinstance(pattern, str):  # the hub cannot be reached, or has no such file
+            raise
         raise ValueError(f"{where}: empty, or not readable as parquet ({error.__cause__ or error})") from error
     finally:
         if not bars_off:
@@ -236,15 +238,20 @@ def _codes(texts: pa.Array, images: pa.Array) -> tuple[np.ndarray, list[tuple[st
     return codes, [(texts[pair // width], images[pair % width]) for pair in distinct]
 
 
+def check_plain(image_root: Path, rel: str) -> None:
+    """Raises ValueError for an image path that is absolute or has `..`."""
+    plain = PureWindowsPath(rel)  # knows both separators and drive letters
+    if plain.anchor or ".." in plain.parts or "\0" in rel:
+        raise ValueError(f"image path {rel!r} is not a plain path below the image folder {image_root}")
+
+
 def resolve_image(image_root: Path, rel: str) -> Path:
     """The file that a row's image path names.
 
     Raises ValueError for a path that is absolute, has `..` or leaves the folder through a link, FileNotFoundError where
     there is no such file.
     """
-    plain = PureWindowsPath(rel)  # knows both separators and drive letters
-    if plain.anchor or ".." in plain.parts or "\0" in rel:
-        raise ValueError(f"image path {rel!r} is not a plain path below the image folder {image_root}")
+    check_plain(image_root, rel)
     path = Path(image_root) / rel
     if not path.is_file():
         raise FileNotFoundError(f"image {rel!r} not found in {image_root}")
@@ -574,15 +581,34 @@ def published() -> pd.DataFrame:
 # Command line
 
 
+def read_manifest(root: str | Path) -> dict[str, Any]:
+    """A data folder's manifest.json. Raises ValueError naming the file if it is not a JSON object."""
+    path = Path(root) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); the data folder is damaged, make it again") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
+    return manifest
+
+
 def choose_tasks(names: Sequence[str], root: str) -> tuple[Task, ...]:
     """Task names -> tasks. "all": every task that `root` has by its manifest, else MMEB's 36; "world": the built-in.
 
     Raises ValueError for an unknown name.
     """
     path, known = Path(root) / "manifest.json", TASKS
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    manifest = read_manifest(root) if path.is_file() else {}
     if "tasks" in manifest:
-        known = tuple(Task(*fields) for fields in manifest["tasks"])
+        try:
+            known = tuple(Task(*fields) for fields in manifest["tasks"])
+            if not [META_TASKS.index(task.meta_task) for task in known]:
+                raise ValueError("none listed")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: tasks: expected lists of name, meta-task, in-distribution, candidates ({error})"
+            ) from error
     elif "world" in names or manifest.keys() & {"generator", "generator_version"}:
         from .world import TASKS as known
     by_name = {task.name: task for task in known}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import write_json
 from .inputs import InputError, load_image
+from .mmeb import read_manifest
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
 TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
@@ -52,22 +55,27 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         known = "a .jsonl or .csv file with an image path and a text a row, or a folder of named folders"
         raise InputError(f"{path}: no such file; PAIRS takes {known}")
-    rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except ValueError as error:
-                        raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
-                    if not isinstance(row, dict):
-                        raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-                    rows.append(row)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, restkey="")) if path.suffix.lower() == ".csv" else _json_rows(path, file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv") from error
     if not rows:
         raise InputError(f"{path}: no rows")
+    return rows
+
+
+def _json_rows(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            rows.append(row)
     return rows
 
 
@@ -95,9 +103,9 @@ def pick_column(
 
 def find_image_root(path: Path, first_image: str) -> Path:
     """Where relative image paths start: the table's folder, or the one folder below it that holds the first image."""
-    if path.is_dir() or (path.parent / first_image).is_file():
+    if path.is_dir() or os.path.isfile(path.parent / first_image):  # False for a name too long, too
         return path if path.is_dir() else path.parent
-    for found in sorted(path.parent.rglob(Path(first_image).name)):
+    for found in sorted(path.parent.rglob("*")) if Path(first_image).name else ():
         if found.as_posix().endswith(first_image):
             return Path(found.as_posix()[: -len(first_image)])
     return path.parent
@@ -118,6 +126,14 @@ def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, 
             continue
         if not name:
             bad.append(f"row {number}: empty {image_column!r} (text {text[:40]!r})")
+            continue
+        if not os.path.realpath(root / name.replace("\0", "")).startswith(os.path.join(os.path.realpath(root), "")):
+            bad.append(f"row {number}: image path {name!r} leaves the image folder {root}; name another image_root")
+            continue
+        try:
+            (text + name).encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
+            bad.append(f"row {number}: not valid Unicode ({error.reason})")
             continue
         try:
             good.append({**row, "_row": number, "_text": text, "_image": load_image(root / name)})
@@ -163,7 +179,7 @@ def build_pairs(
                 "max_side": max_side, "seed": seed}  # fmt: skip
     manifest_path = root / "manifest.json"
     if manifest_path.is_file():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = read_manifest(root)
         if manifest.get("settings") != settings:
             raise InputError(
                 f"{root}: holds data made from another file or with other settings; delete it or choose another"

@@ -40,7 +40,7 @@ def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, 
         raise unknown_name(name, known, "profile")
     try:
         profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no UTF-8, an impossible date, endless nesting
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(profile, dict):
         raise RecipeError(f"{path}: expected sections, found {type(profile).__name__}")

@@ -7,6 +7,8 @@ about corruption, `preset` picks one of them whole: `figure`, `script` or `moca`
 from __future__ import annotations
 
 import difflib
+import math
+import reprlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -120,6 +122,20 @@ def unknown_name(name: str, known: list[str], where: str) -> RecipeError:
     return RecipeError(f"{where}: unknown name {name!r}{hint} Known: {', '.join(known)}")
 
 
+_short = reprlib.Repr()  # for a value in an error, however large: YAML's aliases can unfold
+_short.maxlevel = 2
+
+
+def _finite(value: float, where: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RecipeError(f"{where}: expected a finite number, got {_short.repr(value)}")
+    return number
+
+
 def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     """A stage's recipe from a dict (a profile's section); `preset` may stand among the values of stage 1.
 
@@ -127,22 +143,24 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     """
     if stage not in RECIPES:
         raise unknown_name(stage, list(RECIPES), "stage")
+    if values is not None and not isinstance(values, dict):
+        raise RecipeError(f"{stage}: expected names and values, got {_short.repr(values)}")
     values = dict(values or {})
     preset = values.pop("preset", None)
     if preset is not None:
-        if stage != "stage1" or preset not in PRESETS:
-            raise unknown_name(str(preset), list(PRESETS), f"{stage}.preset (stage 1 only)")
+        if stage != "stage1" or not isinstance(preset, str) or preset not in PRESETS:
+            raise unknown_name(_short.repr(preset), list(PRESETS), f"{stage}.preset (stage 1 only)")
         values = {**PRESETS[preset], **values}
     cls = RECIPES[stage]
     types = {field.name: type(field.default) for field in fields(cls)}
     for name, value in values.items():
         if name not in types:
-            raise unknown_name(name, list(types), stage)
+            raise unknown_name(str(name), list(types), stage)
         wanted = types[name]
         if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[name] = float(value)
+            values[name] = _finite(value, f"{stage}.{name}")
         elif type(value) is not wanted:
-            raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {value!r}")
+            raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {_short.repr(value)}")
     return cls(**values)
 
 

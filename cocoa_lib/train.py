@@ -10,11 +10,14 @@ only when the stage is done.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import logging
+import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +35,7 @@ from transformers.utils.notebook import NotebookProgressCallback
 from . import corpus
 from .backbone import add_adapter, merge_adapter, new_backbone, open_backbone
 from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
-from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, write_json
+from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_json, read_meta, save_checkpoint, write_json
 from .embedder import EosEmbedding
 from .inputs import Inputs
 from .objectives import CachedInfoNCE, Reconstruction, gathered
@@ -41,6 +44,7 @@ from .recipes import RECIPES, CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
+KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
 
@@ -62,6 +66,7 @@ class PlainTrainer:
         return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        self.check_weights()
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
@@ -71,11 +76,24 @@ class PlainTrainer:
 
     def checked(self, loss: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}. Lower learning_rate, raise "
-                f"warmup_steps, or lower max_grad_norm; then run into another folder, or delete {self.args.output_dir}"
-            )
+            raise self.diverged(f"the loss is {float(loss.detach())}", self.state.global_step + 1)
         return loss
+
+    def check_weights(self) -> None:
+        """Before anything is saved: a gradient that is not finite spoils the weights one step before the loss shows it."""
+        model = self.accelerator.unwrap_model(self.model)
+        if bad := [name for name, values in model.named_parameters() if not torch.isfinite(values).all()]:
+            raise self.diverged(f"{len(bad)} weights, the first is {bad[0]}, are not finite", self.state.global_step)
+
+    def diverged(self, what: str, step: int) -> TrainingError:
+        """The error that names the step, its rows in the plan (`index_plan`), and what is left to go back to."""
+        size, work = self.args.per_device_train_batch_size * self.args.world_size, Path(self.args.output_dir)
+        last = max((path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}")), key=checkpoint_step, default="none")
+        return TrainingError(
+            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower max_grad_norm; then run into "
+            f"another folder, or delete {work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; "
+            f"last good checkpoint: {last}"
+        )
 
 
 class ReconstructionTrainer(PlainTrainer, Trainer):
@@ -160,6 +178,8 @@ class Watch(TrainerCallback):
         if state.is_world_process_zero and folder.is_dir():
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
             write_json(folder / COMPLETE, hashes)
+            for old in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
+                shutil.rmtree(old)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         try:
@@ -182,10 +202,18 @@ class Watch(TrainerCallback):
             signal.signal(signal.SIGINT, self.previous)
 
 
+def checkpoint_step(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def checkpoints(work: Path) -> list[Path]:
+    """Trainer checkpoints, newest first: by step, since a clock can jump."""
+    return sorted(work.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+
+
 def last_whole_checkpoint(work: Path) -> Path | None:
     """The newest Trainer checkpoint whose files all match their recorded hashes; damaged ones are named and removed."""
-    folders = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    for folder in folders:
+    for folder in checkpoints(work):
         try:
             hashes = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
             damaged = [name for name, digest in hashes.items() if file_hash(folder / name) != digest]
@@ -209,6 +237,39 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """The folder of a run is this process's alone while the block lasts; made if it is not there.
+
+    A lock of the kernel's: it ends with the process, however that ends, so a killed run leaves nothing to clear away.
+    Raises TrainingError where another process holds it, or where nothing can be written.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file = (work / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"cannot write below {work.parent} ({error.strerror}): choose another output folder, or change who may write there"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise TrainingError(
+                f"{work}: another run (process {file.read() or 'unknown'}) is at work in this folder; wait for it, stop it, or "
+                "choose another output folder"
+            ) from error
+        except OSError as error:
+            logger.warning(
+                "%s: this file system has no locks (%s); see to it that one run at a time uses it", work, error
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
     """A recipe as the trainers' arguments; `batch_size` is divided over the processes."""
     args = cls(
@@ -224,7 +285,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         use_cpu=not torch.accelerator.is_available(),
         seed=seed,
         save_steps=recipe.save_steps,
-        save_total_limit=2,
+        save_total_limit=None,  # `Watch` removes old ones: the trainer goes by file times, and a clock can jump
         logging_steps=1,  # log.csv averages over recipe.logging_steps: so a resumed run logs what a whole one does
         disable_tqdm=not show_progress,
         report_to=[],
@@ -253,9 +314,9 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
         meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": 4096, "weights_sha256": str(parent)}
     else:
         meta = read_meta(parent)
-    if meta["stage"] != PARENT_STAGE[stage] and not allow_parent:
+    if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
         raise CheckpointError(
-            f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is {meta['stage']}; pass "
+            f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is {meta.get('stage')}; pass "
             "allow_parent=True (--allow-parent) if an ablation leaves a stage out on purpose"
         )
     return meta
@@ -276,7 +337,7 @@ def run_stage(
 
     Returns `out`. A finished `out` of the same configuration is returned as it is; of another one, CheckpointError.
     KeyboardInterrupt after Ctrl-C, with the state saved: the same call goes on. TrainingError for a loss that is not
-    finite or a batch size that does not fit.
+    finite, a batch size that does not fit, or an output folder that another run is writing or nobody can.
     """
     out, data = Path(out), Path(data)
     parent_meta = check_parent(stage, parent, allow_parent)
@@ -284,20 +345,36 @@ def run_stage(
         "stage": stage,
         "recipe": as_dict(recipe),
         "seed": seed,
-        "parent_stage": parent_meta["stage"],
+        "parent_stage": parent_meta.get("stage"),
         "parent_sha256": parent_meta["weights_sha256"],
         "data": corpus.fingerprint(data),
     }
-    if (out / META).is_file():
-        _same_run(read_meta(out).get("run", {}), run, out)
-        return out
     work = out.parent / f".{out.name}.work"
-    if (work / "run.json").is_file():
-        _same_run(json.loads((work / "run.json").read_text(encoding="utf-8")), run, work)
     state = join_processes()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise TrainingError(
+            "sharded training (FSDP) does not run yet: checkpoints of sharded weights are not written. Use "
+            "notebooks/profiles/accelerate/ddp_1x8.yaml or ddp_4x8.yaml; `python -m cocoa_lib.estimate` says what fits"
+        )
+    if not (out / META).is_file():
+        with locked(work) if state.is_main_process else nullcontext():  # launched as several, they are one run
+            if not (out / META).is_file():  # else another process has finished it a moment ago
+                return _run(run, recipe, parent, parent_meta, data, out, work, state, show_progress)
+    _same_run(read_meta(out).get("run", {}), run, out)
+    shutil.rmtree(work, ignore_errors=True)  # of a run killed after `out` was whole
+    return out
+
+
+def _run(
+    run: dict[str, Any], recipe: Recipe, parent: str | Path, parent_meta: dict[str, Any], data: Path, out: Path, work: Path,
+    state: PartialState, show_progress: bool,
+) -> Path:  # fmt: skip
+    """`run_stage` once `work` is ours: go on from the newest whole checkpoint, train, leave `out`, remove `work`."""
+    stage, seed = run["stage"], run["seed"]
+    if (work / "run.json").is_file():
+        _same_run(read_json(work / "run.json"), run, work)
     with state.main_process_first():
         if state.is_main_process:
-            work.mkdir(parents=True, exist_ok=True)
             write_json(work / "run.json", run)
         checkpoint = last_whole_checkpoint(work)
 
@@ -329,16 +406,25 @@ def run_stage(
             f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
             "space and run the same command: it goes on from the last whole checkpoint"
         ) from error
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise TrainingError(
+            f"another process of this run died or cannot be reached (after step {trainer.state.global_step}, process "
+            f"{state.process_index} of {state.num_processes}); its own log says why. The same command goes on from the last "
+            "whole checkpoint, also with another number of processes"
+        ) from error
     finally:
         watch.restore()
     if trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+    trainer.check_weights()
     if trainer.is_world_process_zero():
         if adapter is not None:
             model = merge_adapter(adapter)
         decoder = getattr(trainer.accelerator.unwrap_model(trainer.model), "decoder", None)
         _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, decoder)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
     trainer.accelerator.wait_for_everyone()
     return out
 

@@ -1,0 +1,108 @@
+"""What the measurements share: two sides run in turn, peak memory of a step, a table and its JSON.
+
+A figure is a ratio of two things run one after the other, round by round, in one process: what else the machine does hits
+both. The ratio is taken within each round; median, lowest and highest are those of the rounds.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cocoa_lib.backbone import new_backbone
+from cocoa_lib.checkpoint import provenance
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+BACKBONE = ROOT / "data" / "backbone"
+PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
+WORDS = "a large red circle at the top left and one small blue square below it , seven digits in all".split()
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], n: int = 5) -> dict[str, list[float]]:
+    """Name -> seconds of each of `n` rounds, every side once a round (A B A B ...), after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(n + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def record(name: str, compared: str, over: Sequence[float], under: Sequence[float], **more: Any) -> dict[str, Any]:
+    """One line of a table: the ratio over / under, round by round."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    low, high, middle = min(ratios), max(ratios), statistics.median(ratios)
+    return {"name": name, "compared": compared, "ratio": middle, "n": len(ratios), "lowest": low, "highest": high, **more}
+
+
+def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path = RESULTS) -> None:
+    """Print the records as a table and keep them, with machine and commit, as results/NAME.json."""
+    commit = provenance()["commit"] or "unknown"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    for line in records:
+        line |= {key: float(f"{line[key]:.4g}") for key in ("ratio", "lowest", "highest")}
+        line |= {"machine": machine, "commit": commit}
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"name": name, "note": note, "results": records}, indent=1)
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    width = max(len(line["name"]) for line in records)
+    lines = [f"{line['name']:<{width}} {line['ratio']:>9.4g} [{line['lowest']:.4g}, {line['highest']:.4g}] "
+             f"n={line['n']}  {line['compared']}" for line in records]  # fmt: skip
+    sys.stdout.write("\n".join([f"\n{name}", *([note] if note else []), *lines, ""]))
+    sys.stdout.flush()
+
+
+def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
+    """Bytes by which resident memory rises at most while `make(*args)()` runs, in a fresh process.
+
+    `make` sets up (model, data) and returns the step; it should run a small step first, so that what is allocated once
+    and for all does not count. Linux only: the high-water mark is reset through /proc.
+    """
+    context = multiprocessing.get_context("forkserver")  # imports once, and starts clean of threads
+    context.set_forkserver_preload(PRELOAD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_peak, args=(sender, make, args))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"the process that measures {make.__name__}{args} died; see its message above") from None
+    finally:
+        process.join()
+
+
+def _peak(sender, make: Callable[..., Callable[[], Any]], args: tuple) -> None:
+    torch.set_num_threads(1)
+    step = make(*args)
+    Path("/proc/self/clear_refs").write_text("5")  # high-water mark = what is resident now
+    before = _resident()
+    step()
+    sender.send(float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before))
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def small_model(hidden_size: int = 256, layers: int = 2, image_pixels: int = 4096, max_length: int = 4096, **sizes: int):
+    """A random Qwen2-VL and its inputs."""
+    shape = {"heads": hidden_size // 32, "vision_dim": 96, "vision_layers": 2, "patch_size": 8, "vocab_size": 400} | sizes
+    return new_backbone([" ".join(WORDS)] * 4, image_pixels=image_pixels, seed=0, max_length=max_length,
+                        hidden_size=hidden_size, layers=layers, **shape)  # fmt: skip

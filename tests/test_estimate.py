@@ -1,0 +1,262 @@
+"""The estimate against what is measured: parameters, bytes and FLOPs of small models here, of the real shapes on meta.
+
+A run on the meta device shows shapes, parameter counts, FLOPs and that names match. It shows no value, no memory peak, no time,
+nothing that depends on values (the head on masked places only, rotary positions, the choice of kernels).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from cocoa_lib import backbone, estimate, world
+from cocoa_lib.attention import A, dense_mask
+from cocoa_lib.estimate import SHAPES, Data, build, item_cost
+from cocoa_lib.objectives import Reconstruction
+from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
+from cocoa_lib.recipes import make_recipe
+
+CONFIGS = ROOT / "data" / "configs"
+COUNTS = {
+    "2B": 2_208_985_600,
+    "3B": 3_754_622_976,
+    "7B": 8_292_166_656,
+}  # of the public checkpoints, see the README there
+SIDE, TEXT = 20, 61  # patches a side (400 patches, 100 tokens), words
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """name -> folder with the config of that real model, narrowed to four layers of each kind."""
+
+    def narrow(name):
+        config = AutoConfig.from_pretrained(CONFIGS / SHAPES[name])
+        text, vision = config.text_config, config.vision_config
+        for key, value in {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+                           "num_key_value_heads": 2, "vocab_size": 1000, "layer_types": ["full_attention"] * 4,
+                           "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}.items():  # fmt: skip
+            setattr(text, key, value)
+        text.rope_parameters["mrope_section"] = [8, 12, 12]
+        config.image_token_id, config.video_token_id = 990, 991
+        config.vision_start_token_id, config.vision_end_token_id = 992, 993
+        vision.depth, vision.num_heads = 4, 4
+        if name == "2B":
+            vision.embed_dim, vision.hidden_size = 128, 256
+        else:
+            vision.hidden_size, vision.intermediate_size, vision.out_hidden_size = 128, 320, 256
+            vision.fullatt_block_indexes = [1, 3]
+        folder = tmp_path_factory.mktemp(name)
+        config.save_pretrained(folder)
+        return folder
+
+    return {name: narrow(name) for name in ("2B", "3B")}
+
+
+def batch_of(model):
+    """One item: a picture of SIDE x SIDE patches between its two marks, TEXT words, EOS; every fifth word masked."""
+    cells = SIDE**2 // 4
+    ids = torch.full((1, cells + TEXT + 3), 7)
+    ids[0, 0], ids[0, 1 : cells + 1], ids[0, cells + 1] = 992, model.config.image_token_id, 993
+    labels = torch.full_like(ids, -100)
+    labels[0, -TEXT:-1:5] = 7
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "segment_ids": torch.full_like(ids, A), "labels": labels,
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(), "image_grid_thw": torch.tensor([[1, SIDE, SIDE]]),
+        "pixel_values": torch.randn(SIDE**2, 3 * 2 * 14 * 14), "hidden_cells": torch.arange(cells) % 3 == 0,
+        "patch_fill": torch.zeros(3 * 2 * 14 * 14),
+    }  # fmt: skip
+
+
+def trained_module(folder, recipe):
+    """As `run_stage` makes it for stage 1, with random weights."""
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    backbone.set_bidirectional(model, True)
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
+    if recipe.lora_r:
+        backbone.add_adapter(model)
+    return module.train()
+
+
+def expected(folder, recipe):
+    module = build(folder, "stage1", recipe)
+    return item_cost(module, recipe, TEXT, (SIDE * 14) ** 2, masked=12)
+
+
+FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "values", [FULL, DORA, CHECKPOINTING, DORA | CHECKPOINTING], ids=["full", "dora", "ckpt", "both"]
+)
+@pytest.mark.parametrize("name", ["2B", "3B"])
+def test_flops_are_those_that_torch_counts(small, name, values):
+    """Stage 1 with image decoder and head, to 2 %; DoRA to 5 %: each pass puts an identity matrix through its adapters, which
+    is much beside one short item and little beside a batch."""
+    recipe = make_recipe("stage1", values)
+    module, cost = trained_module(small[name], recipe), expected(small[name], recipe)
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):  # torch counts no other kernel of a CPU
+        loss = module(**batch_of(module.model))["loss"]
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert cost.forward == pytest.approx(forward, rel=0.05 if recipe.lora_r else 0.02)
+    backward = cost.backward + (cost.repeated if recipe.gradient_checkpointing else 0)
+    assert backward == pytest.approx(counter.get_total_flops() - forward, rel=0.05 if recipe.lora_r else 0.02)
+
+
+def saved_bytes(module, bf16):
+    """Bytes of distinct tensors kept for the backward pass, weights and their casts and the pixels aside."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    shapes = {shape for p in module.parameters() if p.dim() == 2 for shape in (p.shape, p.T.shape)}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.shape not in shapes and 14 not in tensor.shape:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    batch = batch_of(module.model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            backbone.hidden_states(module.model, batch)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("values", [FULL, DORA], ids=["full", "dora"])
+@pytest.mark.parametrize("name", ["2B", "3B"])
+def test_activations_are_those_that_autograd_keeps(small, name, values, bf16):
+    """Within a tenth of what autograd keeps; with checkpointing, within a fifth of each layer's input and one whole layer."""
+    recipe = make_recipe("stage3", values | {"bf16": bf16})
+    cost = item_cost(build(small[name], "stage3", recipe), recipe, TEXT, (SIDE * 14) ** 2, masked=0)
+    measured = saved_bytes(trained_module(small[name], recipe), bf16)
+    assert cost.saved == pytest.approx(measured, rel=0.1)
+    recipe = make_recipe("stage3", values | CHECKPOINTING | {"bf16": bf16})
+    inputs = saved_bytes(trained_module(small[name], recipe), bf16)
+    assert cost.checkpointed == pytest.approx(inputs + measured / 8, rel=0.2)  # 8 layers, four of each kind
+
+
+def test_weights_gradients_and_adam_are_the_bytes_that_a_step_holds(small):
+    for values in (FULL, DORA):
+        recipe = make_recipe("stage1", values)
+        module = trained_module(small["2B"], recipe)
+        optimiser = torch.optim.AdamW(module.parameters())
+        module(**batch_of(module.model))["loss"].backward()
+        optimiser.step()
+        size = lambda tensors: sum(t.nbytes for t in tensors if t is not None and t.dim())  # noqa: E731
+        needs = estimate.estimate(small["2B"], "stage1", recipe, Data())
+        assert needs["weights"] == size(module.parameters())
+        assert needs["gradients"] == size(p.grad for p in module.parameters())
+        assert needs["optimiser"] == size(t for state in optimiser.state.values() for t in state.values())
+
+
+def test_what_more_devices_sharding_and_smaller_chunks_change(small):
+    def need(stage="stage3", devices=1, sharded=False, **values):
+        recipe = make_recipe(stage, {"batch_size": 64, "bf16": True} | values)
+        return estimate.estimate(small["2B"], stage, recipe, Data(), devices, sharded=sharded)
+
+    one, eight, shards = need(), need(devices=8), need(devices=8, sharded=True)
+    assert one["weights"] == eight["weights"] == 8 * shards["weights"]
+    assert eight["hours"] == pytest.approx(one["hours"] / 8) and eight["flops"] == one["flops"]
+    assert eight["activations"] == one["activations"], "GradCache: the chunk decides, not the batch"
+    assert need(mini_batch_size=4)["activations"] == one["activations"] / 2
+    stage1 = need("stage1"), need("stage1", devices=8)
+    assert stage1[0]["activations"] == 8 * stage1[1]["activations"] and stage1[0]["logits"] > 0 == one["logits"]
+    assert need(gradient_checkpointing=True)["activations"] < one["activations"] / 3
+    assert need(gradient_checkpointing=True)["hours"] > 1.1 * one["hours"]
+    assert one["memory"] == sum(one[name] for name in one if name not in ("memory", "flops", "hours"))
+
+
+def test_items_are_measured(tmp_path):
+    world.build(tmp_path / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=8)
+    data = estimate.measure(tmp_path / "world")
+    assert 0.8 * 64**2 < data.pixels <= data.largest == 64**2 and 0.3 < data.share < 0.8 and 2 < data.text < 40
+
+
+# --- the real shapes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_real_shapes_on_meta_have_the_published_parameters_and_the_published_adapter(name):
+    recipe = make_recipe("stage3", load_profile("paper")["stage3"])
+    plain = build(CONFIGS / SHAPES[name], "stage3", make_recipe("stage3", FULL))
+    assert sum(p.numel() for p in plain.parameters()) == COUNTS[name]
+    assert {p.device.type for p in plain.parameters()} == {"meta"}
+    adapted = build(CONFIGS / SHAPES[name], "stage3", recipe)
+    text, vision = adapted.model.config.text_config, adapted.model.config.vision_config
+    matched = [part for part in adapted.modules() if hasattr(part, "lora_A")]
+    mlp = 1 if name == "2B" else 0  # Qwen2-VL's towers have fc1, fc2; Qwen2.5-VL's gate, up, down
+    assert len(matched) == 7 * text.num_hidden_layers + (4 - mlp) * vision.depth
+    assert not [n for n, p in adapted.named_parameters() if "merger" in n and p.requires_grad]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_sharding_names_the_layers_of_the_model(name):
+    fsdp = yaml.safe_load((NOTEBOOKS / "profiles/accelerate/fsdp_1x8.yaml").read_text())["fsdp_config"]
+    model = build(CONFIGS / SHAPES[name], "stage1", make_recipe("stage1", FULL)).model
+    names = set(fsdp["fsdp_transformer_layer_cls_to_wrap"].split(","))
+    if name != "2B":
+        assert names == set(model._no_split_modules)
+    assert {type(layer).__name__ for layer in model.modules()} >= set(model._no_split_modules)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_forward_pass_on_meta_at_the_real_shape(name, monkeypatch):
+    """Stage 2's layout, one 448 x 448 picture: shapes fit from end to end, and the estimate's FLOPs are those counted, to 2 %."""
+    module = build(CONFIGS / SHAPES[name], "stage2", make_recipe("stage2", FULL))
+    model, to_meta = module.model, lambda part, args: tuple(value.to("meta") for value in args)
+    batch = batch_of(model) | {"image_grid_thw": torch.tensor([[1, 32, 32]]), "pixel_values": torch.zeros(1024, 1176)}
+    batch["input_ids"] = torch.cat([batch["input_ids"][:, :1].expand(-1, 156), batch["input_ids"]], 1)
+    batch["input_ids"][0, 1:257] = model.config.image_token_id
+    batch["mm_token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).long()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["segment_ids"] = torch.full_like(batch["input_ids"], A)
+    # What needs values is computed from them here, and their check against the number of image tokens is left out.
+    positions = backbone.position_ids(model, batch).to("meta")
+    monkeypatch.setattr(backbone, "position_ids", lambda *args: positions)
+    mask = dense_mask("eos_bridged", batch["segment_ids"]).to("meta")
+    monkeypatch.setattr(backbone, "dense_mask", lambda *args: mask)
+    model.model.visual.rotary_pos_emb.register_forward_pre_hook(to_meta)
+    model.model.get_placeholder_mask = lambda ids, inputs_embeds, **_: ((ids == 0)[..., None], None)
+    batch = {key: value if key == "image_grid_thw" else value.to("meta") for key, value in batch.items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        hidden = backbone.hidden_states(model, batch, "eos_bridged")
+        logits = model.lm_head(hidden[:, -13:-1])
+    config = model.config.text_config
+    length = batch["input_ids"].shape[1]
+    assert hidden.shape == (1, length, config.hidden_size) and logits.shape == (1, 12, config.vocab_size)
+    cost = item_cost(module, make_recipe("stage2", FULL), length - 256 - 3, 448**2, masked=12)
+    assert cost.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_each_stage_and_what_to_change(small, capsys):
+    command = ["--model", str(small["3B"]), "--devices", "8", "--device-memory"]
+    estimate.main([*command, "0.1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:6] for line in lines if line.startswith("stage")] == ["stage1", "stage2", "stage3"]
+    advice = [line.strip() for line in lines if line.startswith("    ")]
+    assert any(line.startswith("mini_batch_size: 1: ") for line in advice)
+    assert any(line.startswith("32 devices, or a smaller batch_size or pictures: ") for line in advice)
+    assert not any(line.startswith(("lora_r", "gradient_checkpointing")) for line in advice), "the profile has both"
+    estimate.main([*command, "80"])
+    assert "does not fit" not in capsys.readouterr().out
+
+
+def test_without_adapter_and_checkpointing_both_are_proposed(small):
+    recipe = make_recipe("stage1", {"batch_size": 8})
+    before = estimate.estimate(small["2B"], "stage1", recipe, Data(), 8)["memory"]
+    found = {words: estimate.estimate(small["2B"], "stage1", changed, Data(), **{"devices": 8} | more)["memory"]
+             for words, changed, more in estimate.remedies("stage1", recipe, 8)}  # fmt: skip
+    assert found["gradient_checkpointing: true"] < before and found["FSDP"] < before

@@ -1,0 +1,232 @@
+"""Beyond one machine: stages on two processes, a process that dies, resuming on another number of them, launch files."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+from cocoa_lib import corpus, train, world
+from cocoa_lib.backbone import new_backbone
+from cocoa_lib.checkpoint import save_checkpoint
+from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
+from cocoa_lib.recipes import make_recipe
+from cocoa_lib.train import TrainingError, run_stage
+
+TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
+        "logging_steps": 1}  # fmt: skip
+STAGES = ("stage1", "stage2", "stage3")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with `world`, the random model `init`, and each stage from it on one process, seed 0, uninterrupted."""
+    folder = tmp_path_factory.mktemp("scale")
+    torch.set_num_threads(1)
+    world.build(folder / "world", seed=0, n_pairs=48, n_queries=8, n_corpus=16)
+    rows = corpus.captions(folder / "world") + corpus.questions(folder / "world")
+    model, inputs = new_backbone(
+        [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
+        layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
+    )  # fmt: skip
+    save_checkpoint(folder / "init", model, inputs, {"stage": "init"})
+    for stage in STAGES:
+        go(folder, stage, folder / stage)
+    return folder
+
+
+def go(home, stage, out):
+    values = TINY | ({"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {})
+    return run_stage(stage, make_recipe(stage, values), parent=home / "init", data=home / "world", out=out,
+                     allow_parent=True, show_progress=False)  # fmt: skip
+
+
+def assert_close(home, stage, folder):
+    """Losses to 1e-4, and weights apart by less than a hundredth of the way that training moved them."""
+    one, other = pd.read_csv(home / stage / "log.csv"), pd.read_csv(folder / "log.csv")
+    assert one["step"].tolist() == other["step"].tolist() == [1, 2, 3, 4, 5]
+    assert np.allclose(one["loss"], other["loss"], rtol=1e-4)
+    start, a, b = (load_file(path / "model.safetensors") for path in (home / "init", home / stage, folder))
+    far = lambda x, y: sum((x[name] - y[name]).norm() ** 2 for name in start) ** 0.5  # noqa: E731
+    assert far(a, b) < 1e-2 * far(a, start)
+
+
+def stop_at(patch, step, how):
+    """At the loss of `step`, raise `how` or send that signal to this process."""
+    original = train.PlainTrainer.checked
+
+    def checked(self, loss):
+        if self.state.global_step + 1 == step:
+            if isinstance(how, BaseException):
+                raise how
+            os.kill(os.getpid(), how)
+        return original(self, loss)
+
+    patch.setattr(train.PlainTrainer, "checked", checked)
+
+
+# --- two processes ------------------------------------------------------------------------------------------------------
+
+
+def member(rank, port, work, home, out):
+    """One of two processes; what it raises is its last word in OUT/error-RANK."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        work(rank, home, out)
+    except BaseException as error:
+        (out / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def together(work, home, out):
+    """Run `work` in two gloo processes of one run; exit codes in order of rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cocoa_lib.train"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [context.Process(target=member, args=(rank, port, work, home, out)) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.exitcode is None:
+            child.kill()
+    return [child.exitcode for child in children]
+
+
+def all_of_it(rank, home, out):
+    for stage in STAGES:
+        go(home, stage, out / stage)
+    for stage in ("stage2", "stage3"):  # one process had begun these
+        go(home, stage, out / f"grown-{stage}")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, RuntimeError("stopped"))
+        for stage in ("stage2", "stage3"):
+            with pytest.raises(RuntimeError, match="stopped"):
+                go(home, stage, out / f"shrunk-{stage}")
+
+
+@pytest.fixture(scope="module")
+def two(home, tmp_path_factory):
+    """What two processes left: each stage; `grown-*`, begun by one; `.shrunk-*.work`, stopped after the checkpoint of step 2."""
+    out = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, RuntimeError("stopped"))
+        for stage in ("stage2", "stage3"):
+            with pytest.raises(RuntimeError, match="stopped"):
+                go(home, stage, out / f"grown-{stage}")
+    assert together(all_of_it, home, out) == [0, 0]
+    return out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_on_two_processes_is_the_stage_on_one(home, two, stage):
+    assert_close(home, stage, two / stage)
+
+
+@pytest.mark.parametrize("stage", ["stage2", "stage3"])
+def test_a_run_goes_on_with_another_number_of_processes(home, two, stage):
+    """1 -> 2 and 2 -> 1, from the checkpoint of step 2 on: same rows, same corruption, same losses."""
+    assert_close(home, stage, two / f"grown-{stage}")
+    saved = two / f".shrunk-{stage}.work" / "checkpoint-2"
+    assert (saved / "rng_state_1.pth").is_file(), "two processes wrote it"
+    assert_close(home, stage, go(home, stage, two / f"shrunk-{stage}"))
+
+
+def one_dies(rank, home, out):
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            stop_at(patch, 4, signal.SIGKILL)
+        go(home, "stage2", out / "stage2")
+
+
+def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(home, tmp_path):
+    start = time.monotonic()
+    assert together(one_dies, home, tmp_path) == [1, -signal.SIGKILL]
+    assert time.monotonic() - start < 60
+    word = (tmp_path / "error-0").read_text()
+    assert word.startswith(TrainingError.__name__) and "another process of this run" in word and "after step 3" in word
+    assert train.last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
+    assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
+
+
+# --- launch files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, kind, machines, processes", [
+    ("ddp_1x8", DistributedType.MULTI_GPU, 1, 8), ("ddp_4x8", DistributedType.MULTI_GPU, 4, 32),
+    ("fsdp_1x8", DistributedType.FSDP, 1, 8),
+])  # fmt: skip
+def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
+    """By accelerate's own loader, which refuses unknown keys; the paper's batches divide over the processes."""
+    config = load_config_from_file(str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"))
+    assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
+    for stage in ("stage1", "stage2", "stage3"):
+        assert load_profile("paper")[stage]["batch_size"] % processes == 0
+
+
+def test_sharded_training_is_refused_before_it_starts(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(TrainingError, match="does not run yet.*ddp_1x8.yaml"):
+        go(home, "stage2", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_docs_name_what_there_is():
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data)/[\w./-]+\.(?:yaml|py|md)", text))
+    assert len(named) >= 4 and [name for name in named if not (ROOT / name).is_file()] == []
+
+
+@pytest.fixture(scope="module")
+def cluster_jobs(tmp_path_factory):
+    """rule -> resources of its jobs, from a dry run with the SLURM profile in an empty folder beside the repository's files."""
+    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
+        pytest.skip("the extra `cluster` (snakemake-executor-plugin-slurm) is not installed")
+    folder = tmp_path_factory.mktemp("cluster")
+    for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
+        (folder / name).symlink_to(ROOT / name)
+    command = ["-m", "snakemake", "-n", "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=gpu"]
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    jobs: dict[str, list[dict[str, str]]] = {}
+    for rule, resources in re.findall(
+        r"^(?:local)?rule (\w+):.*?^    resources: (.*?)$", done.stdout + done.stderr, re.M | re.S
+    ):
+        jobs.setdefault(rule, []).append(dict(pair.split("=") for pair in resources.split(", ")))
+    return jobs
+
+
+def test_the_grid_is_one_job_a_step_on_a_cluster(cluster_jobs):
+    arms = len(load_profile("gpu")["arms"])
+    assert len(cluster_jobs["evaluate"]) == arms * 5 and len(cluster_jobs["stage"]) > arms * 5
+    for rule, jobs in cluster_jobs.items():
+        trains = rule in ("pretraining", "contrastive", "stage", "evaluate", "probe")
+        for job in jobs:
+            assert (job["slurm_partition"], job.get("gpu")) == (("gpu", "1") if trains else ("cpu", None)), rule
+            assert int(job["mem_mb"]) >= 8000 and 30 <= int(job["runtime"]) <= 1440 and job["slurm_account"], rule
+
+
+def test_resources_are_set_for_rules_that_exist(cluster_jobs):
+    profile = yaml.safe_load((NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
+    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
+    assert set(profile["set-resources"]) <= rules
+    assert rules - set(profile["set-resources"]) <= {"all", "masks"}, "every other step says what it needs"
