@@ -15,6 +15,7 @@ CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTHON  ?=
 SNAKEFLAGS ?=
 LABFLAGS   ?=
+MINUTES    ?= 6
 
 # Paths below the root stay relative and what is absolute is quoted, so that a root with spaces works.
 PY    := .venv/bin/python
@@ -26,7 +27,7 @@ TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_T
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test lint lab clean distclean check-arguments force
+.PHONY: help install reproduce backbone site test bench soak lint lab clean distclean check-arguments force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -55,6 +56,12 @@ test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committ
 		$(TESTENV) $(PY) -m pytest -q -n 0 \
 			--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks; \
 	else echo "No notebooks yet: none checked."; fi
+
+bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
+	@for script in logits encode; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
+
+soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
+	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)
 
 lint: $(STAMP) ## ruff and the notebook check alone
 	@$(PY) -m ruff check .

@@ -48,13 +48,23 @@ def record(name: str, compared: str, over: Sequence[float], under: Sequence[floa
     """One line of a table: the ratio over / under, round by round."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     low, high, middle = min(ratios), max(ratios), statistics.median(ratios)
-    return {"name": name, "compared": compared, "ratio": middle, "n": len(ratios), "lowest": low, "highest": high, **more}
+    return {
+        "name": name,
+        "compared": compared,
+        "ratio": middle,
+        "n": len(ratios),
+        "lowest": low,
+        "highest": high,
+        **more,
+    }
 
 
 def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path = RESULTS) -> None:
     """Print the records as a table and keep them, with machine and commit, as results/NAME.json."""
     commit = provenance()["commit"] or "unknown"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    )
     for line in records:
         line |= {key: float(f"{line[key]:.4g}") for key in ("ratio", "lowest", "highest")}
         line |= {"machine": machine, "commit": commit}
@@ -101,8 +111,16 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def small_model(hidden_size: int = 256, layers: int = 2, image_pixels: int = 4096, max_length: int = 4096, **sizes: int):
+def small_model(
+    hidden_size: int = 256, layers: int = 2, image_pixels: int = 4096, max_length: int = 4096, **sizes: int
+):
     """A random Qwen2-VL and its inputs."""
-    shape = {"heads": hidden_size // 32, "vision_dim": 96, "vision_layers": 2, "patch_size": 8, "vocab_size": 400} | sizes
+    shape = {
+        "heads": hidden_size // 32,
+        "vision_dim": 96,
+        "vision_layers": 2,
+        "patch_size": 8,
+        "vocab_size": 400,
+    } | sizes
     return new_backbone([" ".join(WORDS)] * 4, image_pixels=image_pixels, seed=0, max_length=max_length,
                         hidden_size=hidden_size, layers=layers, **shape)  # fmt: skip
