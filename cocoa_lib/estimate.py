@@ -151,7 +151,12 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     layers, parts = words.num_hidden_layers + vision.depth, devices if sharded else 1
-    frozen = 2 * (total - trained) * (1 + (recipe.lora_r > 0 and recipe.dora)) / (layers if saving else 1)
+    frozen = (
+        2
+        * (total - trained)
+        * (1 + (recipe.lora_r > 0 and recipe.dora and recipe.lora_dropout > 0))
+        / (layers if saving else 1)
+    )
     local = recipe.batch_size / devices
     needs = {
         "weights": 4 * total / parts, "gradients": 4 * trained / parts, "optimiser": 8 * trained / parts,
@@ -169,7 +174,7 @@ def remedies(stage: str, recipe: Recipe, devices: int) -> list[tuple[str, Recipe
     changes: list[tuple[str, dict, dict]] = [("gradient_checkpointing: true", {"gradient_checkpointing": True}, {})]
     if stage == "stage3":
         changes.append(("mini_batch_size: 1", {"mini_batch_size": 1}, {}))
-    changes += [("lora_r: 8", {"lora_r": recipe.lora_r or 8}, {}), ("FSDP", {}, {"sharded": True}),
+    changes += [("lora_r: 8", {"lora_r": recipe.lora_r or 8}, {}), ("FSDP (`train` refuses it so far)", {}, {"sharded": True}),
                 (f"{4 * devices} devices, or a smaller batch_size or pictures", {}, {"devices": 4 * devices})]  # fmt: skip
     return [(words, replace(recipe, **values), more) for words, values, more in changes]
 
@@ -192,12 +197,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = ROOT / "data/configs" / SHAPES[args.model] if args.model in SHAPES else args.model
     data, profile = measure(args.data) if args.data else Data(), load_profile(args.profile)
     common = {"devices": args.devices, "sharded": args.fsdp, "peak": args.peak * 1e12, "utilisation": args.utilisation}
-    print(f"{args.model}, {args.devices} devices; an item: {data}; GB of one device, hours of the stage")  # noqa: T201
+    print(f"{args.model}, {args.devices} devices, an item: {data}")  # noqa: T201
+    print("GB      weights gradients optimiser copies activations logits inputs memory | PFLOP a step | hours")  # noqa: T201
     for stage in ("stage1", "stage2", "stage3"):
         recipe = make_recipe(stage, profile[stage])
         needs = estimate(source, stage, recipe, data, **common)
-        columns = [f"{name} {value / 1e9:.1f}" for name, value in needs.items() if name not in ("flops", "hours")]
-        print(f"{stage}: {', '.join(columns)}; {needs['flops'] / 1e15:.1f} PFLOP a step, {needs['hours']:.1f} h")  # noqa: T201
+        *sizes, flops, hours = needs.items()
+        row = " ".join(f"{value / 1e9:{len(name)}.1f}" for name, value in sizes)
+        print(f"{stage}  {row} | {flops[1] / 1e15:12.1f} | {hours[1]:5.1f}")  # noqa: T201
         if needs["memory"] > 0.9e9 * args.device_memory:
             print(f"  does not fit into {args.device_memory:g} GB. Each change alone:")  # noqa: T201
             for words, changed, more in remedies(stage, recipe, args.devices):

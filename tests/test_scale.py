@@ -80,6 +80,18 @@ def stop_at(patch, step, how):
     patch.setattr(train.PlainTrainer, "checked", checked)
 
 
+def steps_of(run):
+    """The steps whose loss this process computes while `run` lasts."""
+    steps, original = [], train.PlainTrainer.checked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train.PlainTrainer, "checked",
+            lambda self, loss: (steps.append(self.state.global_step + 1), original(self, loss))[1],
+        )  # fmt: skip
+        run()
+    return steps
+
+
 # --- two processes ------------------------------------------------------------------------------------------------------
 
 
@@ -116,7 +128,7 @@ def all_of_it(rank, home, out):
     for stage in STAGES:
         go(home, stage, out / stage)
     for stage in ("stage2", "stage3"):  # one process had begun these
-        go(home, stage, out / f"grown-{stage}")
+        assert steps_of(lambda stage=stage: go(home, stage, out / f"grown-{stage}")) == [3, 4, 5]
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4, RuntimeError("stopped"))
         for stage in ("stage2", "stage3"):
@@ -148,7 +160,8 @@ def test_a_run_goes_on_with_another_number_of_processes(home, two, stage):
     assert_close(home, stage, two / f"grown-{stage}")
     saved = two / f".shrunk-{stage}.work" / "checkpoint-2"
     assert (saved / "rng_state_1.pth").is_file(), "two processes wrote it"
-    assert_close(home, stage, go(home, stage, two / f"shrunk-{stage}"))
+    assert steps_of(lambda: go(home, stage, two / f"shrunk-{stage}")) == [3, 4, 5]
+    assert_close(home, stage, two / f"shrunk-{stage}")
 
 
 def one_dies(rank, home, out):
