@@ -25,6 +25,7 @@ from .inputs import Inputs
 
 META = "cocoa.json"
 DECODER = "image_decoder.safetensors"
+CARD = "README.md"
 # What is read back from `cocoa.json`, and what stands for a field that a checkpoint need not have.
 FIELDS = {
     "stage": str,
@@ -141,12 +142,66 @@ def save_checkpoint(
     for name, text in (extra or {}).items():
         (aside / name).write_text(text, encoding="utf-8")
     settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
-    write_json(aside / META, {**meta, **settings, "weights_sha256": weights_hash(aside), **provenance()})
+    meta = {**meta, **settings, "weights_sha256": weights_hash(aside), **provenance()}
+    write_json(aside / META, meta)
+    if meta.get("stage") == "stage3":
+        (aside / CARD).write_text(model_card(meta), encoding="utf-8")
     for path in (*aside.iterdir(), aside):
         sync(path)
     os.replace(aside, folder)
     sync(folder.parent)
     return folder
+
+
+def model_card(meta: dict[str, Any], scores: str = "") -> str:
+    """README.md of an embedder, from its `cocoa.json`: how to open it, how it was made, how good it is."""
+    run = meta.get("run", {})
+    facts = {
+        "stage, attention, pooling": ", ".join(str(meta.get(name)) for name in ("stage", "layout", "pooling")),
+        "prompt": f"`{meta['prompt']}`" if "prompt" in meta else None,
+        "parent": meta.get("parent"),
+        "weights of the parent, sha256": run.get("parent_sha256"),
+        "training data, sha256": run.get("data"),
+        "weights, sha256": meta["weights_sha256"],
+        "seed": run.get("seed"),
+        "recipe": ", ".join(f"{name} {value}" for name, value in run.get("recipe", {}).items()),
+        "code": meta.get("commit"),
+        "versions": ", ".join(f"{name} {value}" for name, value in meta.get("versions", {}).items()),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, ""))
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+---
+# CoCoA embedder
+
+One vector of length 1 for any mix of picture and text. With the package `cocoa-notebooks` installed:
+
+```python
+from cocoa_lib.embedder import CocoaEmbedder, sentence_transformer
+
+vectors = CocoaEmbedder.load(FOLDER).encode([{{"text": "a cat", "image": None}}, {{"text": "", "image": "cat.png"}}])
+model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, trust_remote_code=True)
+```
+
+## How it was made
+
+| | |
+|---|---|
+{table}
+
+## Scores
+
+{scores or "Not evaluated yet; `python -m cocoa_lib.mmeb FOLDER --root DATA --out RESULTS` does, and writes them here."}
+"""
+
+
+def add_scores(folder: str | Path, scores: str) -> None:
+    """Put scores (Markdown) into a checkpoint's model card, in place of those that it had. The card is made anew."""
+    folder = Path(folder)
+    aside = folder / f".{CARD}"
+    aside.write_text(model_card(read_meta(folder, check=False), scores), encoding="utf-8")
+    os.replace(aside, folder / CARD)
 
 
 def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:

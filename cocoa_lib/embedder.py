@@ -2,28 +2,39 @@
 
 `EosEmbedding` is a sentence-transformers input module (one forward pass, the state at EOS, L2-normalised); stage 3
 trains it. `CocoaEmbedder` is what one takes away: load a folder, encode items of any number in bounded memory.
+
+sentence-transformers 6 imports no module class from outside its own namespace unless told `trust_remote_code=True`, for
+local folders too, and knows no way to register one. `sentence_transformer(folder)` hands it the module instead of its
+name, so no flag is needed and no code of the folder is run; the model is the same.
 """
 
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
+from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .backbone import hidden_states, open_backbone, pool
-from .checkpoint import load_inputs, read_meta, save_checkpoint
-from .inputs import PLACEHOLDER, Batch, Inputs, item_images, load_image
+from .checkpoint import META, CheckpointError, load_inputs, read_json, read_meta, save_checkpoint
+from .inputs import PLACEHOLDER, Batch, InputError, Inputs, item_images, load_image
+
+FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
+BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
 
 
 class EosEmbedding(InputModule):
@@ -64,7 +75,15 @@ class EosEmbedding(InputModule):
         return {"pooling": self.pooling}
 
     def save(self, output_path: str, *args, **kwargs) -> None:
-        save_checkpoint(Path(output_path), self.model, self.inputs, {**self.meta, "pooling": self.pooling})
+        """A checkpoint, beside what `SentenceTransformer.save_pretrained` has already written to this folder."""
+        out = Path(output_path)
+        if (out / META).exists():
+            raise CheckpointError(f"{out}: already a checkpoint, which is never written over; choose another folder")
+        with TemporaryDirectory(dir=out.parent) as aside:
+            whole = save_checkpoint(
+                Path(aside) / out.name, self.model, self.inputs, {**self.meta, "pooling": self.pooling}
+            )
+            shutil.copytree(whole, out, dirs_exist_ok=True)
 
     @classmethod
     def load(cls, model_name_or_path: str, **kwargs) -> EosEmbedding:
@@ -74,12 +93,37 @@ class EosEmbedding(InputModule):
 def load_module(
     folder: str | Path, *, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> EosEmbedding:
-    """A checkpoint folder -> module, in the attention mode and with the processor it was trained with."""
+    """A checkpoint folder -> module, in the attention mode and with the processor it was trained with.
+
+    Raises CheckpointError for a folder with a missing, damaged or altered file.
+    """
     meta = read_meta(folder)
+    if lost := [name for name in FILES if not (Path(folder) / name).is_file()]:
+        raise CheckpointError(f"{folder}: no {', '.join(lost)}; the checkpoint is incomplete, copy or train it again")
+    for name in FILES:
+        read_json(Path(folder) / name)
     model = open_backbone(
         folder, bidirectional=meta.get("layout") != "causal", attn_implementation=attn_implementation, dtype=dtype
     )
     return EosEmbedding(model, load_inputs(folder, meta), pooling=meta.get("pooling", "eos"), meta=meta)
+
+
+def sentence_transformer(folder: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
+    """A checkpoint folder as a sentence-transformers model, e.g. for its evaluators or mteb's; `settings`: `load_module`'s."""
+    return SentenceTransformer(modules=[load_module(folder, **settings)], device=device)
+
+
+def mteb_model(folder: str | Path, **settings: Any) -> Any:
+    """A checkpoint folder as `mteb.evaluate` takes it: mteb's own wrapper, told that the model sees pictures too.
+
+    Named and versioned by the checkpoint, since mteb stores results under these. Needs the extra `mteb`.
+    """
+    from mteb.models import SentenceTransformerEncoderWrapper
+
+    wrapper = SentenceTransformerEncoderWrapper(sentence_transformer(folder, **settings))
+    facts = {"name": f"cocoa/{Path(folder).name}", "revision": read_meta(folder, check=False)["weights_sha256"]}
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(update={**facts, "modalities": ["text", "image"]})
+    return wrapper
 
 
 def as_item(value: Any) -> dict[str, Any]:
@@ -124,32 +168,50 @@ class CocoaEmbedder:
         batch_size: int = 32,
         show_progress: bool = False,
         truncate_dim: int | None = None,
+        precision: str = "float32",
+        ranges: np.ndarray | None = None,
     ) -> np.ndarray:
         """Items ({text, image} dicts, strings or pictures; a list, a generator, or one alone) -> (N, H) float32.
 
         Vectors have length 1 and stand in the order given; one item alone gives (H,). Items are taken in windows of
         64 * batch_size and batched by tokens (`token_batches`): memory is that of `batch_size` of the longest items, and
         little is padded. `truncate_dim` keeps the first dimensions and normalises again. Raises InputError naming the item.
+
+        `precision`: sentence-transformers' int8 or uint8, (N, H), and binary or ubinary, (N, H / 8). For int8 and uint8
+        `ranges`, (2, H), holds the least and the greatest value of each dimension, e.g. of a sample embedded before.
         """
+        if precision in ("int8", "uint8") and ranges is None:  # ranges of its own for each window would not compare
+            raise ValueError(f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v")
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
         stream = iter([items] if single else items)
         total = None if single or not hasattr(items, "__len__") else len(items)
-        parts = []
+        parts, done = [], 0
         with tqdm(total=total, desc="encode", unit="item", disable=not show_progress) as bar:
             for window in _windows(stream, 64 * batch_size):
-                parts.append(self._encode_window([as_item(item) for item in window], batch_size, bar))
-        vectors = np.concatenate(parts) if parts else np.zeros((0, self.module.get_embedding_dimension()), np.float32)
-        if truncate_dim is not None:
-            vectors = vectors[:, :truncate_dim]
-            vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+                vectors = self._encode_window([as_item(item) for item in window], done, batch_size, bar)
+                parts.append(_smaller(vectors, truncate_dim, precision, ranges))
+                done += len(window)
+        empty = np.zeros((0, self.module.get_embedding_dimension()), np.float32)
+        vectors = np.concatenate(parts) if parts else _smaller(empty, truncate_dim, precision, ranges)
         return vectors[0] if single else vectors
 
-    def _encode_window(self, items: list[dict[str, Any]], batch_size: int, bar) -> np.ndarray:
+    def _encode_window(self, items: list[dict[str, Any]], start: int, batch_size: int, bar) -> np.ndarray:
         vectors = np.empty((len(items), self.module.get_embedding_dimension()), dtype=np.float32)
         for chosen in token_batches(*self._lengths(items), batch_size):
-            vectors[chosen] = self._encode_batch([items[i] for i in chosen])
+            try:
+                vectors[chosen] = self._encode_batch([items[i] for i in chosen])
+            except InputError:  # a batch knows its own rows only: find the item by its place among the user's
+                self._check_each(items, sorted(chosen.tolist()), start)
+                raise
             bar.update(len(chosen))
         return vectors
+
+    def _check_each(self, items: list[dict[str, Any]], chosen: list[int], start: int) -> None:
+        for i in chosen:
+            try:
+                self.module.inputs.collate([items[i]])
+            except InputError as error:
+                raise InputError(f"item {start + i}: {str(error).removeprefix('item 0 of the batch: ')}") from None
 
     @torch.inference_mode()
     def _encode_batch(self, items: list[dict[str, Any]]) -> np.ndarray:
@@ -161,7 +223,8 @@ class CocoaEmbedder:
         """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read;
         one that cannot be used counts nothing here, and is named when its batch is made."""
         inputs = self.module.inputs
-        texts = [PLACEHOLDER.sub("", item.get("text") or "") for item in items]
+        texts = [str(item.get("text") or "").encode(errors="replace").decode() for item in items]  # bad ones fail later
+        texts = [PLACEHOLDER.sub("", text) for text in texts]
         ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         cells = np.array([sum(map(self._cells, item_images(item))) for item in items])
         marks = np.array([2 * len(item_images(item)) + 1 for item in items])  # round each picture, and EOS
@@ -199,14 +262,85 @@ def _windows(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield window
 
 
-def search(queries: np.ndarray, corpus: np.ndarray, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search by cosine: queries (Q, H), corpus (N, H), both normalised -> scores and indices (Q, min(k, N))."""
+def _smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None) -> np.ndarray:
+    if dim is not None:
+        vectors = vectors[:, :dim]
+        vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return quantize_embeddings(vectors, precision, ranges=ranges)
+
+
+def search(
+    queries: np.ndarray, corpus: np.ndarray, k: int = 10, *, index: Any = None, ranges: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` closest of a corpus by cosine, best first: scores and row numbers, both (Q, min(k, N)).
+
+    queries (Q, H), or (H,) for one: float32, of length 1. corpus (N, H): the same, or what `encode` gave with another
+    `precision` (int8 and uint8 with the same `ranges`); a memory-mapped array is read block by block.
+
+    Exact, a matrix product, unless `index` is given: a faiss index of this corpus (`build_index`), built once and asked
+    often. An approximate one may find fewer than `k`; the rest then are -1. Raises ValueError if shapes do not fit.
+    """
+    queries = np.atleast_2d(np.asarray(queries, dtype=np.float32))
+    if k < 1:
+        raise ValueError(f"k must be at least 1, found {k}")
     k = min(k, len(corpus))
-    scores = queries @ corpus.T
-    top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-    order = np.argsort(-np.take_along_axis(scores, top, axis=1), axis=1, kind="stable")
-    index = np.take_along_axis(top, order, axis=1)
-    return np.take_along_axis(scores, index, axis=1), index
+    if index is not None:
+        if index.ntotal != len(corpus):
+            raise ValueError(f"the index holds {index.ntotal} vectors, the corpus {len(corpus)}; build it anew")
+        return index.search(queries, k)
+    scores, rows = np.full((len(queries), k), -np.inf, dtype=np.float32), np.full((len(queries), k), -1)
+    for start in range(0, len(corpus), 8 * BLOCK):
+        part = _floats(corpus[start : start + 8 * BLOCK], queries.shape[1], ranges).T
+        for first in range(0, len(queries), BLOCK):
+            at = slice(first, first + BLOCK)
+            both = np.concatenate([scores[at], queries[at] @ part], axis=1)  # the best so far, and this block
+            best = np.argpartition(-both, k - 1, axis=1)[:, :k]
+            best = np.take_along_axis(best, np.argsort(-np.take_along_axis(both, best, 1), axis=1, kind="stable"), 1)
+            known = np.take_along_axis(rows[at], np.minimum(best, k - 1), axis=1)
+            scores[at], rows[at] = np.take_along_axis(both, best, axis=1), np.where(best < k, known, start + best - k)
+    return scores, rows
 
 
-__all__ = ["CocoaEmbedder", "EosEmbedding", "load_image", "load_module", "search"]
+def build_index(corpus: np.ndarray, kind: str = "HNSW32") -> Any:
+    """A faiss index of float32 embeddings (N, H) for `search`; `kind`: a string of `faiss.index_factory`, "Flat" is exact.
+
+    Raises ImportError saying what to install; it is the extra `search`.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("an index needs faiss: pip install 'cocoa-notebooks[search]'") from error
+    index = faiss.index_factory(corpus.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:  # inverted lists and codes are fitted to the corpus
+        index.train(corpus)
+    index.add(corpus)
+    return index
+
+
+def _floats(codes: np.ndarray, dim: int, ranges: np.ndarray | None) -> np.ndarray:
+    """Embeddings of any precision -> (N, dim) float32; those of one bit a dimension become signs, of length 1."""
+    width, kind, coded = codes.shape[1], codes.dtype, codes.dtype in (np.int8, np.uint8)
+    if width == dim and not coded:
+        return np.asarray(codes, dtype=np.float32)
+    if width == (dim + 7) // 8 and coded:
+        bits = codes.view(np.uint8) ^ 0x80 if kind == np.int8 else codes  # `binary` is `ubinary` less 128
+        return (np.unpackbits(bits, axis=1, count=dim).astype(np.float32) * 2 - 1) / np.float32(dim**0.5)
+    if width == dim and coded and ranges is not None:
+        low, high = np.asarray(ranges, dtype=np.float32)
+        return low + (codes.astype(np.float32) - np.iinfo(kind).min + 0.5) * ((high - low) / 255)  # middle of each step
+    raise ValueError(
+        f"queries have {dim} dimensions, the corpus has shape (N, {width}) and type {kind}: expected (N, {dim}) float, "
+        f"(N, {dim}) int8 or uint8 with ranges, or (N, {(dim + 7) // 8}) of bits"
+    )
+
+
+__all__ = [
+    "CocoaEmbedder",
+    "EosEmbedding",
+    "build_index",
+    "load_image",
+    "load_module",
+    "mteb_model",
+    "search",
+    "sentence_transformer",
+]

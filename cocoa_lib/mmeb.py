@@ -82,19 +82,23 @@ def averages(scores: Mapping[str, float], tasks: Sequence[Task] = TASKS) -> dict
     if unknown := sorted(set(scores) - known):
         raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     present = [task for task in tasks if task.name in scores]
-    groups = {meta: [task for task in present if task.meta_task == meta] for meta in META_TASKS}
-    groups["ind"] = [task for task in present if task.in_distribution]
-    groups["ood"] = [task for task in present if not task.in_distribution]
-    groups["overall"] = present
     means: dict[str, Any] = {
-        name: float(np.mean([scores[task.name] for task in group])) if group else float("nan")
-        for name, group in groups.items()
+        name: float(np.mean([scores[task] for task in group])) if group else float("nan")
+        for name, group in _groups(present).items()
     }
     if missing := [task.name for task in tasks if task.name not in scores]:
         means["missing"] = missing
         message = f"averages over {len(present)} of {len(tasks)} tasks; missing: {', '.join(missing)}"
         warnings.warn(message, stacklevel=2)
     return means
+
+
+def _groups(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Each average and the names of the tasks that it is over."""
+    groups = {meta: [task.name for task in tasks if task.meta_task == meta] for meta in META_TASKS}
+    groups["ind"] = [task.name for task in tasks if task.in_distribution]
+    groups["ood"] = [task.name for task in tasks if not task.in_distribution]
+    return {**groups, "overall": [task.name for task in tasks]}
 
 
 # Rows
@@ -523,13 +527,46 @@ def _task_items(
 # Results
 
 
+def average_intervals(
+    per_query: pd.DataFrame, tasks: Sequence[Task] = TASKS, n_boot: int = 1000, seed: int = 0
+) -> pd.DataFrame:
+    """P@1 of each of MMEB's averages with its interval: average, value, low, high (percent), n_tasks, n (queries).
+
+    low, high: 95 % interval of the bootstrap over the queries within each task; the tasks are fixed and weigh the same,
+    however many queries they have. An average over no task is nan. Raises ValueError for an unknown task.
+    """
+    hits = {str(name): part["rank"].to_numpy() == 1 for name, part in per_query.groupby("task")}
+    if unknown := sorted(set(hits) - {task.name for task in tasks}):
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(task.name for task in tasks)}")
+    rng, present = np.random.default_rng(seed), [task for task in tasks if task.name in hits]
+    # A resample of n queries of which a share p are hits has Binomial(n, p) hits.
+    boots = {
+        task.name: rng.binomial(len(hits[task.name]), hits[task.name].mean(), n_boot) / len(hits[task.name])
+        for task in present
+    }
+    rows = []
+    for name, group in _groups(present).items():
+        value, low, high = (float("nan"),) * 3
+        if group:
+            value = 100 * float(np.mean([hits[task].mean() for task in group]))
+            low, high = np.percentile(100 * np.mean([boots[task] for task in group], axis=0), [2.5, 97.5])
+        n = sum(len(hits[task]) for task in group)
+        rows.append({"average": name, "value": value, "low": low, "high": high, "n_tasks": len(group), "n": n})
+    return pd.DataFrame(rows)
+
+
 def write_results(results: pd.DataFrame, per_query: pd.DataFrame, out_dir: str | Path, provenance: dict) -> None:
-    """provenance.json (with the evaluator's name), per_query.parquet, and last results.csv: where it is, all are."""
+    """provenance.json (with the evaluator's name), per_query.parquet, averages.csv (`average_intervals`), and last
+    results.csv: where it is, all are."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     facts = json.dumps({"evaluator": results["evaluator"].iloc[0], **provenance}, indent=2, default=str)
     _write_whole(out / "provenance.json", lambda aside: aside.write_text(facts, encoding="utf-8"))
     _write_whole(out / "per_query.parquet", lambda aside: per_query.to_parquet(aside, index=False))
+    columns = ["task", "meta_task", "in_distribution", "n_candidates"]
+    tasks = [Task(*row) for row in results.drop_duplicates("task")[columns].itertuples(index=False)]
+    table = average_intervals(per_query, tasks)
+    _write_whole(out / "averages.csv", lambda aside: table.to_csv(aside, index=False))
     _write_whole(out / "results.csv", lambda aside: results.to_csv(aside, index=False))
 
 
@@ -635,7 +672,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
     from accelerate import PartialState
 
-    from .checkpoint import provenance
+    from .checkpoint import META, add_scores, provenance
     from .embedder import CocoaEmbedder
 
     if not Path(args.root).is_dir():  # a branch moves, a commit does not: resolve once, use and record that
@@ -653,8 +690,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     if state.is_main_process:
         write_results(results, per_query, args.out, {**vars(args), "fingerprint": embedder.fingerprint, **provenance()})
         scores = results[results["metric"] == "p@1"].set_index("task")["value"].to_dict()
-        for name, value in averages(scores, choose_tasks(["all"], args.root)).items():
-            print(f"{name:15s} {value:.1f}" if name != "missing" else f"MISSING: {', '.join(value)}")  # noqa: T201
+        missing = averages(scores, choose_tasks(["all"], args.root)).get("missing", [])
+        table = average_intervals(per_query, tasks).dropna()
+        for row in table.itertuples():
+            print(f"{row.average:15s} {row.value:5.1f} [{row.low:.1f}, {row.high:.1f}]")  # noqa: T201
+        if missing:
+            print(f"MISSING: {', '.join(missing)}")  # noqa: T201
+        if (Path(args.model) / META).is_file() and os.access(args.model, os.W_OK):
+            add_scores(args.model, _card_scores(table, results, args.root, missing))
+
+
+def _card_scores(table: pd.DataFrame, results: pd.DataFrame, root: str, missing: Sequence[str]) -> str:
+    """The averages as Markdown, for the model card."""
+    lines = [
+        f"Precision@1 in percent on `{'/'.join(Path(root).parts[-2:])}`, {results['task'].nunique()} tasks, "
+        f"{table['n'].max()} queries, 95 % bootstrap intervals over queries; evaluator: {results['evaluator'].iloc[0]}.",
+        *([f"**Missing tasks: {', '.join(missing)}.**"] if missing else []),
+        "\n| average | tasks | p@1 | interval |\n|---|---|---|---|",
+    ]
+    rows = [f"| {r.average} | {r.n_tasks} | {r.value:.1f} | {r.low:.1f} to {r.high:.1f} |" for r in table.itertuples()]
+    return "\n".join(lines + rows)
 
 
 if __name__ == "__main__":

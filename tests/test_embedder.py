@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from cocoa_lib import embedder as library
+from cocoa_lib import mmeb
 from cocoa_lib.backbone import set_bidirectional
-from cocoa_lib.checkpoint import CheckpointError, save_checkpoint
-from cocoa_lib.embedder import CocoaEmbedder, search
+from cocoa_lib.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
+from cocoa_lib.embedder import CocoaEmbedder, build_index, mteb_model, search, sentence_transformer
 from cocoa_lib.inputs import InputError
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -23,7 +30,8 @@ def folder(small, tmp_path_factory):
     model, inputs = small
     out = tmp_path_factory.mktemp("checkpoint") / "cocoa"
     set_bidirectional(model, True)
-    meta = {"stage": "stage3", "layout": "bidirectional", "pooling": "eos"}
+    run = {"stage": "stage3", "seed": 7, "data": "d4ta", "parent_sha256": "f00d", "recipe": {"steps": 250}}
+    meta = {"stage": "stage3", "layout": "bidirectional", "pooling": "eos", "parent": "stage2/base", "run": run}
     save_checkpoint(out, model, inputs, meta, {"modules.json": MODULES})
     set_bidirectional(model, False)
     return out
@@ -67,11 +75,92 @@ def test_truncated_dimension_is_normalised_again(embedder):
     assert short.shape == (2, 16) and np.allclose(np.linalg.norm(short, axis=1), 1, atol=1e-6)
 
 
-def test_a_bad_item_is_named(embedder):
-    with pytest.raises(InputError, match="neither text nor image"):
-        embedder.encode([{"text": "a"}, {"text": ""}])
-    with pytest.raises(InputError, match="none.png: no such image file"):
-        embedder.encode([{"text": "", "image": "none.png"}])
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+def test_quantised_embeddings_are_sentence_transformers_own_and_are_searched(embedder, picture, precision):
+    from sentence_transformers.util.quantization import quantize_embeddings
+
+    some = items(picture, 60)
+    floats = embedder.encode(some)
+    ranges = np.stack([floats.min(axis=0), floats.max(axis=0)])
+    codes = embedder.encode(some, batch_size=1, precision=precision, ranges=ranges)  # one window or many: one scale
+    expected = quantize_embeddings(floats, precision, ranges=ranges)
+    assert codes.dtype == expected.dtype and codes.shape == expected.shape == (60, 64 if "int8" in precision else 8)
+    assert (codes == expected).mean() > 0.95  # a value on the border of two steps may fall on either side
+    assert np.array_equal(embedder.encode(some[1], precision=precision, ranges=ranges), codes[1])
+    assert embedder.encode([], precision=precision, ranges=ranges).shape == (0, codes.shape[1])
+    scores, rows = search(floats, expected, k=1, ranges=ranges)
+    if "int8" in precision:
+        assert np.allclose(scores[:, 0], 1, atol=0.02), "what is read back is close to what was put in"
+        own = np.einsum("ij,ij->i", floats[rows[:, 0]], floats)
+        assert (own > 0.998).all(), "only near-copies change places"
+    else:  # the sign vector closest to one's own: mean of |x| over sqrt(H)
+        signs = np.where(floats > 0, 1, -1) / 8
+        assert np.allclose(scores[:, 0], (floats @ signs.T).max(axis=1), atol=1e-6)
+
+
+def test_scales_must_be_given(embedder):
+    with pytest.raises(ValueError, match="int8 needs ranges"):
+        embedder.encode(["a cat"], precision="int8")
+    with pytest.raises(ValueError, match="'int3' is not supported"):
+        embedder.encode(["a cat"], precision="int3")
+
+
+def test_a_bad_item_is_named_by_its_place_and_its_file(embedder, picture, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    many = [{"text": "a " * i} for i in range(1, 201)]  # three windows of batches by length
+    for at, bad, message in (
+        (1, {"text": ""}, "item 1: neither text nor image"),
+        (150, {"text": "", "image": "none.png"}, "item 150: none.png: no such image file"),
+        (70, {"text": "x", "image": tmp_path / "empty.png"}, "item 70: .*empty.png: not a readable image"),
+        (199, "half a pair \ud800", "item 199: the text is not valid Unicode"),
+        (3, {"text": 3}, "item 3: text must be a string, found int"),
+        (9, Image.new("1", (10_000, 10_000)), "item 9: the given image: 10000 x 10000 pixels is over the limit"),
+        (5, {"text": "<|image_1|><|image_2|>", "image": picture()}, r"item 5: text marks 2 image\(s\) but 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            embedder.encode([*many[:at], bad, *many[at + 1 :]], batch_size=1)
+
+
+def test_a_megabyte_of_text_is_cut_and_embedded(embedder):
+    small, large = "a cat and a dog, " * 1000, "a cat and a dog, " * 62_000
+    assert len(large) > 1_000_000
+    assert np.allclose(embedder.encode(large), embedder.encode(small), atol=1e-6), "both are cut to the same beginning"
+    assert not np.allclose(embedder.encode(large), embedder.encode("a cat"), atol=1e-3)
+
+
+def test_a_hundred_thousand_items_are_held_a_window_at_a_time():
+    alive, peak = 0, 0
+
+    class Item(dict):
+        def __init__(self, **fields):
+            nonlocal alive, peak
+            super().__init__(**fields)
+            alive += 1
+            peak = max(peak, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    class Module(torch.nn.Linear):  # number n becomes the angle n / 100,000
+        inputs = SimpleNamespace(
+            max_length=64,
+            tokenizer=lambda texts, **_: {"input_ids": [[0] * (int(text) % 9) for text in texts]},
+            collate=lambda items: {"x": torch.tensor([float(item["text"]) for item in items])},
+        )
+
+        def forward(self, batch):
+            angle = batch["x"] / 100_000
+            return {"sentence_embedding": torch.stack([angle.cos(), angle.sin()], dim=1)}
+
+        def get_embedding_dimension(self):
+            return 2
+
+    embedder = CocoaEmbedder(Module(1, 1))
+    vectors = embedder.encode((Item(text=str(n)) for n in range(100_000)), batch_size=8)
+    assert vectors.shape == (100_000, 2)
+    assert np.allclose(np.arctan2(vectors[:, 1], vectors[:, 0]) * 100_000, np.arange(100_000), atol=0.1), "order kept"
+    assert peak <= 2 * 64 * 8, "one window is encoded while the next is read, and no more is held"
 
 
 def test_search_finds_by_cosine_and_ties_in_order():
@@ -79,6 +168,63 @@ def test_search_finds_by_cosine_and_ties_in_order():
     scores, index = search(np.eye(4, dtype=np.float32)[:2], corpus, k=3)
     assert set(index[0, :2]) == {0, 3} and index[1, 0] == 1 and np.allclose(scores[:, 0], 1)
     assert search(corpus, corpus, k=99)[1].shape == (4, 4)
+    assert search(corpus[0], corpus, k=1)[1].shape == (1, 1), "one query"
+    assert search(corpus, corpus[:0])[1].shape == (4, 0), "nothing to find"
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 100])
+def test_search_in_blocks_is_sorting_everything(block, monkeypatch):
+    monkeypatch.setattr(library, "BLOCK", block)
+    rng = np.random.default_rng(0)
+    queries, corpus = rng.normal(size=(7, 16)).astype(np.float32), rng.normal(size=(53, 16)).astype(np.float32)
+    every = queries @ corpus.T
+    scores, rows = search(queries, corpus, k=12)
+    assert np.array_equal(rows, np.argsort(-every, axis=1)[:, :12])
+    assert np.allclose(scores, -np.sort(-every, axis=1)[:, :12], atol=1e-5)
+
+
+def test_search_reads_a_file_larger_than_its_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "BLOCK", 64)
+    rng = np.random.default_rng(0)
+    corpus = np.lib.format.open_memmap(tmp_path / "corpus.npy", mode="w+", dtype=np.float32, shape=(5000, 8))
+    corpus[:] = rng.normal(size=corpus.shape)
+    seen = []
+    floats = library._floats
+    monkeypatch.setattr(library, "_floats", lambda part, *rest: seen.append(len(part)) or floats(part, *rest))
+    assert search(np.array(corpus[4321]) * 9, np.load(tmp_path / "corpus.npy", mmap_mode="r"), k=3)[1].shape == (1, 3)
+    assert max(seen) == 8 * 64 and sum(seen) == 5000
+
+
+def test_search_refuses_what_does_not_fit():
+    vectors = np.eye(16, dtype=np.float32)
+    for corpus in (vectors[:, :8], np.zeros((3, 16), dtype=np.int8), np.zeros((3, 4), dtype=np.uint8)):
+        with pytest.raises(ValueError, match=r"queries have 16 dimensions, the corpus has shape"):
+            search(vectors, corpus)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        search(vectors, vectors, k=0)
+
+
+def test_an_index_finds_what_the_matrix_product_finds():
+    pytest.importorskip("faiss", reason="the extra `search` is not installed: pip install faiss-cpu")
+    rng = np.random.default_rng(0)
+    corpus = rng.normal(size=(2000, 32)).astype(np.float32)
+    corpus /= np.linalg.norm(corpus, axis=1, keepdims=True)
+    queries = corpus[:50] + 0.01
+    scores, rows = search(queries, corpus, k=5)
+    found, exact = search(queries, corpus, k=5, index=build_index(corpus, "Flat"))
+    assert np.array_equal(rows, exact) and np.allclose(scores, found, atol=1e-5)
+    index = build_index(corpus)
+    shared = [len(set(a) & set(b)) for a, b in zip(rows, search(queries, corpus, k=5, index=index)[1], strict=True)]
+    assert np.mean(shared) > 4.5, "approximate, but nearly all are found"
+    assert search(queries, corpus, k=5, index=build_index(corpus, "IVF8,SQ8"))[1].shape == (50, 5), "trained ones too"
+    with pytest.raises(ValueError, match="the index holds 2000 vectors, the corpus 10"):
+        search(queries, corpus[:10], index=index)
+
+
+def test_without_faiss_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ImportError, match=r"pip install 'cocoa-notebooks\[search\]'"):
+        build_index(np.eye(2, dtype=np.float32))
 
 
 def test_an_altered_or_incomplete_checkpoint_is_refused(folder, tmp_path):
@@ -98,17 +244,126 @@ def test_an_altered_or_incomplete_checkpoint_is_refused(folder, tmp_path):
         CocoaEmbedder.load(copy)
 
 
+@pytest.mark.parametrize(
+    "name", ["cocoa.json", "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_missing_or_torn_file_of_a_checkpoint_is_named(folder, tmp_path, name):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    content = (copy / name).read_text()
+    (copy / name).write_text(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: not valid JSON"):
+        CocoaEmbedder.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(copy))}: no {re.escape(name)}"):
+        CocoaEmbedder.load(copy)
+
+
+def test_the_model_card_says_how_it_was_made_and_takes_scores(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    card = (copy / "README.md").read_text(encoding="utf-8")
+    for fact in ("stage2/base", "f00d", "d4ta", "| seed | 7 |", "steps 250", read_meta(folder)["weights_sha256"]):
+        assert fact in card, fact
+    assert "Not evaluated yet" in card and "None |" not in card
+    for scores in ("| overall | 12.3 |", "| overall | 45.6 |"):
+        add_scores(copy, scores)
+    again = (copy / "README.md").read_text(encoding="utf-8")
+    assert again.endswith("## Scores\n\n| overall | 45.6 |\n") and "12.3" not in again and "Not evaluated" not in again
+    assert again.split("## Scores")[0] == card.split("## Scores")[0]
+    assert not list(copy.glob(".*")) and CocoaEmbedder.load(copy).encode("a cat").shape == (64,)
+
+
+# With sentence-transformers and mteb
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, picture):
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
-    for item in ("a cat", {"text": "what is it", "image": picture()}, picture(32, 48)):
-        assert np.allclose(model.encode([item])[0], embedder.encode([item])[0], atol=1e-5)
+    flagged = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    for model in (flagged, sentence_transformer(folder, device="cpu")):
+        for item in ("a cat", {"text": "what is it", "image": picture()}, picture(32, 48)):
+            assert np.allclose(model.encode([item])[0], embedder.encode([item])[0], atol=1e-5)
+    with pytest.raises(ValueError, match="trust_remote_code"):  # once this opens, the README can be shorter
+        SentenceTransformer(str(folder), device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder, tmp_path):
+    model = sentence_transformer(folder, device="cpu")
+    model.save_pretrained(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "modules.json").read_text())[0]["type"] == "cocoa_lib.embedder.EosEmbedding"
+    assert np.allclose(CocoaEmbedder.load(tmp_path / "saved").encode("a cat"), embedder.encode("a cat"), atol=1e-6)
+    with pytest.raises(CheckpointError, match="never written over"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def retrieval_set(embedder, picture, n=24):
+    """Texts, pictures that answer them, and our ranks of the right picture among all."""
+    queries, pictures = [f"a red circle and {i} dogs" for i in range(n)], [picture(32, 32, i) for i in range(n)]
+    lists = [np.r_[i, np.delete(np.arange(n), i)] for i in range(n)]
+    ranks = mmeb.rank(embedder.encode(queries), embedder.encode(pictures), lists)
+    assert ranks["rank"].nunique() > 5, "a ranking to compare"
+    return queries, pictures, {row["metric"]: row["value"] / 100 for row in mmeb.score_ranks(ranks["rank"])}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_transformers_retrieval_evaluator_agrees(folder, embedder, picture):
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    queries, pictures, ours = retrieval_set(embedder, picture)
+    evaluator = InformationRetrievalEvaluator(
+        {f"q{i}": text for i, text in enumerate(queries)},
+        {f"d{i}": image for i, image in enumerate(pictures)},
+        {f"q{i}": {f"d{i}"} for i in range(len(queries))},
+        mrr_at_k=[len(pictures)], ndcg_at_k=[10], accuracy_at_k=[1, 5], map_at_k=[1], precision_recall_at_k=[1],
+        batch_size=8, write_csv=False,
+    )  # fmt: skip
+    found = evaluator(sentence_transformer(folder, device="cpu"))
+    theirs = {"p@1": "accuracy@1", "hit@5": "accuracy@5", "mrr": f"mrr@{len(pictures)}", "ndcg@10": "ndcg@10"}
+    assert ours == pytest.approx({name: found[f"cosine_{key}"] for name, key in theirs.items()}, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
+    mteb = pytest.importorskip("mteb", reason="the extra `mteb` is not installed: pip install mteb")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    queries, pictures, ours = retrieval_set(embedder, picture)
+    rows = {
+        "queries": Dataset.from_list([{"id": f"q{i}", "text": text} for i, text in enumerate(queries)]),
+        "corpus": Dataset.from_list([{"id": f"d{i}", "image": image} for i, image in enumerate(pictures)]),
+        "relevant_docs": {f"q{i}": {f"d{i}": 1} for i in range(len(queries))},
+        "top_ranked": None,
+    }
+
+    class Local(AbsTaskRetrieval):
+        metadata = TaskMetadata(
+            name="LocalPictures", description="texts and pictures", reference="https://example.org", type="Any2AnyRetrieval",
+            dataset={"path": "local", "revision": "1"}, category="t2i", modalities=["text", "image"],
+            eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
+        )  # fmt: skip
+
+        def load_data(self, **_):
+            self.dataset, self.data_loaded = {"default": {"test": rows}}, True
+
+    model = mteb_model(folder, device="cpu")
+    assert model.mteb_model_meta.revision == read_meta(folder)["weights_sha256"]
+    result = mteb.evaluate(
+        model, Local(), cache=None, encode_kwargs={"batch_size": 8, "show_progress_bar": False}, show_progress_bar=False
+    )
+    found = result.task_results[0].scores["test"][0]
+    theirs = {"p@1": "hit_rate_at_1", "hit@5": "hit_rate_at_5", "mrr": "mrr_at_1000", "ndcg@10": "ndcg_at_10"}
+    assert ours == pytest.approx({name: found[key] for name, key in theirs.items()}, abs=1e-4)  # mteb rounds
 
 
 def test_the_readmes_lines_run(folder, picture, tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[1]
+    assert len([line for line in code.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
     shutil.copytree(folder, "runs/laptop/seed0/stage3/cocoa")
     Path("my/pictures").mkdir(parents=True)

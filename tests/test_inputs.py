@@ -229,6 +229,17 @@ def test_embedding_under_gradient_checkpointing(small, picture):
 
 
 def test_odd_pictures(tmp_path):
+    for mode, value, rgb in (
+        ("L", 90, (90, 90, 90)),
+        ("CMYK", (255, 0, 0, 0), (0, 255, 255)),
+        ("RGBA", (9, 8, 7, 255), (9, 8, 7)),
+    ):
+        assert load_image(Image.new(mode, (4, 4), value)).getpixel((0, 0)) == rgb, mode
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 200, 100, 50])
+    palette.save(tmp_path / "palette.png", transparency=1)
+    assert load_image(palette).getpixel((0, 0)) == (200, 100, 50)
+    assert load_image(tmp_path / "palette.png").getpixel((0, 0)) == (255, 255, 255), "a transparent colour"
     transparent = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert load_image(transparent).getpixel((0, 0)) == (255, 255, 255), "transparency is composited on white"
     assert load_image(Image.new("LA", (4, 4), (0, 0))).getpixel((0, 0)) == (255, 255, 255)
@@ -266,6 +277,10 @@ def test_truncated_missing_and_huge_pictures(tmp_path, picture):
     (tmp_path / "half.png").write_bytes(whole.read_bytes()[:2000])
     with pytest.raises(InputError, match="half.png"):
         load_image(tmp_path / "half.png")
+    picture(256, 256).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:5000])
+    with pytest.raises(InputError, match="half.jpg: not a readable image .*truncated"):
+        load_image(tmp_path / "half.jpg")
     with pytest.raises(InputError, match="none.png: no such image file"):
         load_image(tmp_path / "none.png")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
@@ -287,9 +302,24 @@ def test_an_extreme_aspect_ratio_is_a_clear_error(small, picture):
         inputs.collate([{"text": "", "image": picture(1, 400)}])
 
 
-@pytest.mark.parametrize("text", ["😀 שלום", "nul\x00byte", " ", "a" * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    ["😀 שלום", "👩‍👩‍👧 🇸🇪", "مرحبا بالعالم", "nul\x00byte", "\x00", " ", "\t\n\r ", "\u00a0", "\ufeff", "a" * 10_000,
+     "7 b " * 250_000],
+    ids=["emoji", "joined emoji", "right to left", "nul in a word", "nul", "space", "whitespace", "hard space", "mark",
+         "one long word", "1 MB"],
+)  # fmt: skip
 def test_odd_texts_are_text(small, text):
     _, inputs = small
     batch = inputs.collate([{"text": text}])
     assert batch["input_ids"].shape[1] <= inputs.max_length and batch["segment_ids"][0, -1] == EOS
     assert (batch["segment_ids"] == A).sum() >= 1
+    kept = inputs.tokenizer.decode(batch["input_ids"][0][batch["segment_ids"][0] == A])
+    cut = batch["input_ids"].shape[1] == inputs.max_length
+    assert text.startswith(kept.rstrip("\ufffd")) if cut else kept == text, "nothing is dropped or made up"
+
+
+@pytest.mark.parametrize("item", [{"text": ""}, {"text": None}, {}, {"text": "", "image": ""}, {"text": "<|image_1|>"}])
+def test_nothing_at_all_is_an_error(small, item):
+    with pytest.raises(InputError, match="item 0 of the batch: neither text nor image"):
+        small[1].collate([item])

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from cocoa_lib import mmeb
+from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.mmeb import TASKS, Task
 
 N_QUERIES, DIM = 40, 32
@@ -561,6 +562,52 @@ def test_two_runs_are_compared_in_pairs():
         mmeb.compare(a, per_query({"GQA": [1] * 40}, n_candidates=5))
 
 
+def test_intervals_of_the_averages_are_over_queries_within_tasks():
+    tasks = (Task("GQA", "vqa", False, 9), Task("DocVQA", "vqa", True, 9), Task("OVEN", "retrieval", False, 9))
+    found = per_query({"GQA": [1] * 300 + [2] * 700, "DocVQA": [1] * 20 + [2] * 20, "OVEN": [3] * 50})
+    table = mmeb.average_intervals(found, tasks, n_boot=8000).set_index("average")
+    assert table.index.tolist() == ["classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall"]
+    scores = {"GQA": 30.0, "DocVQA": 50.0, "OVEN": 0.0}
+    means = mmeb.averages(scores, tasks)
+    assert table["value"].to_dict() == pytest.approx({name: means[name] for name in table.index}, nan_ok=True)
+    # Standard errors by hand: of a task 100 sqrt(p (1 - p) / n), of a mean of m tasks the root of their squares over m.
+    gqa, doc = 0.3 * 0.7 / 1000, 0.25 / 40
+    for name, mean, error in (
+        ("vqa", 40, np.sqrt(gqa + doc) / 2), ("ind", 50, np.sqrt(doc)), ("ood", 15, np.sqrt(gqa) / 2),
+        ("overall", 80 / 3, np.sqrt(gqa + doc) / 3),
+    ):  # fmt: skip
+        width = 196 * error
+        assert table.loc[name, ["low", "high"]].tolist() == pytest.approx([mean - width, mean + width], abs=0.2 * width)
+    assert table.loc["retrieval", ["value", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc[["classification", "grounding"], ["value", "low", "high"]].isna().all(axis=None)
+    assert table["n_tasks"].tolist() == [0, 2, 1, 0, 1, 2, 3] and table.loc["overall", "n"] == 1090
+    same = mmeb.average_intervals(found.sample(frac=1, random_state=0), tasks, n_boot=8000)
+    pd.testing.assert_frame_equal(same.set_index("average"), table)
+    with pytest.raises(ValueError, match="unknown task.*OVEN"):
+        mmeb.average_intervals(found, tasks[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.png", b"", "not a readable image"),
+        ("half.png", None, "not a readable image"),
+        ("no.png", b"text", "not a readable image"),
+    ],
+)
+def test_a_bad_picture_of_a_row_is_named(small, picture, tmp_path, name, content, message):
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / name)
+    content = (tmp_path / "images" / name).read_bytes()[:2000] if content is None else content
+    (tmp_path / "images" / name).write_bytes(content)
+    write_task(tmp_path, "DocVQA", edit(3, qry_img_path=name)(make_rows(ONE[0], 5)))
+    with pytest.raises(ValueError, match=f"{name}: {message}"):
+        run(CocoaEmbedder(EosEmbedding(*small)), tmp_path, ONE)
+    (tmp_path / "images" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"row 3, column qry_img_path: image '{name}' not found"):
+        run(CocoaEmbedder(EosEmbedding(*small)), tmp_path, ONE)
+
+
 def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "data"
     (folder / "eval").mkdir(parents=True)
@@ -570,9 +617,16 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     (folder / "manifest.json").write_text(json.dumps({"generator": "pairs", "tasks": fields}))
     model = SimpleNamespace(load=lambda path: Embedder(oracle_vector, fingerprint=path))
     monkeypatch.setitem(sys.modules, "cocoa_lib.embedder", SimpleNamespace(CocoaEmbedder=model))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "the-model").mkdir()
+    (tmp_path / "the-model" / "cocoa.json").write_text('{"eos_token": "", "max_length": 9, "weights_sha256": "5a5a"}')
     out = tmp_path / "out"
     mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--n-queries", "12"])
-    assert re.search(r"overall +100\.0", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"classification +100\.0 \[100\.0, 100\.0\]", printed) and "vqa" not in printed
+    assert re.search(r"overall +100\.0 \[", printed)
+    averages = pd.read_csv(out / "averages.csv").set_index("average")
+    assert averages.loc["overall", ["value", "n_tasks", "n"]].tolist() == [100, 2, 24]
     results = pd.read_csv(out / "results.csv")
     assert results["task"].nunique() == 2 and (results["n"] == 12).all()
     facts = json.loads((out / "provenance.json").read_text())
@@ -582,5 +636,8 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     with pytest.warns(UserWarning, match="missing: N24News"):
         mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
     assert "MISSING: N24News" in capsys.readouterr().out
+    card = (tmp_path / "the-model" / "README.md").read_text(encoding="utf-8")
+    assert "5a5a" in card and "| overall | 1 | 100.0 | 100.0 to 100.0 |" in card and "Missing tasks: N24News" in card
+    assert f"on `{tmp_path.name}/data`, 1 tasks, 40 queries" in card and card.count("## Scores") == 1
     with pytest.raises(ValueError, match="unknown task.*GQA"):
         mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "GQA"])
