@@ -27,12 +27,12 @@ TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_T
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test bench soak lint lab clean distclean check-arguments force
+.PHONY: help install reproduce backbone site test test-browser bench soak verify audit environments lint lab clean distclean check-arguments force
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "make TARGET [PROFILE=smoke|laptop|gpu|paper] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
 	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
@@ -45,7 +45,7 @@ backbone: check-arguments $(STAMP) ## retrain the small causal backbone under da
 	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
 		--config profile=$(call quote,$(PROFILE))
 
-site: check-arguments $(STAMP) ## figures, tables and pages of runs/PROFILE -> reports/PROFILE
+site: check-arguments $(STAMP) ## figures and tables of runs/PROFILE -> reports/PROFILE, its pages -> reports/site
 	@test -n "$$(find runs/$(call quote,$(PROFILE)) -name '*.ipynb' 2>/dev/null)" || \
 		{ echo "No executed notebooks in runs/$(PROFILE): run \`make reproduce PROFILE=$(PROFILE)\` first." >&2; exit 1; }
 	@$(ENV) $(PY) scripts/publish.py runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
@@ -57,11 +57,29 @@ test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committ
 			--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks; \
 	else echo "No notebooks yet: none checked."; fi
 
+test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, where both it and playwright are installed
+	@if ! command -v chromium >/dev/null; then echo "Browser tests skipped: no chromium (Debian: apt install chromium)."; \
+	elif ! $(PY) -c 'import playwright' 2>/dev/null; then \
+		echo "Browser tests skipped: no playwright ($(PY) -m pip install -e '.[browser]')."; \
+	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
+
 bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
-	@for script in logits encode; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
+	@for script in logits encode gradcache ranking input_side attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)
+
+verify: $(STAMP) ## are reports/ and data/ as committed, do figures match tables, does a smoke run repeat
+	@$(TESTENV) $(PY) scripts/verify.py
+
+# --strict: a package that the advisory service could not be asked about is a failure, not a footnote.
+audit: $(STAMP) ## known vulnerabilities in requirements.lock, by pip-audit in an environment of its own (needs pypi.org)
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && $(PY) -m venv "$$dir" && \
+		"$$dir/bin/python" -m pip install -q --disable-pip-version-check pip-audit && \
+		"$$dir/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
+
+environments: $(STAMP) ## the tests on the lowest and on the newest versions that pyproject.toml admits, in new environments
+	@for which in lowest newest; do $(ENV) $(PY) scripts/environments.py $$which || exit 1; done
 
 lint: $(STAMP) ## ruff and the notebook check alone
 	@$(PY) -m ruff check .

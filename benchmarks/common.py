@@ -6,6 +6,8 @@ both. The ratio is taken within each round; median, lowest and highest are those
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import multiprocessing
 import os
@@ -84,6 +86,9 @@ def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
     `make` sets up (model, data) and returns the step; it should run a small step first, so that what is allocated once
     and for all does not count. Linux only: the high-water mark is reset through /proc.
     """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
+        "65536"  # freed tensors go back to the system, so the mark is what was in use
+    )
     context = multiprocessing.get_context("forkserver")  # imports once, and starts clean of threads
     context.set_forkserver_preload(PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
@@ -101,6 +106,8 @@ def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
 def _peak(sender, make: Callable[..., Callable[[], Any]], args: tuple) -> None:
     torch.set_num_threads(1)
     step = make(*args)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the setup freed goes back, or the step would use it without being seen
     Path("/proc/self/clear_refs").write_text("5")  # high-water mark = what is resident now
     before = _resident()
     step()

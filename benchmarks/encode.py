@@ -65,7 +65,7 @@ def padding() -> list[dict]:
     ]
 
 
-def mmeb_like(n: int = 128) -> tuple[CocoaEmbedder, list[dict]]:
+def mmeb_like(n: int = 64) -> tuple[CocoaEmbedder, list[dict]]:
     """A random model with room for large pictures; half texts of 20 words, half pictures of 600 cells, in random order."""
     model, inputs = small_model(hidden_size=128, image_pixels=400 * 384)
     rng = np.random.default_rng(0)

@@ -131,7 +131,7 @@ def mask_html(layout: str, segment_ids: LongTensor, *, layers: int, query: int, 
     names, total = token_names(segment_ids), len(segment_ids) ** 2
     depth = layers_until_known(mask, layers)
     pairs = int(mask.sum())
-    words = [[f"{q} {'looks at' if depth[i, k] == 1 else 'never knows'} {name}" for k, name in enumerate(names)]
+    words = [[f"{q} looks at {k}" if depth[i, j] == 1 else f"{q} does not know {k} by then" for j, k in enumerate(names)]
              for i, q in enumerate(names)]  # fmt: skip
     for q, k in np.argwhere(depth > 1):  # only where there is more to say: a sentence for each cell would be slow
         words[q][k] = describe(layout, segment_ids, q, k, layers)

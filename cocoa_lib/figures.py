@@ -63,12 +63,14 @@ def show(figure: Figure, name: str = "", folder: str | Path = ""):
 
     from .profiles import path
 
-    if folder:
-        save(figure, path(folder), name)
-    png = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        figure.savefig(png, format="png", metadata={"Software": None})
-    return Shown(data=png.getvalue(), alt=getattr(figure, "alt", ""))
+    if folder:  # the saved file itself: drawn a second time, a figure can be laid out a hair differently
+        data = save(figure, path(folder), name).read_bytes()
+    else:
+        png = io.BytesIO()
+        with mpl.rc_context(STYLE):
+            figure.savefig(png, format="png", metadata={"Software": None})
+        data = png.getvalue()
+    return Shown(data=data, alt=getattr(figure, "alt", ""))
 
 
 def _done(figure: Figure, alt: str) -> Figure:
@@ -111,7 +113,8 @@ def training_curves(
                           color=colour, va="center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-            axis.annotate("chance", (0, chance), xytext=(2, 2), textcoords="offset points", color="grey", fontsize=8)
+            axis.annotate("chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(2, 2),
+                          textcoords="offset points", color="grey", fontsize=8)  # fmt: skip
         axis.set_xlabel("optimiser step")
         axis.set_title(f"{column.replace('_', ' ')} (solid: mean of {smooth} log entries)")
         axis.set_xlim(right=axis.get_xlim()[1] * 1.12)
@@ -164,7 +167,7 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
         axis.errorbar(part["value"], y, xerr=errors, fmt=markers[i % 8], color=COLOURS[i % 8], markersize=4.5,
                       linewidth=1.2, label=label)  # fmt: skip
     axis.set_yticks(range(len(order)), order)
-    axis.invert_yaxis()
+    axis.set_ylim(len(order) - 0.5, -0.5)  # the first task on top, no marker cut
     axis.set_xlim(-2, 102)
     axis.set_xlabel(xlabel)
     axis.set_title(title)

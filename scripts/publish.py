@@ -1,52 +1,271 @@
-"""Copy what readers need of a finished run into reports/: figures, result tables, notebooks and their pages.
+"""Copy what readers need of a finished run into reports/, and make the pages that people read.
 
-    python scripts/publish.py runs/laptop reports/laptop
+    python scripts/publish.py runs/laptop reports/laptop        # figures and tables; the pages: reports/site
     python scripts/publish.py runs/laptop-mypairs reports/laptop-mypairs --tables   # no pictures of other people's data
 
-Checkpoints and embeddings stay in the run. The target is written beside and renamed, so it is whole or not there.
+Checkpoints and embeddings stay in the run. Each target is written beside and renamed, so it is whole or not there. The
+pages are those of the run given last: nbconvert renders the cells, scripts/site/ holds the templates around them. They
+load nothing from elsewhere, and what users may have written is escaped.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import nbformat
+from bleach.css_sanitizer import CSSSanitizer
+from bleach.sanitizer import Cleaner
+from bs4 import BeautifulSoup, Tag
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbconvert import HTMLExporter
 
 from cocoa_lib import analysis
 from cocoa_lib.profiles import read_arms
 
 KEPT = ("results.csv", "per_query.parquet", "provenance.json")
+TEMPLATES = Path(__file__).resolve().parent / "site"
+# What the index says of each notebook: the figure that stands for it, and one sentence.
+TOUR = {
+    "00": ("scenes", "The benchmark, generated in MMEB's own layout, and the small causal model that everything starts from."),
+    "01": ("reachability", "Which mask forces a picture through one token, proved on a model with random weights."),
+    "02": ("stage1_pictures", "Hidden words and cells come back, and how much of the picture EOS really carries."),
+    "03": ("embedding_map", "Contrastive training turns the state at EOS into an embedding; what is retrieved with it."),
+    "04": ("scores_by_task", "Scores of one model by task, with intervals, beside the published table."),
+    "05": ("forest", "What each part of CoCoA is worth, with intervals, and a verdict on each claim."),
+}  # fmt: skip
+
+# What outputs may contain: anything else is shown as text. The explorers draw with SVG and inline styles.
+TAGS = set(
+    "a b blockquote br caption code details div em figcaption figure h1 h2 h3 h4 h5 h6 hr i image img li ol p pre rect s "
+    "small span strong sub summary sup svg table tbody td text tfoot th thead title tr u ul g line path circle".split()
+)
+ATTRIBUTES = set(
+    "alt aria-label aria-live class colspan cx cy d fill fill-opacity font-family font-size height href id opacity points "
+    "pointer-events preserveAspectRatio r role rowspan scope src stroke stroke-width style text-anchor title transform "
+    "viewBox width x x1 x2 y y1 y2".split()
+)
+STYLES = set(
+    "align-items background background-color border border-bottom break-inside color columns display flex flex-wrap "
+    "font-size font-weight height image-rendering margin margin-right max-width overflow overflow-wrap padding text-align "
+    "vertical-align white-space width".split()
+)
 
 
-def page(notebook: Path) -> str:
-    """An executed notebook as one HTML page; pictures carry their alt text, links to notebooks lead to pages."""
+def _allowed(tag: str, name: str, value: str) -> bool:
+    """A picture is in the page or beside it; a link may lead to a page, to the web or to a heading."""
+    if name in ("src", "href") and tag != "a":
+        return bool(re.match(r"data:image/(png|jpeg);base64,", value)) or ":" not in value
+    return name in ATTRIBUTES and not (name == "href" and value.strip().lower().startswith("data:"))
+
+
+CLEANER = Cleaner(
+    tags=TAGS, attributes=_allowed, protocols={"https", "http", "mailto", "data"},
+    css_sanitizer=CSSSanitizer(allowed_css_properties=STYLES),
+)  # fmt: skip
+
+
+def clean(html: str) -> str:
+    """Markup of an output without what could act or restyle the page; other tags become text. pandas' own <style> goes."""
+    return CLEANER.clean(re.sub(r"<style\b[^>]*>.*?</style>", "", html, flags=re.DOTALL | re.IGNORECASE))
+
+
+def _name_figures(content: nbformat.NotebookNode, number: str, figures: Path) -> None:
+    """Give each picture of a notebook the name of its figure, found by alt text, or of its cell."""
+    names = {path.read_text(encoding="utf-8").strip(): path.stem for path in sorted(figures.glob("*.txt"))}
+    taken: set[str] = set()
+    for place, cell in enumerate(content.cells):
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                alt = output.metadata.get("image/png", {}).get("alt", "").strip()
+                name = f"{number}_{names.get(alt, f'cell{place}').removeprefix(number + '_')}"
+                while name in taken:
+                    name += "b"
+                taken.add(name)
+                output.metadata["filename"] = f"{name}.png"
+
+
+def render(notebook: Path, figures: Path) -> tuple[BeautifulSoup, dict[str, bytes], str]:
+    """An executed notebook: (its cells as HTML, pictures by the path they are shown from, the stylesheet of code)."""
     exporter = HTMLExporter(
-        template_name="lab", exclude_input_prompt=True, exclude_output_prompt=True,
-        mathjax_url="", require_js_url="", jquery_url="",  # a page loads nothing from elsewhere
+        template_name="notebook", extra_template_basedirs=[str(TEMPLATES)], filters={"clean": clean},
+        exclude_output_prompt=True,
     )  # fmt: skip
     content = nbformat.read(notebook, as_version=4)
-    for cell in content.cells:
-        if cell.cell_type == "markdown":
-            cell.source = cell.source.replace(".ipynb)", ".html)")
-        for output in cell.get("outputs", []):  # the lab template ignores the alt text of a PNG: write the tag itself
-            alt = output.get("metadata", {}).get("image/png", {}).get("alt")
-            if alt and "image/png" in output.get("data", {}):
-                safe = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-                output.data = {
-                    "text/html": f'<img alt="{safe}" src="data:image/png;base64,{output.data["image/png"].strip()}">'
-                }
-    return exporter.from_notebook_node(content)[0]
+    _name_figures(content, notebook.name[:2], figures)
+    html, resources = exporter.from_notebook_node(content, {"output_files_dir": "figures", "unique_key": notebook.stem})
+    soup = BeautifulSoup(html, "html.parser")
+    for mark in soup.select("a.anchor-link"):  # nbconvert gives headings an id only together with this link
+        mark.decompose()
+    for table in soup.find_all("table"):
+        _align(table)
+    return soup, resources["outputs"], "\n".join(resources["inlining"]["css"])
+
+
+def _align(table: Tag) -> None:
+    """Columns that hold a word go to the left, the others are numbers and stay right; headings with their columns."""
+    rows = [row.find_all(["td", "th"]) for row in table.find_all("tr")]
+    body = [row.find_all(["td", "th"]) for row in table.select("tbody tr")]
+    for place in range(max(map(len, rows), default=0)):
+        if any(len(row) > place and re.search(r"[^\W\d]{2}", row[place].get_text()) for row in body):
+            for row in rows:
+                if len(row) > place and not row[place].has_attr("colspan"):
+                    row[place]["class"] = [*row[place].get("class", []), "text"]
+
+
+def headings(soup: BeautifulSoup) -> list[dict[str, str]]:
+    """The second-level headings: id, title and all words of the section, for the contents and its filter."""
+    found: list[dict[str, Any]] = []
+    for each in soup.select(".words > *"):
+        if each.name == "h2":
+            found.append({"id": each["id"], "title": each.get_text(), "words": set()})
+        if found:
+            found[-1]["words"] |= set(re.findall(r"\w[\w.-]*", each.get_text(" ").lower()))
+    return [{**each, "words": " ".join(sorted(each["words"]))} for each in found]
+
+
+def policy(html: str) -> str:
+    """The content security policy of a page: nothing but its own stylesheet, pictures and exactly its inline parts."""
+    soup = BeautifulSoup(html, "html.parser")
+
+    def hashes(texts: Iterable[str]) -> str:
+        each = {base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts}
+        return " ".join(f"'sha256-{value}'" for value in sorted(each))
+
+    scripts = hashes(tag.string or "" for tag in soup.find_all("script"))
+    styles = hashes(tag["style"] for tag in soup.find_all(style=True))
+    # file: beside 'self', since browsers differ in what 'self' is for a page opened from a disk.
+    return (
+        f"default-src 'none'; img-src 'self' file: data:; style-src 'self' file: 'unsafe-hashes' {styles}; "
+        f"script-src {scripts}; base-uri 'none'; form-action 'none'"
+    )
+
+
+def provenance(run: Path) -> dict[str, str]:
+    """Profile, machine, commit and seeds of a run's results, as words for the top of a page."""
+    files = sorted(run.glob("results/*/seed*/provenance.json"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    said = {
+        key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
+    }
+    seeds = sorted({int(path.parent.name[4:]) for path in files})
+    return {
+        "Profile": run.name,
+        "Machine": said["machine"] or "not recorded",
+        "Commit of the results": said["commit"] or "not recorded",
+        "Seeds": ", ".join(map(str, seeds)) or "not recorded",
+    }
+
+
+def _executed(notebook: Path) -> str:
+    """The day a notebook was executed, as papermill recorded it."""
+    record = nbformat.read(notebook, as_version=4).metadata.get("papermill", {})
+    return str(record.get("end_time") or "")[:10] or "not recorded"
+
+
+def _templates() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=False
+    )
+
+
+def _layout(**parts: Any) -> str:
+    """A whole page. The policy holds hashes of the page's inline parts, so the page is made twice."""
+    template = _templates().get_template("layout.html.j2")
+    parts["script"] = (TEMPLATES / "site.js").read_text(encoding="utf-8")
+    return template.render(policy=policy(template.render(policy="", **parts)), **parts)
+
+
+def _pages(notebooks: list[Path], run: Path, aside: Path) -> tuple[list[dict[str, Any]], str]:
+    """Render all notebooks, write their pictures; what each page holds, and the stylesheet of code."""
+    found, css = [], ""
+    for notebook in notebooks:
+        body, pictures, css = render(notebook, run / "figures")
+        for link in body.select('a[href$=".ipynb"]'):
+            link["href"] = f"{Path(link['href']).stem}.html"
+        for name, data in pictures.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_bytes(data)
+        wanted, sentence = TOUR.get(notebook.name[:2], ("", ""))
+        shown = [{"file": tag["src"], "alt": tag["alt"]} for tag in body.select("figure img[src^=figures]")]
+        stands = [each for each in shown if Path(each["file"]).stem == f"{notebook.name[:2]}_{wanted}"] or shown
+        title = body.h1.get_text() if body.h1 else notebook.stem
+        found.append({
+            "file": f"{notebook.stem}.html", "title": title, "sentence": sentence, "body": str(body),
+            "headings": headings(body), "picture": stands[0] if stands else None, "date": _executed(notebook),
+        })  # fmt: skip
+    return found, css
+
+
+def _short(title: str) -> str:
+    """The title of a page without what follows a colon, for links."""
+    return title.split(":")[0]
+
+
+def site(run: Path, target: Path) -> None:
+    """The executed notebooks of a run as pages: index.html, a page a notebook, style.css, figures/."""
+    notebooks = [path for path in sorted(run.glob("notebooks/0*.ipynb")) if not path.name.endswith(".partial.ipynb")]
+    aside = _aside(target)
+    facts = provenance(run)
+    pages, css = _pages(notebooks, run, aside)
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    (aside / "style.css").write_text(style + css, encoding="utf-8")
+    dates = [page["date"] for page in pages if page["date"][:1].isdigit()]
+    for i, page in enumerate(pages):
+        links = [("Contents", "index.html")]
+        links += [(f"\u2190 {_short(pages[i - 1]['title'])}", pages[i - 1]["file"])] if i else []
+        links += [(f"{_short(pages[i + 1]['title'])} \u2192", pages[i + 1]["file"])] if i + 1 < len(pages) else []
+        html = _layout(
+            title=page["title"], links=links, facts={**facts, "Executed": page["date"]}, headings=page["headings"],
+            body=page["body"],
+        )  # fmt: skip
+        (aside / page["file"]).write_text(html, encoding="utf-8")
+    index = _templates().get_template("index.html.j2").render(pages=pages, arms=arms_table(run), baseline="contrastive")
+    links = [(_short(pages[0]["title"]) + " \u2192", pages[0]["file"])] if pages else []
+    facts["Executed"] = " to ".join(sorted({min(dates), max(dates)})) if dates else "not recorded"
+    html = _layout(title="CoCoA, the notebook collection", links=links, facts=facts, headings=[], body=index)
+    (aside / "index.html").write_text(html, encoding="utf-8")
+    _replace(aside, target)
+
+
+def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]:
+    """An arm a row, in the order of arms.csv: what it is, its mean over seeds, its difference and a verdict."""
+    scores, effects = _scores_and_effects(run, baseline)
+    rows = []
+    for name, arm in read_arms().items():
+        if name in scores.index:
+            row = {"arm": name, "hypothesis": arm.hypothesis, "overall": f"{scores.loc[name, 'overall']:.1f}"}
+            found, verdict = _difference(effects, name), "the baseline"
+            if name in effects.index:
+                verdict = analysis.verdict(effects.loc[name].to_dict(), corrected=True)
+            rows.append({**row, "difference": found, "verdict": verdict})
+    return rows
+
+
+def _scores_and_effects(run: Path, baseline: str):
+    results, per_query = analysis.gather_results(run)
+    scores = analysis.arm_scores(results).groupby("arm").mean(numeric_only=True)
+    return scores, analysis.paired_effects(per_query, baseline).set_index("arm")
+
+
+def _difference(effects, arm: str) -> str:
+    if arm not in effects.index:
+        return "(baseline)"
+    row = effects.loc[arm]
+    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
 def summary(run: Path, baseline: str = "contrastive") -> str:
     """The README's table of a run: an arm a row, means over seeds, and the paired difference with its interval."""
-    results, per_query = analysis.gather_results(run)
-    scores = analysis.arm_scores(results).groupby("arm").mean(numeric_only=True)
-    effects = analysis.paired_effects(per_query, baseline).set_index("arm")
+    scores, effects = _scores_and_effects(run, baseline)
     names = [
         name
         for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
@@ -54,18 +273,27 @@ def summary(run: Path, baseline: str = "contrastive") -> str:
     ]
     lines = ["| arm | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 2) + "|"]
     for arm in [name for name in read_arms() if name in scores.index]:
-        found = "(baseline)"
-        if arm in effects.index:
-            row = effects.loc[arm]
-            found = f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-        lines.append(f"| {arm} | " + " | ".join(f"{scores.loc[arm, name]:.1f}" for name in names) + f" | {found} |")
+        cells = " | ".join(f"{scores.loc[arm, name]:.1f}" for name in names)
+        lines.append(f"| {arm} | {cells} | {_difference(effects, arm)} |")
     return "\n".join(lines)
 
 
-def publish(run: Path, target: Path, tables_only: bool = False) -> None:
+def _aside(target: Path) -> Path:
+    """An empty folder beside the target."""
     aside = target.parent / f".{target.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    return aside
+
+
+def _replace(aside: Path, target: Path) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(aside, target)
+
+
+def publish(run: Path, target: Path, tables_only: bool = False) -> None:
+    """Figures, result tables and their summary of a run; and, where pictures may be shown, the pages beside it."""
+    aside = _aside(target)
     if (run / "figures").is_dir() and not tables_only:
         shutil.copytree(run / "figures", aside / "figures")
     for results in sorted(run.glob("results/*/seed*/results.csv")):
@@ -75,12 +303,10 @@ def publish(run: Path, target: Path, tables_only: bool = False) -> None:
             shutil.copy(results.parent / name, copy)
     if (run / "costs.csv").is_file():
         shutil.copy(run / "costs.csv", aside)
-    for notebook in sorted(run.glob("notebooks/0*.ipynb")):
-        if not (tables_only or notebook.name.endswith(".partial.ipynb")):
-            (aside / f"{notebook.stem}.html").write_text(page(notebook), encoding="utf-8")
     (aside / "summary.md").write_text(summary(run) + "\n", encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(aside, target)
+    _replace(aside, target)
+    if not tables_only:
+        site(run, target.parent / "site")
 
 
 if __name__ == "__main__":

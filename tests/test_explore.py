@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import copy
+import datetime
+import io
 import re
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
-from cocoa_lib.attention import dense_mask, describe, reachability, segments
-from cocoa_lib.backbone import hidden_states, set_bidirectional
+from cocoa_lib import analysis
+from cocoa_lib.attention import EOS, dense_mask, describe, reachability, segments
+from cocoa_lib.backbone import hidden_states, position_ids, set_bidirectional
 from cocoa_lib.corruption import IGNORE
 from cocoa_lib.explore import (
     DIRECT,
     INDIRECT,
+    UPLOADED,
+    ablation_explorer,
+    attention_explorer,
+    attention_html,
     cells_image,
+    eos_attention,
     mask_explorer,
     mask_html,
     reconstruct,
@@ -67,6 +79,16 @@ def test_the_sentence_and_the_cost_of_a_cell():
     assert "49 of 9 x 9 = 81 pairs" in box.outputs["mask"].value  # 4*4 + 4*4 + 9 + 8
     box.controls["layout"].value = "bidirectional"
     assert "<b>100%</b>" in box.outputs["mask"].value
+
+
+def test_hovering_a_cell_tells_what_it_means():
+    html = mask_html("eos_bridged", segments(4, 4)[0], layers=2, query=0, key=0)
+    looks, knows = (re.findall(r"<title>(.*?)</title>", grid) for grid in html.split("<svg")[1:])
+    assert looks == knows and len(looks) == 81
+    assert "B2 may not look at A1; it can know it through EOS after 2 layers." in knows
+    assert "EOS looks at A1" in knows and not any("never" in words for words in knows)
+    one = mask_html("eos_bridged", segments(4, 4)[0], layers=1, query=0, key=0)
+    assert "<title>B2 never knows A1</title>" not in one and "<title>B2 does not know A1 by then</title>" in one
 
 
 def test_a_chosen_token_stays_chosen_while_sizes_change():
@@ -203,3 +225,182 @@ def test_retrieval_explorer(folder):
     assert seconds(box, "query", 0, 1, 3, 4, 5) < 0.3
     box.controls["task"].value = "small"
     assert box.controls["query"].value == 2, "the query is brought into the range of the task"
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_attention_is_the_models_own(small, picture, mode):
+    """The weights are those that transformers itself returns from a model opened with eager attention."""
+    model, inputs = small
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    set_bidirectional(eager, mode)
+    set_bidirectional(model, mode)
+    try:
+        before = hidden_states(model, inputs.collate([{"text": "red"}]))
+        found = eos_attention(model, inputs, {"text": "a red circle", "image": picture()})
+        assert torch.equal(before, hidden_states(model, inputs.collate([{"text": "red"}]))), "left as it was"
+        assert model.model.language_model.config._attn_implementation == "sdpa"
+    finally:
+        set_bidirectional(model, False)
+    batch, place = found.batch, int((found.batch["segment_ids"][0] == EOS).nonzero())
+    names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    with torch.no_grad():
+        truth = eager.model(
+            **{name: batch[name] for name in names}, position_ids=position_ids(eager, batch), output_attentions=True
+        ).attentions
+    truth = torch.cat(truth).numpy()  # (layers, heads, L, L)
+    assert found.from_eos.shape == (2, 2, batch["input_ids"].shape[1])
+    assert np.allclose(found.from_eos, truth[:, :, place], atol=1e-6)
+    assert np.allclose(found.to_eos, truth[:, :, :, place], atol=1e-6)
+    assert np.allclose(found.from_eos.sum(-1), 1, atol=1e-5)
+    seen = np.delete(found.to_eos, place, axis=-1)
+    assert (seen > 0).all() if mode else (seen == 0).all(), "a causal model lets nobody before EOS look at it"
+
+
+def test_squares_and_bars_have_the_size_of_their_weights(bidirectional, picture):
+    model, inputs = bidirectional
+    item = {"text": "a red circle", "image": [picture(), picture(64, 32, seed=1)]}
+    found = eos_attention(model, inputs, item)
+    at_picture = found.batch["mm_token_type_ids"][0].numpy() == 1
+    grids = (found.batch["image_grid_thw"][:, 1:] // 2).tolist()
+    assert len({tuple(grid) for grid in grids}) == 2, "two pictures of different shapes"
+    files = re.findall(
+        r'<img src="data:image/png;base64,([^"]*)"', attention_html(found, inputs, layer=1, head=1, direction="to_eos")
+    )
+    for file, given in zip(files, item["image"], strict=True):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(file))), dtype=int)
+        assert np.abs(shown - np.asarray(given)).max() <= 1, "each picture is the one that was given"
+    for head, direction, heads in ((None, "from_eos", found.from_eos[1].mean(0)), (2, "to_eos", found.to_eos[1, 1])):
+        html = attention_html(found, inputs, layer=2, head=head, direction=direction)
+        titles = re.findall(r"<title>row (\d+), column (\d+): ([\d.]+)%</title>", html)
+        order = [(y + 1, x + 1) for rows, columns in grids for y in range(rows) for x in range(columns)]
+        assert [(int(y), int(x)) for y, x, _ in titles] == order
+        assert np.allclose([float(w) for *_, w in titles], 100 * heads[at_picture], atol=0.0051)
+        for shown, cells in zip(
+            html.split("<svg")[1:], np.split(heads[at_picture], [grids[0][0] * grids[0][1]]), strict=True
+        ):
+            side = float(re.search(r'y="0" width="(\d+)" height="\1" fill="none"', shown)[1]) - 2
+            widths = [float(w) for w in re.findall(r'class="weight".*?width="([\d.]+)"', shown)]
+            assert np.allclose(np.square(widths) / side**2, cells / heads.max(), atol=0.02), "area is weight"
+            assert f"largest weight {cells.max():.1%}" in shown
+        bars = [float(w) for w in re.findall(r'class="bar" style="width:([\d.]+)px', html)]
+        assert np.allclose(bars, 90 * heads[~at_picture] / heads.max(), atol=0.06)
+        share = heads[at_picture].sum() if direction == "from_eos" else heads[at_picture].mean()
+        assert f"<b>{share:.0%}</b> {'to' if direction == 'from_eos' else 'by'} the picture" in html
+
+
+def upload(name: str, content: bytes):
+    """What a FileUpload holds once a browser has sent a file."""
+    then = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    file = {"name": name, "type": "image/png", "size": len(content), "last_modified": then}
+    return ({**file, "content": memoryview(content)},)
+
+
+def png(image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_attention_explorer_computes_once_a_sample(bidirectional, picture):
+    model, inputs = bidirectional
+    passes = []
+    handle = model.model.register_forward_hook(lambda *args: passes.append(1))
+    try:
+        box = attention_explorer(model, inputs, [{"text": EVIL, "image": picture()}, {"text": "alone", "image": None}])
+        html = box.outputs["attention"].value
+        assert box.error.value == "" and "<script" not in html and "http" not in html and html.count("<svg") == 1
+        assert html.count("&lt;") == EVIL.count("<"), "tokens are escaped"
+        assert "Layer 2, mean over 2 heads. EOS gives" in html and 'role="img" aria-label="picture 1 as 4 x 4' in html
+        assert seconds(box, "layer", 1, 2, 1) < 0.3 and seconds(box, "head", 1, 2, None) < 0.3
+        box.controls["direction"].value = "to_eos"
+        assert "Given to EOS" in box.outputs["attention"].value and len(passes) == 1
+        assert seconds(box, "sample", 1, 0, 1) < 0.3 and len(passes) == 2, "a sample seen before is not computed again"
+        assert "<svg" not in box.outputs["attention"].value and "EOS</span>" in box.outputs["attention"].value
+        box.controls["words"].value = "<b>mine</b>"
+        assert len(passes) == 3 and "<b>mine" not in box.outputs["attention"].value and box.error.value == ""
+        assert not box.controls["words"].continuous_update and not box.controls["layer"].continuous_update
+    finally:
+        handle.remove()
+
+
+def test_an_uploaded_picture_is_shown_or_refused_by_name(bidirectional, picture, monkeypatch):
+    model, inputs = bidirectional
+    box = attention_explorer(model, inputs, [{"text": "alone", "image": None}])
+    box.controls["sample"].value = UPLOADED
+    assert "no picture is uploaded yet" in box.error.value and box.outputs["attention"].value == ""
+    box.controls["upload"].value = upload("a.png", png(picture()))
+    first = box.outputs["attention"].value
+    assert box.error.value == "" and "as 4 x 4 cells" in first
+    box.controls["upload"].value = upload("a.png", png(picture(seed=3)))
+    assert box.outputs["attention"].value != first, "another picture under the same name"
+    box.controls["sample"].value = 0
+    assert "<svg" not in box.outputs["attention"].value, "a sample is shown again when it is chosen"
+    box.controls["upload"].value = upload("b.png", png(picture()))
+    assert box.controls["sample"].value == UPLOADED and box.outputs["attention"].value == first
+    for content in (b"nonsense", png(picture())[:-60]):
+        box.controls["upload"].value = upload("<b>x</b>.png", content)
+        assert "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value and "BytesIO" not in box.error.value
+        assert box.outputs["attention"].value == ""
+    monkeypatch.setattr("cocoa_lib.inputs.MAX_PIXELS", 5000)
+    box.controls["upload"].value = upload("large.png", png(Image.new("RGB", (100, 51))))
+    assert "large.png: 100 x 51 pixels is over the limit of 5,000" in box.error.value
+
+
+@pytest.fixture(scope="module")
+def grid_of_arms():
+    """(results, per_query) of a baseline, a better and an equal arm on three tasks, two seeds, as of `gather_results`."""
+    rng = np.random.default_rng(0)
+    tasks = {"Digits": ("classification", True), "Count": ("vqa", True), "Find": ("vqa", False)}
+    ranks, scores = [], []
+    for arm, shift in (("base", 3), ("better", 1), (EVIL, 3)):
+        for seed in (0, 1):
+            for task, (meta_task, inside) in tasks.items():
+                rank = 1 + rng.integers(0, 2 * shift, size=40)
+                facts = {"arm": arm, "seed": seed, "task": task, "meta_task": meta_task, "in_distribution": inside}
+                ranks.append(pd.DataFrame({**facts, "query": range(40), "rank": rank, "n_candidates": 10}))
+                for metric, k in (("p@1", 1), ("hit@5", 5)):
+                    scores.append({**facts, "metric": metric, "value": 100 * np.mean(rank <= k)})
+    return pd.DataFrame(scores), pd.concat(ranks, ignore_index=True)
+
+
+def cells(html: str) -> list[list[str]]:
+    return [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", html, re.S) if "<td>" in row]
+
+
+def test_ablation_explorer_shows_scores_and_paired_differences(grid_of_arms):
+    results, per_query = grid_of_arms
+    box = ablation_explorer(results, per_query, "base", n_boot=200)
+    assert box.error.value == "" and box.controls["arms"].value == (EVIL, "better")
+    assert box.controls["group"].options == ("overall", "classification", "vqa", "ind", "ood")
+    html = box.outputs["ablation"].value
+    assert "<script" not in html and 'src="data:image/png;base64,' in html and "http" not in html
+    effects = analysis.paired_effects(per_query, "base", n_boot=200).set_index("arm")
+    means = analysis.arm_scores(results).groupby("arm")["overall"].mean()
+    for row, arm in zip(cells(html), (EVIL, "better"), strict=True):
+        assert row[1:3] == [f"{means[arm]:.1f}", f"{effects.loc[arm, 'difference']:+.1f}"]
+        assert row[3] == f"{effects.loc[arm, 'low']:+.1f} to {effects.loc[arm, 'high']:+.1f}" and row[6:] == [
+            "2",
+            "120",
+        ]
+    assert f"Baseline base: {means['base']:.1f} %" in html
+    box.controls["arms"].value = ("better",)
+    (row,) = cells(box.outputs["ablation"].value)
+    assert row[4] == f"{effects.loc['better', 'p_holm']:.3f}", "corrected for the arms that are hidden too"
+    assert 'alt="Paired differences to base' in box.outputs["ablation"].value
+    assert seconds(box, "group", "vqa", "ood", "overall") < 0.3 and seconds(box, "metric", "hit@5", "p@1") < 0.3
+
+
+def test_ablation_explorer_follows_metric_and_group(grid_of_arms):
+    results, per_query = grid_of_arms
+    box = ablation_explorer(results, per_query, "base", n_boot=200)
+    box.controls["arms"].value = ("better",)
+    box.controls["metric"].value, box.controls["group"].value = "hit@5", "vqa"
+    (row,) = cells(box.outputs["ablation"].value)
+    part = results[(results["metric"] == "hit@5") & (results["meta_task"] == "vqa")].groupby("arm")["value"].mean()
+    assert row[1] == f"{part['better']:.1f}" and row[2] == f"{part['better'] - part['base']:+.1f}" and row[7] == "80"
+    assert "hit@5, %" in box.outputs["ablation"].value
+    box.controls["arms"].value = ()
+    assert "no arm is chosen" in box.error.value and box.outputs["ablation"].value == ""
+    with pytest.raises(ValueError, match="nobody"):
+        ablation_explorer(results, per_query, "nobody", n_boot=20)

@@ -245,3 +245,20 @@ def test_locale_c_offline_and_from_another_folder(home, tmp_path):
     here = CocoaEmbedder.load(out).encode(["Größe 目"])[0, :3]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert torch.allclose(torch.tensor(found), torch.tensor(here))
+
+
+def test_the_lowest_versions_are_the_ranges_lower_ends():
+    import environments
+    from packaging.requirements import Requirement
+
+    for line, found in (
+        ("torch>=2.11", "torch==2.11.*"),
+        ("numpy>=2", "numpy==2.0.*"),
+        ("snakemake<10,>=9", "snakemake==9.0.*"),
+    ):
+        assert str(environments.lowest(Requirement(line))) == found
+    with pytest.raises(ValueError, match="no lower bound"):
+        environments.lowest(Requirement("torch<3"))
+    wanted = environments.pins("lowest", "2.13.0+cpu")
+    assert "torch==2.13.0+cpu" in wanted and len(wanted) == len(environments.ranges()) > 25
+    assert all("==" in line for line in wanted), "every range of pyproject.toml has a lower end"

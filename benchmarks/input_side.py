@@ -1,0 +1,98 @@
+"""The input side: import time, the share of a training step spent making the batch, and padding in stages 1 and 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import BACKBONE, in_turn, record, save
+
+from cocoa_lib import corpus, world
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.inputs import Inputs
+from cocoa_lib.objectives import Reconstruction
+from cocoa_lib.profiles import load_profile
+from cocoa_lib.recipes import make_recipe
+
+BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
+
+
+def importing() -> list[dict]:
+    """A fresh interpreter each: this package's imports against those of what it stands on."""
+    stack = "import torch, transformers, sentence_transformers"
+    codes = {"package": "import cocoa_lib", "nothing": "pass", "embedder": "import cocoa_lib.embedder", "stack": stack}
+    sides = {
+        name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 (our own code)
+        for name, code in codes.items()
+    }
+    seconds = in_turn(sides)
+    return [
+        record("import cocoa_lib", "time, import cocoa_lib / an empty interpreter", seconds["package"], seconds["nothing"]),
+        record("import cocoa_lib.embedder", "time, import cocoa_lib.embedder / torch, transformers, sentence_transformers",
+               seconds["embedder"], seconds["stack"]),
+    ]  # fmt: skip
+
+
+def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dict:
+    """Computed tokens over real ones: what packing sequences without padding could gain at most in the text decoder."""
+    used = lengths[: len(lengths) // batch_size * batch_size].reshape(-1, batch_size)
+    ratios = used.max(axis=1) * batch_size / used.sum(axis=1)
+    share = 100 * (1 - used.sum() / (used.max(axis=1) * batch_size).sum())
+    text = f"computed tokens / real ones in a batch of {batch_size}, {shape}; {share:.1f} % are padding; counted, not timed"
+    return record(f"padding, {stage}, {shape}", text, ratios, np.ones_like(ratios))
+
+
+def stages(data: Path) -> list[dict]:
+    """Share of a step that goes into its batch, in one process without workers, laptop profile, committed backbone."""
+    records, profile, inputs = [], load_profile("laptop"), Inputs.load(BACKBONE, max_length=256)
+    rows = corpus.captions(data) + [row for part in corpus.text_pairs(data).values() for row in part]
+    order = np.random.default_rng(0).permutation(len(rows))
+    for stage, make in BATCHES.items():
+        recipe = make_recipe(stage, profile[stage])
+        module = Reconstruction(open_backbone(BACKBONE, bidirectional=True), layout=recipe.layout,
+                                image_weight=recipe.image_weight).train()  # fmt: skip
+        mine = [i for i in order if stage == "stage2" or not rows[i]["text"]]
+        batches = [[{**rows[i], "draw": k} for k, i in enumerate(mine[at : at + recipe.batch_size])]
+                   for at in range(0, 6 * recipe.batch_size, recipe.batch_size)]  # fmt: skip
+        making, whole = [], []
+        for batch in batches:
+            start = time.perf_counter()
+            tensors = make(batch, inputs, recipe, 0)
+            made = time.perf_counter()
+            module(**tensors)["loss"].backward()
+            making.append(made - start)
+            whole.append(time.perf_counter() - start)
+        records.append(record(f"share of the batch, {stage}", f"time, making the batch / whole step of {recipe.batch_size}",
+                              making[1:], whole[1:]))  # fmt: skip
+        lengths = np.concatenate([make(b, inputs, recipe, 0)["attention_mask"].sum(1).numpy() for b in batches])
+        records.append(padding(stage, "laptop", lengths, recipe.batch_size))
+    return records
+
+
+def mmeb_like(n: int = 1024) -> list[dict]:
+    """Pictures of 600 +- 150 cells with captions of 20 tokens; stage 2: a third of the rows have no picture."""
+    rng = np.random.default_rng(0)
+    text = 3 + np.clip(rng.poisson(20, n), 1, None)
+    cells = np.clip(rng.normal(600, 150, n), 64, 1200).astype(int)
+    mixed = np.where(rng.random(n) < 1 / 3, 20, cells)
+    return [padding("stage1", "MMEB-like", text + cells, 16), padding("stage2", "MMEB-like", text + mixed, 16)]
+
+
+def main(argv: Sequence[str] = ()) -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "world"
+        world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
+        records = importing() + stages(data)
+    save("input_side", records + mmeb_like(), "imports and shares: n 5; padding is counted")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Every figure: what is drawn is the table, same data give the same bytes, and it looks as it looked when last seen.
+
+The pictures in `baseline/` are figures shrunk eight times, so that a font's hinting does not count and a missing bar
+does. After a change that is meant, look at the new figures and write them with `python tests/test_figures.py`.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from cocoa_lib import figures
+
+BASELINE = Path(__file__).parent / "baseline"
+NAN = float("nan")
+TRIANGLE = np.tril(np.ones((4, 4), dtype=bool))
+SQUARE = np.kron(np.eye(2), np.ones((2, 2))).astype(bool)
+NAMES = ["A1", "A2", "EOS", "B1"]
+DEPTH = np.array([[1, 1, 1, 0], [1, 1, 1, 2], [1, 1, 1, 1], [2, 0, 3, 1]])
+LOG = pd.DataFrame({"step": [1, 2, 3, 4], "loss": [4.0, 2.0, 3.0, 1.0], "image_loss": [1.0, 0.5, 0.4, 0.2]})
+SCENES = [Image.fromarray(np.full((8, 8, 3), shade, dtype=np.uint8)) for shade in (10, 90, 170, 250)]
+TASKS = pd.DataFrame(
+    [("Digits", "a", 50.0, 40.0, 61.0), ("Count", "a", 20.0, 15.0, 22.0), ("Count", "b", 30.0, NAN, NAN)],
+    columns=["task", "label", "value", "low", "high"],
+)
+EFFECTS = pd.DataFrame(
+    [("full", 3.0, 1.0, 5.5, 3, 600), ("half", -0.5, -2.0, 1.5, 3, 600), ("none", -4.0, -6.0, -1.0, 3, 600)],
+    columns=["arm", "difference", "low", "high", "n_seeds", "n_queries"],
+)
+BARS = pd.DataFrame(
+    [("a", "vqa", 30.0, 25.0, 36.0), ("b", "ood", 20.0, 10.0, 27.0), ("b", "vqa", 40.0, 38.0, 41.0),
+     ("a", "ood", 60.0, 50.0, 61.0)],
+    columns=["label", "meta_task", "value", "low", "high"],
+)  # fmt: skip
+POINTS = {"before": np.arange(8.0).reshape(4, 2), "after": np.arange(8.0).reshape(4, 2)[::-1] ** 2}
+PANELS = {"A": pd.DataFrame([[0.0, 0.5], [1.0, 0.25]], index=["causal", "strict"], columns=["on EOS", "on B"])}
+COST = pd.DataFrame(
+    [("full", "1:1", 128, 1.0, 1.0), ("full", "1:1", 512, 1.0, 1.0), ("bridge", "1:1", 128, 0.52, 0.75),
+     ("bridge", "1:1", 512, 0.5, 0.6)],
+    columns=["layout", "ratio", "length", "cells", "blocks"],
+)  # fmt: skip
+COSINE = np.array([[0.9, 0.3, 0.2], [0.3, 0.2, 0.8], [0.0, 0.1, 0.7]])
+GROUPS = EFFECTS.assign(group="vqa")
+TIMES = pd.DataFrame(
+    {"arm": ["a", "b"], "seconds": [60.0, 600.0], "value": [20.0, 30.0], "low": [18.0, NAN], "high": [23.0, NAN]}
+)
+
+CASES = {
+    "masks": lambda: figures.masks({"causal": TRIANGLE, "blocks": SQUARE}, NAMES),
+    "training_curves": lambda: figures.training_curves({"one": LOG}, ["loss", "image_loss"], smooth=2, chance=3.5),
+    "pictures": lambda: figures.pictures(SCENES[:3], ["first", "second", "third"], columns=2),
+    "reconstructions": lambda: figures.reconstructions(SCENES[:2], SCENES[1:3], SCENES[2:]),
+    "task_scores": lambda: figures.task_scores(TASKS, order=["Count", "Digits"], title="t"),
+    "forest": lambda: figures.forest(EFFECTS, baseline="base"),
+    "meta_task_bars": lambda: figures.meta_task_bars(BARS, title="t"),
+    "embedding_map": lambda: figures.embedding_map(POINTS, ["x", "y", "x", "y"]),
+    "token_masks": lambda: figures.token_masks({"causal": TRIANGLE, "blocks": SQUARE, "all": TRIANGLE | True}, NAMES, "AAEB"),
+    "reach_grid": lambda: figures.reach_grid({"bridge": DEPTH}, [1, 2], NAMES),
+    "effects": lambda: figures.effects(PANELS, unit="change"),
+    "cost": lambda: figures.cost(COST, block=128),
+    "similarity": lambda: figures.similarity(COSINE),
+    "effect_table": lambda: figures.effect_table(GROUPS, baseline="base"),
+    "cost_score": lambda: figures.cost_score(TIMES, title="t"),
+}  # fmt: skip
+every_figure = pytest.mark.parametrize("name", CASES)
+
+
+def shrunk(figure) -> Image.Image:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return Image.open(file).convert("RGB").reduce(8)
+
+
+@every_figure
+def test_it_looks_as_it_did(name):
+    new, old = shrunk(CASES[name]()), Image.open(BASELINE / f"{name}.png")
+    assert all(abs(a - b) <= 2 for a, b in zip(new.size, old.size, strict=True)), "another size"
+    apart = np.abs(np.asarray(new.resize(old.size), dtype=int) - np.asarray(old, dtype=int))
+    assert apart.mean() < 1 and apart.max() < 64, f"mean {apart.mean():.2f}, largest {apart.max()} of 255"
+
+
+@every_figure
+def test_the_same_data_give_the_same_bytes(name, tmp_path):
+    for folder in ("first", "second"):
+        figures.save(CASES[name](), tmp_path / folder, name)
+    files = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert files == [f"{name}.png", f"{name}.svg", f"{name}.txt"]
+    for file in files:
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
+    assert b"<dc:date>" not in (tmp_path / "first" / f"{name}.svg").read_bytes()
+    assert len((tmp_path / "first" / f"{name}.txt").read_text()) > 30, "the alt text says what is shown"
+
+
+def test_a_notebook_shows_the_figure_with_its_alt_text(tmp_path, monkeypatch):
+    monkeypatch.setattr("cocoa_lib.profiles.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shown = figures.show(CASES["forest"](), "forest", "drawn")
+    assert shown.data == (tmp_path / "drawn" / "forest.png").read_bytes()
+    assert shown.alt == CASES["forest"]().alt and "half -0.5 [-2.0, +1.5]" in shown.alt
+    assert figures.show(CASES["forest"]()).data == shown.data and len(list(tmp_path.iterdir())) == 1
+
+
+def drawn(axis) -> np.ndarray:
+    return np.asarray(axis.images[0].get_array())
+
+
+def labels(axis, which: str) -> list[str]:
+    return [text.get_text() for text in getattr(axis, f"get_{which}ticklabels")()]
+
+
+def test_masks():
+    figure = CASES["masks"]()
+    for axis, title, pattern in zip(figure.axes, ("causal", "blocks"), (TRIANGLE, SQUARE), strict=True):
+        assert axis.get_title(loc="left") == title and (drawn(axis) == pattern).all()
+        assert labels(axis, "x") == labels(axis, "y") == NAMES
+    assert "causal: 62% of cells" in figure.alt and "blocks: 50% of cells" in figure.alt
+
+
+def test_training_curves_draw_raw_and_smoothed_values():
+    figure = CASES["training_curves"]()
+    raw, smooth, chance = figure.axes[0].lines
+    assert raw.get_xydata().tolist() == LOG[["step", "loss"]].to_numpy().tolist()
+    assert smooth.get_ydata().tolist() == [4.0, 3.0, 2.5, 2.0] and smooth.get_linewidth() > raw.get_linewidth()
+    assert chance.get_ydata() == [3.5, 3.5]
+    figure.draw_without_rendering()
+    label = next(text for text in figure.axes[0].texts if text.get_text() == "chance")
+    assert label.get_window_extent().x0 >= figure.axes[0].bbox.x0, "the label stands inside, wherever steps begin"
+    assert figure.axes[1].lines[0].get_ydata().tolist() == LOG["image_loss"].tolist()
+    assert "mean of 2" in figure.axes[0].get_title(loc="left") and "one ends at 1.00" in figure.alt
+    lacks = figures.training_curves({"one": LOG, "two": LOG.drop(columns="image_loss")}, ["loss", "image_loss"])
+    assert [len(axis.lines) for axis in lacks.axes] == [4, 2], "a log without a column has no curve of it"
+
+
+def test_pictures_stand_over_their_texts():
+    axes = CASES["pictures"]().axes
+    assert len(axes) == 4 and not axes[3].images
+    for axis, image, text in zip(axes, SCENES[:3], ("first", "second", "third"), strict=False):
+        assert (drawn(axis) == np.asarray(image)).all() and [t.get_text() for t in axis.texts] == [text]
+
+
+def test_reconstructions_have_a_row_a_step():
+    axes = np.array(CASES["reconstructions"]().axes).reshape(3, 2)
+    assert [int(drawn(axis)[0, 0, 0]) for axis in axes.flat] == [10, 90, 90, 170, 170, 250]
+    assert [axis.get_ylabel() for axis in axes[:, 0]] == ["original", "seen by the model", "reconstructed"]
+
+
+def ends(container, dimension: int) -> list[list[float]]:
+    """Where the bars of an errorbar container end, [low, high] a point."""
+    return [segment[:, dimension].tolist() for segment in container[2][0].get_segments()]
+
+
+def test_task_scores_draw_values_and_intervals():
+    figure = CASES["task_scores"]()
+    axis = figure.axes[0]
+    assert labels(axis, "y") == ["Count", "Digits"] and axis.get_ylim() == (1.5, -0.5)
+    a, b = axis.containers
+    assert a[0].get_xdata().tolist() == [20, 50] and ends(a, 0) == [[15, 22], [40, 61]]
+    assert np.round(a[0].get_ydata()).tolist() == [0, 1]
+    assert b[0].get_xdata()[0] == 30 and np.isnan(b[0].get_xdata()[1]) and not b[2], "no interval, no bar"
+    assert a.get_label() == "a" and b.get_label() == "b" and "a 35.0; b 30.0" in figure.alt
+
+
+def test_forest_draws_differences_and_their_intervals():
+    axis = CASES["forest"]().axes[0]
+    zero = axis.lines[-1]
+    assert zero.get_xdata() == [0, 0] and labels(axis, "y") == ["full", "half", "none"]
+    for i, row in enumerate(EFFECTS.itertuples()):
+        bar, point = axis.lines[2 * i : 2 * i + 2]
+        assert list(bar.get_xdata()) == [row.low, row.high] and list(bar.get_ydata()) == [i, i]
+        assert list(point.get_xdata()) == [row.difference] and list(point.get_ydata()) == [i]
+        clear = row.arm != "half"
+        assert (point.get_marker(), to_hex(bar.get_color())) == (("o", "#0072b2") if clear else ("D", "#808080"))
+    assert axis.texts[1].get_text() == "-0.5 [-2.0, +1.5]"
+    assert "n = 3 seeds, 600 queries a seed" in axis.get_title(loc="left")
+
+
+def test_meta_task_bars_are_as_high_as_the_table_says():
+    axis = CASES["meta_task_bars"]().axes[0]
+    assert labels(axis, "x") == ["vqa", "ood"]
+    bars = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers[::2]}
+    assert bars == {"a": [30, 60], "b": [40, 20]}, "rows may stand in any order"
+    assert [ends(c, 1) for c in axis.containers[1::2]] == [[[25, 36], [50, 61]], [[38, 41], [10, 27]]]
+    assert [text.get_text() for text in axis.texts] == ["30", "60", "40", "20"]
+    centres = [bar.get_x() + bar.get_width() / 2 for c in axis.containers[::2] for bar in c]
+    assert np.round(centres).tolist() == [0, 1, 0, 1], "each bar stands at its group"
+    plain = figures.meta_task_bars(BARS.drop(columns=["low", "high"]), title="t").axes[0]
+    assert len(plain.containers) == 2
+
+
+def test_embedding_map_puts_each_point_in_its_group():
+    figure = CASES["embedding_map"]()
+    for axis, (title, points) in zip(figure.axes, POINTS.items(), strict=True):
+        assert axis.get_title(loc="left") == title
+        found = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+        assert found == {"x": points[::2].tolist(), "y": points[1::2].tolist()}
+    assert "4 embeddings" in figure.alt
+
+
+def test_token_masks():
+    figure = CASES["token_masks"]()
+    for axis, pattern in zip(figure.axes, (TRIANGLE, SQUARE, TRIANGLE | True), strict=False):
+        assert (drawn(axis) == pattern).all() and labels(axis, "x") == labels(axis, "y") == NAMES
+        assert f"{pattern.mean():.0%} of pairs" in axis.get_title(loc="left")
+        assert {line.get_xdata()[0] for line in axis.lines if line.get_ydata() == [0, 1]} == {-0.5, 1.5, 2.5}
+    assert len(figure.axes) == 4 and not figure.axes[3].images and "2 of A, 1 of E, 1 of B" in figure.alt
+
+
+def test_reach_grid_shows_what_is_known_by_then():
+    one, two = CASES["reach_grid"]().axes
+    assert (drawn(one) == (DEPTH == 1)).all()
+    assert drawn(two).tolist() == [[1, 1, 1, 0], [1, 1, 1, 2], [1, 1, 1, 1], [2, 0, 0, 1]], "3 layers are more than 2"
+    assert [axis.get_title(loc="left") for axis in (one, two)] == ["after 1 layer", "after 2 layers"]
+
+
+def test_effects_write_their_numbers():
+    figure = CASES["effects"]()
+    axis = figure.axes[0]
+    assert {text.get_position(): text.get_text() for text in axis.texts} == {
+        (0, 0): "0", (1, 0): "0.5", (0, 1): "1", (1, 1): "0.25"}  # fmt: skip
+    shades = drawn(axis)
+    assert shades[0, 0] == 0 and shades[1, 1] < shades[0, 1] < shades[1, 0]
+    assert figure.alt.endswith("at A: causal on EOS.")
+
+
+def test_cost_draws_shares_against_length():
+    axis = CASES["cost"]().axes[0]
+    found = {(to_hex(line.get_color()), line.get_marker()): line.get_xydata().tolist() for line in axis.lines}
+    assert found == {
+        ("#0072b2", "None"): [[128, 100], [512, 100]],
+        ("#0072b2", "o"): [[128, 100], [512, 100]],
+        ("#e69f00", "None"): [[128, 52], [512, 50]],
+        ("#e69f00", "s"): [[128, 75], [512, 60]],
+    }
+    assert sorted(text.get_text().strip() for text in axis.texts) == ["bridge 60 %", "full 100 %"]
+
+
+def test_similarity_counts_the_rows_that_find_their_own():
+    figure = CASES["similarity"]()
+    assert (drawn(figure.axes[0]) == COSINE).all() and figure.axes[0].get_title(
+        loc="left"
+    ) == "2 of 3 find their own text"
+
+
+if __name__ == "__main__":
+    BASELINE.mkdir(exist_ok=True)
+    for case, draw in CASES.items():
+        shrunk(draw()).save(BASELINE / f"{case}.png", optimize=True)

@@ -1,0 +1,197 @@
+"""The pages of a run: whole, escaped, self-contained, with what a reader must know at the top."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from nbformat import v4
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+ATTACK = (
+    '</title></main><script>document.title="owned"</script><img src="https://example.com/x.png" onerror="alert(1)">'
+)
+ALT = 'a "circle" <b> & more'
+
+
+def png(colour: str) -> str:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode()
+
+
+def make_run(folder: Path) -> Path:
+    """A small finished run: two notebooks, two arms, two seeds; texts and names hold an attack."""
+    run = folder / "runs" / "tiny"
+    for arm, rank in (("contrastive", 2), ("cocoa", 1)):
+        for seed in (0, 1):
+            results = run / "results" / arm / f"seed{seed}"
+            results.mkdir(parents=True)
+            row = {
+                "task": "T",
+                "meta_task": "vqa",
+                "in_distribution": True,
+                "metric": "p@1",
+                "value": 100.0 * (rank == 1),
+            }
+            pd.DataFrame([row]).to_csv(results / "results.csv", index=False)
+            ranks = pd.DataFrame({"task": "T", "query": range(20), "rank": rank, "n_candidates": 4})
+            ranks.to_parquet(results / "per_query.parquet")
+            facts = {"machine": "9 cores, <abacus>", "commit": f"abc{seed}", "seed": seed}
+            (results / "provenance.json").write_text(json.dumps(facts))
+    (run / "figures").mkdir()
+    (run / "figures" / "scenes.txt").write_text(ALT)
+    (run / "notebooks").mkdir()
+    for name, title in (("00_first", "00 First"), ("01_second", "01 Second: more")):
+        outputs = [
+            v4.new_output("display_data", {"text/html": f"<style>body {{display:none}}</style><p>{ATTACK}</p>"}),
+            v4.new_output("display_data", {"text/markdown": f"Said: {ATTACK}"}),
+            v4.new_output(
+                "display_data", {"image/png": png("blue")}, metadata={"image/png": {"alt": "not the figure"}}
+            ),
+            v4.new_output("display_data", {"image/png": png("red")}, metadata={"image/png": {"alt": ALT}}),
+            v4.new_output(
+                "display_data",
+                {"text/plain": "VBox()", "application/vnd.jupyter.widget-view+json": {"model_id": "a"}},
+            ),
+            v4.new_output(
+                "display_data", {"text/html": '<svg><rect width="9" height="9"><title>ok</title></rect></svg>'}
+            ),
+        ]
+        cells = [
+            v4.new_markdown_cell(f"# {title}"),
+            v4.new_markdown_cell("## What's in it?\n\nAn aardvark. See [00](00_first.ipynb)."),
+            v4.new_code_cell("print('<aside>')", outputs=outputs),
+        ]
+        notebook = v4.new_notebook(cells=cells, metadata={"papermill": {"end_time": "2030-01-02T03:04:05+00:00"}})
+        nbformat.write(notebook, run / "notebooks" / f"{name}.ipynb")
+    return run
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    from publish import publish
+
+    folder = tmp_path_factory.mktemp("published")
+    publish(make_run(folder), folder / "reports" / "tiny")
+    return folder / "reports"
+
+
+@pytest.fixture(scope="module")
+def pages(reports):
+    return {
+        path.name: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in (reports / "site").glob("*.html")
+    }
+
+
+def committed() -> dict[str, BeautifulSoup]:
+    return {
+        path.name: BeautifulSoup(path.read_text("utf-8"), "html.parser")
+        for path in sorted((ROOT / "reports" / "site").glob("*.html"))
+    }
+
+
+def dead_links(folder: Path, pages: dict[str, BeautifulSoup]) -> list[str]:
+    """Links, pictures and stylesheets of pages that lead to no file or heading."""
+    dead = []
+    for name, page in pages.items():
+        for tag in page.select("[href], [src]"):
+            target = tag.get("href") or tag.get("src")
+            if target.startswith("data:") or (tag.name == "a" and target.startswith("https:")):
+                continue
+            file, _, part = target.partition("#")
+            if not (folder / (file or name)).is_file() or (part and not pages[file or name].find(id=unquote(part))):
+                dead.append(f"{name}: {target}")
+    return dead
+
+
+def test_pages_are_in_order_and_reachable(reports, pages):
+    assert sorted(pages) == ["00_first.html", "01_second.html", "index.html"]
+    cards = [a["href"] for a in pages["index.html"].select(".cards a")]
+    assert cards == ["00_first.html", "01_second.html"]
+    links = {name: [a["href"] for a in page.select("header nav a")] for name, page in pages.items()}
+    assert links["00_first.html"] == ["index.html", "01_second.html"]
+    assert links["01_second.html"] == ["index.html", "00_first.html"]
+    assert not dead_links(reports / "site", pages)
+    assert pages["01_second.html"].select_one('.words a[href="00_first.html"]'), (
+        "a link to a notebook leads to its page"
+    )
+
+
+def test_every_page_says_which_run_it_shows(pages):
+    for page in pages.values():
+        facts = {each.dt.get_text(): each.dd.get_text() for each in page.select(".facts > div")}
+        assert facts == {
+            "Profile": "tiny", "Machine": "9 cores, <abacus>", "Commit of the results": "abc0, abc1", "Seeds": "0, 1",
+            "Executed": "2030-01-02",
+        }  # fmt: skip
+
+
+def test_what_users_write_becomes_text(pages):
+    for name, page in pages.items():
+        assert len(page.find_all("script")) == 1 and len(page.find_all("main")) == 1
+        assert not page.select("[onerror], main style, img[src^=http]")
+        if name != "index.html":
+            assert 'document.title="owned"' in page.main.get_text()
+            assert page.select_one("svg rect title").get_text() == "ok", "the explorers' own drawings stay"
+
+
+def test_pictures_have_their_alt_text_and_the_index_the_right_one(reports, pages):
+    figures = [tag for tag in pages["00_first.html"].select("figure img")]
+    assert [(tag["alt"], tag["src"]) for tag in figures] == [
+        ("not the figure", "figures/00_cell2.png"), (ALT, "figures/00_scenes.png")
+    ]  # fmt: skip
+    assert pages["index.html"].select_one(".cards img")["src"] == "figures/00_scenes.png"
+    assert Image.open(reports / "site" / "figures" / "00_scenes.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_panels_of_a_kernel_say_so_and_code_is_folded(pages):
+    page = pages["00_first.html"]
+    assert "make lab" in page.select_one(".panel").get_text() and "VBox" not in page.get_text()
+    code = page.select("details.code")
+    assert code and not any(each.has_attr("open") for each in code) and "<aside>" in code[0].get_text()
+
+
+def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
+    index = pages["index.html"]
+    assert "aardvark" in index.select_one("#contents li li")["data-words"]
+    cells = [cell.get_text() for cell in index.select("tbody tr:last-child td")]
+    assert cells[:4] == ["cocoa", "100.0", "+100.0 [+100.0, +100.0]", "supported"]
+
+
+def test_a_change_of_the_script_changes_the_policy():
+    from publish import policy
+
+    one, two = (policy(f'<script>{n}</script><p style="color:red">') for n in (1, 2))
+    assert one != two and "unsafe-inline" not in one and one.startswith("default-src 'none'")
+
+
+def test_pairs_of_users_get_tables_only(tmp_path):
+    from publish import publish
+
+    publish(make_run(tmp_path), tmp_path / "reports" / "tiny", tables_only=True)
+    assert not (tmp_path / "reports" / "site").exists()
+    assert not list((tmp_path / "reports").rglob("*.png")) and (tmp_path / "reports" / "tiny" / "summary.md").is_file()
+
+
+def test_the_committed_site_is_whole_and_small():
+    folder = ROOT / "reports" / "site"
+    if not (pages := committed()):
+        pytest.skip("no committed pages")
+    assert len(pages) == 7 and not dead_links(folder, pages)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 15e6
+    for name, page in pages.items():
+        absent = ("", "No description has been provided for this image")  # the second is nbconvert's
+        poor = [tag for tag in page.find_all("img") if tag.get("alt", "").strip() in absent]
+        assert not poor, f"{name}: {len(poor)} pictures without alt text"
+        assert len(page.select(".facts dd")) == 5 and "not recorded" not in page.select_one(".facts").get_text()

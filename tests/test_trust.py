@@ -1,0 +1,285 @@
+"""What must not get in: code out of files, paths out of their folder, markup out of a user's words, a server for all."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from PIL import Image
+
+from cocoa_lib import attention, corpus, explore, mmeb
+from cocoa_lib.inputs import InputError, load_image
+from cocoa_lib.pairs import build_pairs
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted([*ROOT.glob("cocoa_lib/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/*.py")])
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+# --- code ----------------------------------------------------------------------------------------------------------------
+
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "imp"}
+CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
+         "pd.read_pickle", "pandas.read_pickle", "tempfile.mktemp"}  # fmt: skip
+
+
+def dangers(source: str) -> list[str]:
+    """Places where Python source runs code that a file or a parameter holds: "line: what"."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            found += [(node, f"import of {name}") for name in names if name.split(".")[0] in MODULES]
+        elif isinstance(node, ast.Call):
+            name, given = ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if name in CALLS:
+                found.append((node, name))
+            if name == "torch.load" and given.get("weights_only") != "True":
+                found.append((node, "torch.load without weights_only=True"))
+            for option in ("shell", "trust_remote_code", "allow_pickle"):
+                if given.get(option, "False") != "False":
+                    found.append((node, f"{option}={given[option]}"))
+    return [f"{node.lineno}: {what}" for node, what in found]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_no_source_runs_what_a_file_holds(path):
+    assert dangers(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_notebook_does(path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
+            assert dangers("\n".join(lines)) == [] and "\n!" not in "\n" + cell.source, cell.source
+
+
+def test_the_scan_looks_at_something():
+    assert len(SOURCES) > 20 and len(NOTEBOOKS) == 6
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "from joblib import load", "import torch, dill", "eval(x)", "exec(x)", "torch.load(path)",
+        "torch.load(path, weights_only=False)", "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)",
+        "os.system(x)", "yaml.load(x)", "np.load(x, allow_pickle=True)",
+    ],
+)  # fmt: skip
+def test_the_scan_finds(source):
+    assert dangers(f"if x:\n    {source}"), source
+
+
+def test_the_scan_lets_pass():
+    assert (
+        dangers("model.eval(); torch.load(p, weights_only=True); yaml.safe_load(x); f(trust_remote_code=False)") == []
+    )
+
+
+def test_snakefile_quotes_what_a_user_gives():
+    """Shell lines of the graph are built from the profile's name, checked by `load_profile`, and from quoted values."""
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    assert "shlex.quote(json.dumps({'path': PAIRS" in text and "shlex.quote(step_recipe(w))" in text
+    assert not re.search(r"\b(eval|exec|pickle)\b\(", text)
+
+
+def test_bandits_rules_are_on():
+    import tomllib
+
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
+    assert "S" in lint["select"] and set(lint["ignore"]) == {"S105", "S106"}
+    assert not [rule for rule in lint["per-file-ignores"]["scripts/**"] if rule.startswith("S")]
+
+
+# --- paths ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """DATA/images with a good picture, a link to a picture outside, and a linked folder."""
+    images = tmp_path / "data" / "images"
+    images.mkdir(parents=True)
+    (tmp_path / "private").mkdir()
+    for path in (images / "good.png", tmp_path / "private" / "secret.png"):
+        Image.new("RGB", (8, 8), "red").save(path)
+    (images / "link.png").symlink_to(tmp_path / "private" / "secret.png")
+    (images / "folder").symlink_to(tmp_path / "private")
+    (images / "inside.png").symlink_to(images / "good.png")
+    return tmp_path
+
+
+OUTSIDE = ["../../private/secret.png", "a/../../../private/secret.png", "/etc/passwd", "C:\\x.png", "..\\x.png",
+           "\\\\host\\x.png", "link.png", "folder/secret.png"]  # fmt: skip
+
+
+@pytest.mark.parametrize("rel", OUTSIDE)
+def test_a_data_sets_path_cannot_leave_its_folder(folder, rel):
+    images = folder / "data" / "images"
+    for read in (corpus.image_file, mmeb.resolve_image):
+        with pytest.raises(ValueError, match=re.escape(repr(rel))):
+            read(images, rel)
+
+
+@pytest.mark.parametrize("rel", ["good.png", "inside.png"])
+def test_a_path_inside_is_found(folder, rel):
+    images = folder / "data" / "images"
+    assert corpus.image_file(images, rel) == str(mmeb.resolve_image(images, rel)) == str(images / rel)
+
+
+@pytest.mark.parametrize("rel", ["../../private/secret.png", "link.png", "folder/secret.png"])
+def test_rows_for_training_name_the_path_that_leaves(folder, rel):
+    for part, columns in (
+        ("corpus/train", {"image_path": [rel], "kind": ["caption"], "question": [""], "answer": ["x"]}),
+        ("train/T/original-0", {"qry": ["q"], "qry_image_path": [rel], "pos_text": ["p"], "pos_image_path": [""]}),
+    ):
+        path = folder / "data" / f"{part}.parquet"
+        path.parent.mkdir(parents=True)
+        pd.DataFrame(columns).to_parquet(path)
+    for read in (corpus.captions, corpus.pairs, corpus.text_pairs):
+        with pytest.raises(ValueError, match=re.escape(repr(rel))):
+            read(folder / "data")
+
+
+@pytest.mark.parametrize("rel", ["../../private/secret.png", "link.png", "folder/secret.png", "ABSOLUTE"])
+def test_a_users_table_cannot_fetch_from_elsewhere(folder, rel):
+    rel = str(folder / "private" / "secret.png") if rel == "ABSOLUTE" else rel
+    table = folder / "data" / "images" / "pairs.csv"
+    table.write_text("image,text\n" + "good.png,a\n" * 11 + f"{rel},b\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"1 of 12 rows[^$]*row 12: image path .* leaves the image folder"):
+        build_pairs(table, folder / "out", progress=False)
+    assert not (folder / "out").exists()
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_picture_runs_a_program(tmp_path, monkeypatch):
+    """EPS would be handed to Ghostscript; a file named .png may be one."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with pytest.raises(InputError, match="not a readable image"):
+        load_image(path)
+
+
+def test_of_many_frames_one_is_decoded(tmp_path, monkeypatch):
+    frames = [Image.new("P", (9, 9), i % 200) for i in range(300)]
+    frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.seek", lambda *args: pytest.fail("another frame was sought"))
+    assert load_image(tmp_path / "many.gif").size == (9, 9)
+
+
+# --- markup --------------------------------------------------------------------------------------------------------------
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=alert(1)>& </title></svg>"
+
+
+class Tags(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.bad: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs) -> None:
+        names = [name for name, _ in attrs if name.startswith("on")]
+        links = [
+            value for name, value in attrs if name in ("src", "href") and not (value or "").startswith("data:image/")
+        ]
+        if tag in ("script", "iframe", "object", "link", "style") or names or links:
+            self.bad.append(f"<{tag} {attrs}>")
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+def assert_harmless(html: str, shown: str = HOSTILE) -> None:
+    page = Tags(html)
+    assert page.bad == []
+    assert shown in re.sub(r"\s+", " ", page.text), "what the user wrote is shown as it was written"
+
+
+def test_the_check_of_markup_finds_it():
+    with pytest.raises(AssertionError):
+        assert_harmless(f"<p>{HOSTILE}</p>")
+    with pytest.raises(AssertionError):
+        assert_harmless('<img src="https://example.org/x.png">', shown="")
+
+
+def test_retrieval_shows_words_as_words():
+    item = {"text": HOSTILE, "image": None}
+    assert_harmless(explore.retrieval_html(item, [item, item], [0.5, 0.4], 0))
+    assert_harmless(explore.candidates_html(item, [item]))
+
+
+def test_reconstruction_shows_words_as_words(small, picture):
+    model, inputs = small
+    row = {"text": "", "image": picture(), "target": HOSTILE}
+    found = explore.reconstruct(model, inputs, row, text_rate=0.0, patch_rate=0.5)
+    assert_harmless(explore.reconstruction_html(*found, inputs), HOSTILE.split("&")[0].strip())
+
+
+def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
+    model, inputs = small
+    found = explore.eos_attention(model, inputs, {"text": "a b", "image": picture()})
+    monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
+    assert_harmless(explore.attention_html(found, inputs, layer=1, head=None, direction="from_eos"))
+
+
+def test_an_arms_name_is_a_name(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1, 1))
+    figure.alt = HOSTILE
+    effects = pd.DataFrame([{"arm": HOSTILE, "difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.1, "p_holm": 0.1, "n_seeds": 3,
+                             "n_queries": 9}])  # fmt: skip
+    scores = pd.Series({HOSTILE: 50.0, "base<b onclick=x>": 49.0})
+    monkeypatch.setattr(explore.figures, "forest", lambda *args, **kwargs: figure)
+    html = explore.ablation_html(effects, scores, baseline="base<b onclick=x>", metric="p@1", group="overall")
+    assert_harmless(html)
+
+
+def test_an_error_is_shown_as_words():
+    import ipywidgets as widgets
+
+    def answer(words):
+        raise ValueError(words)
+
+    box = explore._explorer({"words": widgets.Text(value=HOSTILE)}, answer, ["out"])
+    assert_harmless(box.error.value)
+
+
+def test_a_mask_is_harmless():
+    assert_harmless(explore.mask_html("eos_bridged", attention.segments(2, 2)[0], layers=1, query=0, key=0), "Cost")
+
+
+# --- the server ----------------------------------------------------------------------------------------------------------
+
+
+def test_jupyterlab_listens_on_this_machine_only_and_keeps_its_token(monkeypatch):
+    from jupyter_server.auth.identity import PasswordIdentityProvider
+
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlab:")[1].split("\n\n")[0]
+    assert "--ip=127.0.0.1" in recipe and not re.search(r"token|password|allow_origin|disable_check", recipe)
+    monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
+    tokens = {PasswordIdentityProvider().token for _ in range(2)}
+    assert len(tokens) == 2 and all(len(token) >= 32 for token in tokens), "drawn anew, unless the user sets one"
+
+
+def test_a_resumed_runs_state_is_read_without_code():
+    """Optimiser and random state go through the Trainer's own torch.load, in the installed version of it."""
+    import inspect
+
+    import transformers.trainer
+
+    source = inspect.getsource(transformers.trainer)
+    assert source.count("torch.load(") >= 3
+    assert not [found for found in dangers(source) if "torch.load" in found]
