@@ -137,6 +137,8 @@ def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers:
     mask = dense_mask(layout, segment_ids[None])[0, 0]
     if mask[query, key]:
         return f"{names[query]} may look at {names[key]}."
+    if segment_ids[key] == PAD:
+        return f"{names[query]} may not look at {names[key]}: padding is seen by nobody."
     for depth in range(1, layers + 1):
         if reachability(mask, depth)[query, key]:
             between = (mask[query] & reachability(mask, depth - 1)[:, key]).nonzero().flatten().tolist()

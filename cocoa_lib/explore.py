@@ -374,7 +374,8 @@ def attention_html(found: EosAttention, inputs: Inputs, *, layer: int, head: int
         pictures += _img(image, f"{title} as the model gets it") + _cells(cells, top, image, title)
         start, patch = start + rows * columns, patch + int(grid.prod())
     spoken = {inputs.eos_id: "EOS", inputs.vision_start_id: "picture starts", inputs.vision_end_id: "picture ends"}
-    names = [spoken.get(token) or inputs.tokenizer.decode([token]).replace("\n", "\u21b5") for token in ids]
+    spoken |= {token: inputs.tokenizer.decode([token]) for token in ids if token not in spoken}
+    names = [spoken[token] if spoken[token].strip() else "space" for token in ids]  # a line break is a space too
     bars = "".join(_bar(names[i], float(weights[i]), top) for i in np.flatnonzero(~at_picture))
     eos = batch["segment_ids"][0].numpy() == EOS
     parts = {"the picture": at_picture, "EOS itself": eos, "the other tokens": ~at_picture & ~eos}

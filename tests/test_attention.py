@@ -126,6 +126,9 @@ def test_describe_in_words():
     )
     assert describe("eos_bridged", row, 2, 4) == "EOS may look at B2."
     assert "cannot know it" in describe("causal", row, 0, 4, layers=8)
+    padded = segments(1, 1, pad_right=1)[0]
+    for query in range(4):
+        assert describe("eos_bridged", padded, query, 3, layers=2).endswith("may not look at PAD: padding is seen by nobody.")
 
 
 # --- behaviour on a model with random weights -----------------------------------------------------------------------
