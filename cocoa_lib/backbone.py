@@ -179,9 +179,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = Non
     `layout=None` is the model's own mode. No language-model head is applied here: at 152 k x L numbers a sample it
     would cost more than the rest of a small batch, and nothing in stage 3 or inference reads it.
     """
-    images = {
-        key: batch[key] for key in ("pixel_values", "image_grid_thw") if len(batch.get(key, ()))
-    }  # a chunk may have none
+    keys = ("pixel_values", "image_grid_thw")
+    images = {key: batch[key] for key in keys if len(batch.get(key, ()))}  # a chunk of GradCache's may have none
     return model.model(
         input_ids=batch["input_ids"],
         attention_mask=attention_input(model, batch, layout),

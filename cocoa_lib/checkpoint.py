@@ -26,17 +26,9 @@ from .inputs import Inputs
 META = "cocoa.json"
 DECODER = "image_decoder.safetensors"
 CARD = "README.md"
-# What is read back from `cocoa.json`, and what stands for a field that a checkpoint need not have.
-FIELDS = {
-    "stage": str,
-    "eos_token": str,
-    "max_length": int,
-    "weights_sha256": str,
-    "layout": str,
-    "pooling": str,
-    "run": dict,
-}
-FIELDS_DEFAULT: dict[str, Any] = {"stage": "", "layout": "", "pooling": "", "run": {}}
+# What is read back from `cocoa.json`: every checkpoint has the first three, the others where they say something.
+REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
+OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict}
 
 
 class CheckpointError(RuntimeError):
@@ -213,8 +205,8 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished")
     meta = read_json(path)
-    for name, kind in FIELDS.items():
-        if not isinstance(meta.get(name, FIELDS_DEFAULT.get(name)), kind):
+    for name, kind in (REQUIRED | OPTIONAL).items():
+        if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
             raise CheckpointError(
                 f"{path}: {name} must be {'an object' if kind is dict else f'of type {kind.__name__}'}, found "
                 f"{meta.get(name)!r:.80}; the checkpoint was altered or damaged, train it again"

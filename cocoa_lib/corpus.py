@@ -8,8 +8,6 @@ DATA/images/...                          every path in a row is relative to this
 from __future__ import annotations
 
 import hashlib
-import os
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +36,6 @@ def fingerprint(data: Path) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def image_file(images: Path, rel: str) -> str:
-    """A row's image path below `images`, "" for none; whether the file is there shows when it is read.
-
-    Raises ValueError for a path that leaves the folder: absolute, with `..`, or through a link.
-    """
-    if not rel:
-        return ""
-    mmeb.check_plain(images, rel)
-    path = images / rel
-    real = os.path.realpath(path) if path.is_symlink() else _real_folder(path.parent)
-    if not Path(real).is_relative_to(_real_folder(images)):
-        raise InputError(f"image path {rel!r} is a link that leaves the image folder {images}")
-    return str(path)
-
-
-@lru_cache(maxsize=4096)
-def _real_folder(folder: Path) -> str:
-    return os.path.realpath(folder)
-
-
 def _corpus(data: Path, kind: str, split: str = "train") -> list[dict[str, Any]]:
     path = data / "corpus" / f"{split}.parquet"
     if not path.is_file():
@@ -75,7 +53,7 @@ def _corpus(data: Path, kind: str, split: str = "train") -> list[dict[str, Any]]
     table = table[table["kind"] == kind]
     images = data / "images"
     return [
-        {"text": question, "image": image_file(images, image) or None, "target": answer}
+        {"text": question, "image": str(mmeb.below(images, image)) if image else None, "target": answer}
         for image, question, answer in zip(table["image_path"], table["question"], table["answer"], strict=True)
     ]
 
@@ -109,7 +87,7 @@ def subsets(data: Path) -> list[str]:
 
 
 def _item(text: str, image: str, images: Path) -> dict[str, Any]:
-    return {"text": text or "", "image": image_file(images, image)}
+    return {"text": text or "", "image": str(mmeb.below(images, image)) if image else ""}
 
 
 def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, list[dict[str, Any]]]:

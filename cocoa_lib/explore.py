@@ -469,11 +469,11 @@ def ablation_html(effects: pd.DataFrame, scores: pd.Series, *, baseline: str, me
 
 def ablation_explorer(
     results: pd.DataFrame, per_query: pd.DataFrame, baseline: str, *, n_boot: int = 2000
-) -> widgets.VBox:  # fmt: skip
+) -> widgets.VBox:
     """Choose arms, metric and group of tasks: see paired differences to the baseline, with intervals, and the scores.
 
-    results, per_query: `analysis.gather_results`. All differences are resampled here, at the start, so that answers only
-    draw: about a second an arm. Raises what `analysis.paired_effects` raises.
+    results, per_query: `analysis.gather_results`. All differences are resampled here, once, so that answers only draw.
+    Raises what `analysis.paired_effects` raises.
     """
     present = [g for g in GROUPS if g not in META_TASKS or (per_query["meta_task"] == g).any()]
     if per_query["in_distribution"].nunique() < 2:

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -242,25 +243,31 @@ def _codes(texts: pa.Array, images: pa.Array) -> tuple[np.ndarray, list[tuple[st
     return codes, [(texts[pair // width], images[pair % width]) for pair in distinct]
 
 
-def check_plain(image_root: Path, rel: str) -> None:
-    """Raises ValueError for an image path that is absolute or has `..`."""
+def below(image_root: Path, rel: str) -> Path:
+    """Where a row's image path leads; whether a file is there shows when it is read.
+
+    Raises ValueError for a path that is absolute, has `..` or leaves the folder through a link.
+    """
     plain = PureWindowsPath(rel)  # knows both separators and drive letters
     if plain.anchor or ".." in plain.parts or "\0" in rel:
         raise ValueError(f"image path {rel!r} is not a plain path below the image folder {image_root}")
+    path = Path(image_root) / rel
+    real = os.path.realpath(path) if path.is_symlink() else _real_folder(path.parent)
+    if not Path(real).is_relative_to(_real_folder(Path(image_root))):
+        raise ValueError(f"image path {rel!r} is a link that leaves the image folder {image_root}")
+    return path
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> str:
+    return os.path.realpath(folder)
 
 
 def resolve_image(image_root: Path, rel: str) -> Path:
-    """The file that a row's image path names.
-
-    Raises ValueError for a path that is absolute, has `..` or leaves the folder through a link, FileNotFoundError where
-    there is no such file.
-    """
-    check_plain(image_root, rel)
-    path = Path(image_root) / rel
+    """The file that a row's image path names. Raises what `below` raises, and FileNotFoundError where there is none."""
+    path = below(image_root, rel)
     if not path.is_file():
         raise FileNotFoundError(f"image {rel!r} not found in {image_root}")
-    if not path.resolve().is_relative_to(Path(image_root).resolve()):
-        raise ValueError(f"image path {rel!r} is a link that leaves the image folder {image_root}")
     return path
 
 

@@ -31,7 +31,7 @@ from nbconvert import HTMLExporter
 from cocoa_lib import analysis
 from cocoa_lib.profiles import read_arms
 
-KEPT = ("results.csv", "per_query.parquet", "provenance.json")
+KEPT = ("results.csv", "averages.csv", "per_query.parquet", "provenance.json", "probe.csv")  # of those that are there
 TEMPLATES = Path(__file__).resolve().parent / "site"
 # What the index says of each notebook: the figure that stands for it, and one sentence.
 TOUR = {
@@ -297,10 +297,11 @@ def publish(run: Path, target: Path, tables_only: bool = False) -> None:
     if (run / "figures").is_dir() and not tables_only:
         shutil.copytree(run / "figures", aside / "figures")
     for results in sorted(run.glob("results/*/seed*/results.csv")):
+        copy = aside / results.parent.relative_to(run)
+        copy.mkdir(parents=True)
         for name in KEPT:
-            copy = aside / (results.parent / name).relative_to(run)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(results.parent / name, copy)
+            if (results.parent / name).is_file():
+                shutil.copy(results.parent / name, copy)
     if (run / "costs.csv").is_file():
         shutil.copy(run / "costs.csv", aside)
     (aside / "summary.md").write_text(summary(run) + "\n", encoding="utf-8")

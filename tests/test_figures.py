@@ -240,6 +240,28 @@ def test_cost_draws_shares_against_length():
     assert sorted(text.get_text().strip() for text in axis.texts) == ["bridge 60 %", "full 100 %"]
 
 
+def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
+    table = pd.DataFrame(
+        [("a", "vqa", 3.04, 1.0, 5.0), ("a", "ood", -2.0, -4.0, 0.5), ("b", "vqa", 0.0, -1.0, 1.0),
+         ("b", "ood", -9.0, -10.0, -8.0)],
+        columns=["arm", "group", "difference", "low", "high"],
+    )  # fmt: skip
+    figure = figures.effect_table(table, baseline="base")
+    drawn = {(text.get_position(), text.get_text()): text.get_weight() for text in figure.axes[0].texts}
+    right = {((0, 0), "+3.0"): "bold", ((1, 0), "-2.0"): "normal", ((0, 1), "+0.0"): "normal", ((1, 1), "-9.0"): "bold"}
+    assert drawn == right and "b, ood: -9.0" in figure.alt
+    with pytest.raises(ValueError, match="duplicate"):
+        figures.effect_table(pd.concat([table, table]), baseline="base")
+
+
+def test_cost_score_draws_minutes_against_points():
+    axis = CASES["cost_score"]().axes[0]
+    line, _, (bars,) = axis.containers[0]
+    assert line.get_xydata().tolist() == [[1, 20], [10, 30]]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[18, 23], [30, 30]]
+    assert [text.get_text() for text in axis.texts] == ["a", "b"]
+
+
 def test_similarity_counts_the_rows_that_find_their_own():
     figure = CASES["similarity"]()
     assert (drawn(figure.axes[0]) == COSINE).all() and figure.axes[0].get_title(

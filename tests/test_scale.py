@@ -186,7 +186,6 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
 
 @pytest.mark.parametrize("name, kind, machines, processes", [
     ("ddp_1x8", DistributedType.MULTI_GPU, 1, 8), ("ddp_4x8", DistributedType.MULTI_GPU, 4, 32),
-    ("fsdp_1x8", DistributedType.FSDP, 1, 8),
 ])  # fmt: skip
 def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
     """By accelerate's own loader, which refuses unknown keys; the paper's batches divide over the processes."""
