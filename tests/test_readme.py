@@ -20,9 +20,26 @@ def test_the_readmes_table_is_the_reports(report):
 
     table = summary(report)
     assert (report / "summary.md").read_text(encoding="utf-8").strip() == table
-    if report.name == "laptop":
+    if report.name in ("laptop", "long"):
         for line in table.splitlines():
             assert line in README, line
+
+
+def test_the_readmes_sentences_are_the_tables():
+    from cocoa_lib import analysis
+
+    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    few = {"cocoa_few": 1, "contrastive_few": -1}
+    for weights, signed in (
+        ({"cocoa": 1, "contrastive": -1}, True),
+        ({"contrastive_longer": 1, "cocoa": -1}, False),  # said as "points behind"
+        ({"cocoa": 1, "no_truncation": -1}, True),
+        ({name: -factor for name, factor in few.items()}, False),
+        (few | {"cocoa": -1, "contrastive": 1}, True),
+    ):
+        found = analysis.contrast(per_query, weights)
+        value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))
+        assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", README), weights
 
 
 def test_the_readmes_emoji_table_is_the_reports():
