@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from .backbone import hidden_states, open_backbone, pool
 from .checkpoint import META, CheckpointError, load_inputs, read_json, read_meta, save_checkpoint
-from .inputs import PLACEHOLDER, Batch, InputError, Inputs, item_images, load_image
+from .inputs import FORMATS, PLACEHOLDER, Batch, InputError, Inputs, item_images, load_image
 
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
 BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
@@ -233,7 +233,7 @@ class CocoaEmbedder:
     def _cells(self, image: Any) -> int:
         processor = self.module.inputs.image_processor
         try:
-            with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image) as opened:
+            with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
                 width, height = opened.size
             return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):

@@ -22,12 +22,12 @@ import verify  # noqa: E402
 @pytest.fixture
 def tree(tmp_path):
     """reports/ with one report and data/, as `--write` leaves them."""
-    report = tmp_path / "reports" / "laptop"
-    shutil.copytree(ROOT / "reports" / "laptop" / "results", report / "results")
-    shutil.copy(ROOT / "reports" / "laptop" / "summary.md", report)
+    report = tmp_path / "reports" / "long"
+    shutil.copytree(ROOT / "reports" / "long" / "results", report / "results")
+    shutil.copy(ROOT / "reports" / "long" / "summary.md", report)
     (report / "figures").mkdir()
     for suffix in (".png", ".svg", ".txt"):
-        shutil.copy(ROOT / "reports" / "laptop" / "figures" / f"forest{suffix}", report / "figures")
+        shutil.copy(ROOT / "reports" / "long" / "figures" / f"forest{suffix}", report / "figures")
     (tmp_path / "data" / "größe x").mkdir(parents=True)
     (tmp_path / "data" / "größe x" / "a.csv").write_text("1\n")
     (tmp_path / "data" / ".partial").write_text("half")
@@ -49,18 +49,18 @@ def test_what_is_as_written_passes(tree, capsys):
 
 def test_altered_lost_and_added_files_are_named(tree, capsys):
     (tree / "data" / "größe x" / "a.csv").write_text("2\n")
-    (tree / "reports" / "laptop" / "figures" / "forest.svg").unlink()
+    (tree / "reports" / "long" / "figures" / "forest.svg").unlink()
     (tree / "reports" / "new.txt").write_text("")
     found = check(tree)
-    assert found[:3] == ["reports/laptop/figures/forest.svg: missing", "reports/new.txt: not in the manifest",
+    assert found[:3] == ["reports/long/figures/forest.svg: missing", "reports/new.txt: not in the manifest",
                          "data/größe x/a.csv: altered"]  # fmt: skip
     assert "figures/forest.png: no .svg beside it" in found[3]
     assert verify.main(["--root", str(tree), "--without-run"]) == 1 and "altered" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("old", "new"), [("-0.9", "+0.9")])
+@pytest.mark.parametrize(("old", "new"), [("-2.0", "+2.0")])
 def test_a_figure_that_does_not_match_its_table_fails(tree, old, new):
-    words = tree / "reports" / "laptop" / "figures" / "forest.txt"
+    words = tree / "reports" / "long" / "figures" / "forest.txt"
     assert old in words.read_text()
     words.write_text(words.read_text().replace(old, new))
     verify.write_manifest(tree / "reports")
@@ -69,7 +69,7 @@ def test_a_figure_that_does_not_match_its_table_fails(tree, old, new):
 
 
 def test_a_table_that_changed_under_its_summary_fails(tree):
-    table = tree / "reports" / "laptop" / "results" / "cocoa" / "seed0" / "results.csv"
+    table = tree / "reports" / "long" / "results" / "cocoa" / "seed0" / "results.csv"
     lines = table.read_text().splitlines()
     cells = lines[1].split(",")
     cells[lines[0].split(",").index("value")] = "99.0"
@@ -79,7 +79,7 @@ def test_a_table_that_changed_under_its_summary_fails(tree):
 
 
 def test_a_lost_table_or_manifest_is_said(tree):
-    (tree / "reports" / "laptop" / "results" / "cocoa" / "seed0" / "per_query.parquet").unlink()
+    (tree / "reports" / "long" / "results" / "cocoa" / "seed0" / "per_query.parquet").unlink()
     (tree / "data" / "MANIFEST.sha256").write_text("nonsense\n")
     found = "\n".join(check(tree))
     assert "per_query.parquet: missing" in found and "MANIFEST.sha256: not lines of hash and name" in found
