@@ -23,8 +23,9 @@ PAIR_OPTIONS = {name: config[name] for name in ("image_column", "text_column", "
 P = load_profile(PROFILE)
 NAME = PROFILE + ("-" + Path(PAIRS).stem if PAIRS else "")
 RUN = f"runs/{NAME}"
-ARMS = {name: arm for name, arm in read_arms().items() if name in P["arms"]}
 SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()] or P["seeds"]
+SEEDS_OF = {arm: SEEDS for arm in P["arms"]} | {arm: SEEDS[:3] for arm in P.get("sweeps", [])}  # of an arm
+ARMS = {name: arm for name, arm in read_arms().items() if name in SEEDS_OF}
 MAIN, SEED = "cocoa", SEEDS[0]
 DATA = f"{RUN}/benchmark"
 BACKBONE = "data/backbone"
@@ -54,8 +55,8 @@ def done(folder):
 
 
 STEPS = {}  # (stage, key, seed) -> the first arm that needs it
-for seed in SEEDS:
-    for arm in ARMS:
+for arm in ARMS:
+    for seed in SEEDS_OF[arm]:
         for stage in ("stage1", "stage2", "stage3"):
             if getattr(ARMS[arm], stage) is not None:
                 STEPS.setdefault((stage, ARMS[arm].key(stage), str(seed)), arm)
@@ -236,8 +237,8 @@ rule ablations:
     """Notebook 05: what each part is worth."""
     input:
         "notebooks/05_ablations.ipynb",
-        expand(f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv", arm=ARMS, seed=SEEDS),
-        [] if PAIRS else expand(f"{RUN}/results/{{arm}}/seed{{seed}}/probe.csv", arm=ARMS, seed=SEEDS),
+        [f"{RUN}/results/{arm}/seed{seed}/results.csv" for arm in ARMS for seed in SEEDS_OF[arm]],
+        [] if PAIRS else [f"{RUN}/results/{arm}/seed{seed}/probe.csv" for arm in ARMS for seed in SEEDS_OF[arm]],
         contrastive=f"{RUN}/notebooks/03_contrastive_training.ipynb",
     output:
         notebook=f"{RUN}/notebooks/05_ablations.ipynb",
