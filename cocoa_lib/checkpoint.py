@@ -1,8 +1,8 @@
 """A checkpoint: a standard Hugging Face folder plus `cocoa.json`, whole or not there at all.
 
-`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the hash of the weights.
-A folder is written aside and renamed, so a half-written one is never taken for a whole one; weights are checked
-against their hash when a folder is opened.
+`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the hashes of the weights
+and of the other files that are read back. A folder is written aside and renamed, so a half-written one is never taken for
+a whole one; files are checked against their hashes when a folder is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECODER = "image_decoder.safetensors"
 CARD = "README.md"
 # What is read back from `cocoa.json`: every checkpoint has the first three, the others where they say something.
 REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
-OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict}
+OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict, "files_sha256": dict}
 
 
 class CheckpointError(RuntimeError):
@@ -135,7 +135,8 @@ def save_checkpoint(
     for name, text in (extra or {}).items():
         (aside / name).write_text(text, encoding="utf-8")
     settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
-    meta = {**meta, **settings, "weights_sha256": weights_hash(aside), **provenance()}
+    files = {path.name: file_hash(path) for path in sorted(aside.glob("*.json"))}  # model, tokenizer, image processor
+    meta = {**meta, **settings, "weights_sha256": weights_hash(aside), "files_sha256": files, **provenance()}
     write_json(aside / META, meta)
     if meta.get("stage") == "stage3":
         (aside / CARD).write_text(model_card(meta), encoding="utf-8")
@@ -196,7 +197,7 @@ def add_scores(folder: str | Path, scores: str) -> None:
 
 
 def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
-    """`cocoa.json` of a checkpoint; with `check`, its weights are compared with their recorded hash.
+    """`cocoa.json` of a checkpoint; with `check`, weights and other files are compared with their recorded hashes.
 
     Raises CheckpointError saying what is missing or altered.
     """
@@ -215,6 +216,11 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: the weights do not match {META}; the file was altered or damaged, train it again"
         )
+    for name, digest in meta.get("files_sha256", {}).items() if check else ():
+        if not (path := folder / Path(name).name).is_file():
+            raise CheckpointError(f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again")
+        if file_hash(path) != digest:
+            raise CheckpointError(f"{path}: does not match {META}; altered or damaged, copy or train it again")
     return meta
 
 

@@ -211,7 +211,9 @@ class CocoaEmbedder:
             try:
                 self.module.inputs.collate([items[i]])
             except InputError as error:
-                raise InputError(f"item {start + i}: {str(error).removeprefix('item 0 of the batch: ')}") from None
+                named = InputError(f"item {start + i}: {str(error).removeprefix('item 0 of the batch: ')}")
+                named.item = start + i
+                raise named from None
 
     @torch.inference_mode()
     def _encode_batch(self, items: list[dict[str, Any]]) -> np.ndarray:

@@ -39,7 +39,12 @@ Batch = dict[str, Tensor]
 
 
 class InputError(ValueError):
-    """An item that cannot be used: says which file or row, what is wrong and what to do."""
+    """An item that cannot be used: says which file or row, what is wrong and what to do.
+
+    `item`: its place among the items given to `encode`, where that is known.
+    """
+
+    item: int | None = None
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:

@@ -15,6 +15,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -292,7 +293,8 @@ def encode_distinct(
     Items are sorted by length and cut into shards of 4 batches. A finished shard is a file below cache_dir, in a folder
     of the embedder's fingerprint: an interrupted run goes on from there, a second one encodes nothing. Of several
     processes with one `cache_dir`, each encodes every n-th shard, calls `wait` (a barrier) and reads the others'.
-    Raises ValueError for embeddings that are not finite or not of length 1, RuntimeError if a share is missing.
+    Raises ValueError for embeddings that are not finite or not of length 1, RuntimeError if a share is missing; an error of
+    the embedder that has `.item` (as `inputs.InputError`) leaves with the place among these items.
     """
     if num_processes > 1 and (cache_dir is None or wait is None):
         raise ValueError("several processes share their work through cache_dir and meet at wait: give both")
@@ -310,7 +312,12 @@ def encode_distinct(
             for shard in mine:
                 if todo := [key for key in shard if key not in stored]:
                     chosen = [by_key[key] for key in todo]
-                    vectors = embedder.encode(chosen, batch_size=batch_size, show_progress=False)
+                    try:
+                        vectors = embedder.encode(chosen, batch_size=batch_size, show_progress=False)
+                    except ValueError as error:
+                        if (at := getattr(error, "item", None)) is not None:
+                            error.item = keys.index(todo[at])
+                        raise
                     stored |= _store(folder, todo, _check_vectors(np.asarray(vectors, dtype=np.float32), chosen))
                 bar.update(len(shard))
         if num_processes > 1:
@@ -498,8 +505,13 @@ def evaluate(
         chosen = np.arange(len(rows))
         if n_queries is not None and n_queries < len(rows):
             chosen = np.sort(np.random.default_rng(seed).choice(len(rows), n_queries, replace=False))
-        items, index = _task_items(rows.select(chosen), f"{root}, {task.name}", chosen, image_root)
-        vectors = encode_distinct(embedder, items, show_progress=show_progress, desc=task.name, **encoding)
+        items, index, place = _task_items(rows.select(chosen), f"{root}, {task.name}", chosen, image_root)
+        try:
+            vectors = encode_distinct(embedder, items, show_progress=show_progress, desc=task.name, **encoding)
+        except ValueError as error:  # a damaged picture, found when it is opened
+            if (at := getattr(error, "item", None)) is None:
+                raise
+            raise type(error)(f"{place(at)}: {re.sub(r'^item [0-9]+: ', '', str(error))}") from None
         found = rank(vectors[: len(chosen)], vectors[len(chosen) :], index, ties=ties)
         facts = {"task": task.name, "meta_task": task.meta_task, "in_distribution": task.in_distribution}
         tail = {"ties": int((found["ties"] > 0).sum()), "n_candidates": int(found["n_candidates"].max())}
@@ -513,22 +525,26 @@ def evaluate(
 
 def _task_items(
     rows: datasets.Dataset, where: str, numbers: np.ndarray, image_root: Path
-) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Queries, then the distinct candidates, as items; and each row's candidates by number, a repeated one once."""
+) -> tuple[list[dict[str, Any]], list[np.ndarray], Callable[[int], str]]:
+    """Queries, then the distinct candidates, as items; each row's candidates by number, a repeated one once; and the
+    place of an item in the files, in words."""
     table = rows.with_format("arrow")[:]
     queries = list(zip(*(_strings(table, name).to_pylist() for name in ("qry_text", "qry_img_path")), strict=True))
     lengths, texts, images = _flat_candidates(table, where)
     codes, candidates = _codes(texts, images)
     ends, items = np.cumsum(lengths), []
+
+    def place(i: int) -> str:
+        at = np.flatnonzero(codes == i - len(queries))[:1]  # first place of a candidate; none for a query
+        row = np.searchsorted(ends, at[0], side="right") if at.size else i
+        return f"{where}, row {numbers[row]}, column {'tgt_img_path' if at.size else 'qry_img_path'}"
+
     for i, (text, rel) in enumerate([*queries, *candidates]):
         try:
             items.append({"text": text, "image": resolve_image(image_root, rel) if rel else None})
         except (ValueError, OSError) as error:
-            at = np.flatnonzero(codes == i - len(queries))[:1]  # first place of a candidate; none for a query
-            row = np.searchsorted(ends, at[0], side="right") if at.size else i
-            column = "tgt_img_path" if at.size else "qry_img_path"
-            raise type(error)(f"{where}, row {numbers[row]}, column {column}: {error}") from None
-    return items, [pd.unique(part) for part in np.split(codes, ends[:-1])]
+            raise type(error)(f"{place(i)}: {error}") from None
+    return items, [pd.unique(part) for part in np.split(codes, ends[:-1])], place
 
 
 # Results

@@ -24,7 +24,19 @@ from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-SECTIONS = ("benchmark", "backbone", "causal", "stage1", "stage2", "stage3", "evaluation", "seeds", "arms", "sweeps", "pairs")
+SECTIONS = (
+    "benchmark",
+    "backbone",
+    "causal",
+    "stage1",
+    "stage2",
+    "stage3",
+    "evaluation",
+    "seeds",
+    "arms",
+    "sweeps",
+    "pairs",
+)
 
 
 def path(name: str | Path) -> Path:

@@ -128,7 +128,9 @@ def test_describe_in_words():
     assert "cannot know it" in describe("causal", row, 0, 4, layers=8)
     padded = segments(1, 1, pad_right=1)[0]
     for query in range(4):
-        assert describe("eos_bridged", padded, query, 3, layers=2).endswith("may not look at PAD: padding is seen by nobody.")
+        assert describe("eos_bridged", padded, query, 3, layers=2).endswith(
+            "may not look at PAD: padding is seen by nobody."
+        )
 
 
 # --- behaviour on a model with random weights -----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -252,10 +253,52 @@ def test_a_missing_or_torn_file_of_a_checkpoint_is_named(folder, tmp_path, name)
     shutil.copytree(folder, copy)
     content = (copy / name).read_text()
     (copy / name).write_text(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: not valid JSON"):
+    message = "not valid JSON" if name == "cocoa.json" else "does not match cocoa.json"
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}: {message}"):
         CocoaEmbedder.load(copy)
+    (copy / name).write_text(content + " ")  # well-formed, but not what was saved
+    if name != "cocoa.json":
+        with pytest.raises(CheckpointError, match=f"{re.escape(name)}: does not match cocoa.json"):
+            CocoaEmbedder.load(copy)
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=f"{re.escape(str(copy))}: no {re.escape(name)}"):
+        CocoaEmbedder.load(copy)
+
+
+@pytest.mark.parametrize("column", ["qry_img_path", "tgt_img_path"])
+def test_a_damaged_picture_of_a_benchmark_names_its_row(embedder, picture, tmp_path, column):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nthen nothing")
+    picture(16, 16, 0).save(tmp_path / "images" / "whole.png")
+    rows = [
+        {
+            "qry_text": f"query {i}",
+            "qry_img_path": "whole.png",
+            "tgt_text": ["a", "b"],
+            "tgt_img_path": ["", "whole.png"],
+        }
+        for i in range(9)
+    ]
+    rows[6][column] = "torn.png" if column == "qry_img_path" else ["", "torn.png"]
+    (tmp_path / "WebQA").mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path / "WebQA" / "test-00000-of-00001.parquet")
+    task = mmeb.Task("WebQA", "retrieval", True, 2)
+    with pytest.raises(InputError, match=rf"WebQA, row 6, column {column}: .*torn\.png"):
+        mmeb.evaluate(embedder, str(tmp_path), tasks=(task,), show_progress=False)
+
+
+def test_a_checkpoint_without_hashes_of_its_files_is_still_read(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    meta = json.loads((copy / "cocoa.json").read_text())
+    assert set(meta.pop("files_sha256")) == {path.name for path in folder.glob("*.json")} - {"cocoa.json"}
+    (copy / "cocoa.json").write_text(json.dumps(meta))
+    CocoaEmbedder.load(copy)
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="tokenizer.json: not valid JSON"):
+        CocoaEmbedder.load(copy)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="no tokenizer.json"):
         CocoaEmbedder.load(copy)
 
 

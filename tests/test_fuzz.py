@@ -299,7 +299,7 @@ def checkpoint(small, tmp_path_factory):
     return save_checkpoint(folder, *small, {"stage": "init", "layout": "causal"})
 
 
-FIELDS = ["stage", "eos_token", "max_length", "weights_sha256", "layout", "pooling", "run"]
+FIELDS = ["stage", "eos_token", "max_length", "weights_sha256", "layout", "pooling", "run", "files_sha256"]
 
 
 @bounded(100)

@@ -89,7 +89,11 @@ def test_eos_stands_once_and_last_on_both_padding_sides(small, picture):
             assert ids[real][-1] == inputs.eos_id and (segments == EOS).sum() == 1
             assert (ids[real] == inputs.eos_id).sum() == 1
             padding = (~real).nonzero().flatten().tolist()
-            assert padding == list(range(len(padding))) if side == "left" else padding == list(range(int(real.sum()), len(ids)))
+            assert (
+                padding == list(range(len(padding)))
+                if side == "left"
+                else padding == list(range(int(real.sum()), len(ids)))
+            )
         assert (batch["segment_ids"] == PAD).any(), "there is padding to look at"
     inputs.padding_side = "right"
 
@@ -105,8 +109,13 @@ def test_eos_that_is_the_padding_token_survives(small):
 
 
 @settings(max_examples=40, deadline=None)
-@given(n_a=st.integers(0, 60), n_b=st.integers(1, 60), with_image=st.booleans(), max_length=st.integers(22, 60),
-       mark=st.sampled_from(["", " <|image_1|>"]))
+@given(
+    n_a=st.integers(0, 60),
+    n_b=st.integers(1, 60),
+    with_image=st.booleans(),
+    max_length=st.integers(22, 60),
+    mark=st.sampled_from(["", " <|image_1|>"]),
+)
 def test_truncation_never_cuts_images_or_eos(small, picture, n_a, n_b, with_image, max_length, mark):
     _, inputs = small
     cut = Inputs(inputs.tokenizer, inputs.image_processor, max_length=max_length)
