@@ -27,7 +27,7 @@ TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_T
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test test-browser bench soak verify audit environments lint lab clean distclean check-arguments force
+.PHONY: help install reproduce backbone site test test-browser bench soak mutate verify audit environments lint lab clean distclean check-arguments force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -64,10 +64,13 @@ test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, 
 	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
 
 bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
-	@for script in logits encode gradcache ranking input_side attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
+	@for script in logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)
+
+mutate: $(STAMP) ## break the method in one place at a time: does a test notice
+	@$(TESTENV) $(PY) scripts/mutate.py
 
 verify: $(STAMP) ## are reports/ and data/ as committed, do figures match tables, does a smoke run repeat
 	@$(TESTENV) $(PY) scripts/verify.py

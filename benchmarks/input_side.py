@@ -41,7 +41,7 @@ def importing() -> list[dict]:
 
 
 def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dict:
-    """Computed tokens over real ones: what packing sequences without padding could gain at most in the text decoder."""
+    """Computed tokens over real ones: what packing could gain at most in the text decoder (`packing.py` times it)."""
     used = lengths[: len(lengths) // batch_size * batch_size].reshape(-1, batch_size)
     ratios = used.max(axis=1) * batch_size / used.sum(axis=1)
     share = 100 * (1 - used.sum() / (used.max(axis=1) * batch_size).sum())

@@ -65,10 +65,16 @@ def layout_predicate(layout: str) -> Predicate:
     return allowed
 
 
-def dense_mask(layout: str, segment_ids: LongTensor) -> BoolTensor:
+def same_sample(seg_q: Tensor, sample_q: Tensor, sample_k: Tensor) -> Tensor:
+    """In a row that holds several samples, each sees itself only; padding, read by nobody, may see all."""
+    return (seg_q == PAD) | (sample_q == sample_k)
+
+
+def dense_mask(layout: str, segment_ids: LongTensor, sample_ids: LongTensor | None = None) -> BoolTensor:
     """The layout as a dense 4-D mask for SDPA (and, made additive, for eager attention).
 
-    segment_ids: (B, L) of PAD, A, EOS, B = 0, 1, 2, 3. Returns (B, 1, L, L) bool, True = may attend.
+    segment_ids: (B, L) of PAD, A, EOS, B = 0, 1, 2, 3. sample_ids: (B, L), which sample a token belongs to, where rows
+    hold several (`packing.pack`). Returns (B, 1, L, L) bool, True = may attend.
     Raises ValueError for an unknown layout, another shape, or a row that is padding only (nothing to attend to).
     """
     allowed = layout_predicate(layout)
@@ -78,10 +84,12 @@ def dense_mask(layout: str, segment_ids: LongTensor) -> BoolTensor:
         raise ValueError(f"row(s) {empty} of segment_ids are padding only: there is no token to attend to")
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     mask = allowed(segment_ids[:, :, None], segment_ids[:, None, :], position[None, :, None], position[None, None, :])
+    if sample_ids is not None:
+        mask &= same_sample(segment_ids[:, :, None], sample_ids[:, :, None], sample_ids[:, None, :])
     return mask[:, None]
 
 
-def block_mask(layout: str, segment_ids: LongTensor):
+def block_mask(layout: str, segment_ids: LongTensor, sample_ids: LongTensor | None = None):
     """The layout as a FlexAttention `BlockMask` of shape (B, 1, L, L), from the same predicate as `dense_mask`."""
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -89,7 +97,8 @@ def block_mask(layout: str, segment_ids: LongTensor):
     batch, length = segment_ids.shape
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return allowed(segment_ids[b, q], segment_ids[b, k], q, k)
+        seen = allowed(segment_ids[b, q], segment_ids[b, k], q, k)
+        return seen if sample_ids is None else seen & same_sample(segment_ids[b, q], sample_ids[b, q], sample_ids[b, k])
 
     return create_block_mask(mask_mod, batch, None, length, length, device=str(segment_ids.device))
 

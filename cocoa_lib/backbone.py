@@ -144,7 +144,10 @@ def _text_batch(input_ids: LongTensor, segment_ids: LongTensor) -> Batch:
 
 
 def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
-    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask, for text-only batches too."""
+    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask, for text-only batches too; a packed batch
+    brings its own."""
+    if "position_ids" in batch:
+        return batch["position_ids"]
     positions, _ = model.model.get_rope_index(
         batch["input_ids"],
         mm_token_type_ids=batch["mm_token_type_ids"],
@@ -161,15 +164,16 @@ def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
     """
     own = "bidirectional" if is_bidirectional(model) else "causal"
     implementation = language_model(model).config._attn_implementation
-    if layout in (None, own) and implementation != "flex_attention":
+    samples = batch.get("sample_ids")  # of packed rows, where the 2-D mask says too little
+    if layout in (None, own) and samples is None and implementation != "flex_attention":
         return batch["attention_mask"]
     if implementation == "flex_attention":
-        return block_mask(layout or own, batch["segment_ids"])
+        return block_mask(layout or own, batch["segment_ids"], samples)
     if implementation.startswith("flash_attention"):
         raise ValueError(
-            f"{implementation} cannot express the layout {layout!r}; use sdpa or flex_attention for stage 2"
+            f"{implementation} cannot express the layout {layout!r}, or packed rows; use sdpa or flex_attention"
         )
-    mask = dense_mask(layout, batch["segment_ids"])
+    mask = dense_mask(layout or own, batch["segment_ids"], samples)
     return additive(mask, model.dtype) if implementation == "eager" else mask
 
 

@@ -23,6 +23,7 @@ from .backbone import hidden_states, language_model, position_ids
 from .checkpoint import DECODER
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
+from .packing import pack
 
 
 def _cross_entropy_at(states: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
@@ -88,7 +89,7 @@ class PatchDecoder(nn.Module):
     def forward(self, hidden: Tensor, model: PreTrainedModel, batch: Batch, layout: str) -> Tensor:
         """hidden (B, L, H) -> predicted pixels of every vision token, in batch order."""
         text = language_model(model)
-        mask = dense_mask(layout, batch["segment_ids"])
+        mask = dense_mask(layout, batch["segment_ids"], batch.get("sample_ids"))
         mask = additive(mask, hidden.dtype) if text.config._attn_implementation == "eager" else mask
         rotary = text.rotary_emb(hidden, position_ids(model, batch))
         for layer in self.layers:
@@ -114,15 +115,17 @@ class Reconstruction(nn.Module):
     (cells,) and `patch_fill` (D,). forward returns `loss`, `text_loss`, `image_loss` (scalars, float32): means over the masked
     positions and hidden cells of the batch. In training with several processes the batch is that of all of them: each
     process's mean is weighted by its share of the places, so that the average over processes, of losses and of
-    gradients, is what one process with the whole batch would compute.
+    gradients, is what one process with the whole batch would compute. `packing` puts several samples into a row, with the
+    same loss.
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: str, objective: str = "mntp", image_weight: float = 0.0,
-                 decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False) -> None:  # fmt: skip
+                 decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False,
+                 packing: bool = False) -> None:  # fmt: skip
         super().__init__()
         if objective not in TEXT_LOSSES:
             raise ValueError(f"unknown text objective {objective!r}; choose one of {', '.join(TEXT_LOSSES)}")
-        self.model, self.layout = model, layout
+        self.model, self.layout, self.packing = model, layout, packing
         self.text_loss = TEXT_LOSSES[objective]
         self.image_weight, self.normalise_patches = image_weight, normalise_patches
         self.decoder = PatchDecoder(model, decoder_layers) if image_weight > 0 else None
@@ -132,6 +135,8 @@ class Reconstruction(nn.Module):
         self.fill = nn.Parameter(torch.zeros(patch_numbers)) if learned_fill and self.decoder is not None else None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        if self.packing:
+            batch = pack(batch, position_ids(self.model, batch))
         labels = batch["labels"]
         visible = dict(batch)
         hide = self.decoder is not None and "hidden_cells" in batch

@@ -69,6 +69,7 @@ class Stage1Recipe(Recipe):
     objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
     patch_fill: str = "noise"  # MoCa: one Gaussian vector; or "zero", "learned"
     normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss
+    packing: bool = False  # several samples in a row instead of padding; the loss is the same (ours)
     decoder_layers: int = 1  # MoCa; 0: linear map only
 
 
@@ -84,6 +85,7 @@ class Stage2Recipe(Recipe):
     image_weight: float = 0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
     patch_mask_rate: float = 0.7  # of that picture; the rate of the text (ours)
     patch_fill: str = "noise"  # as in stage 1
+    packing: bool = False  # as in stage 1
 
 
 @dataclass(frozen=True)

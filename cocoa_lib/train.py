@@ -506,7 +506,7 @@ def _stage1(
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
         decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
-        learned_fill=recipe.patch_fill == "learned",
+        learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
     )  # fmt: skip
     collate = lambda batch: stage1_batch(batch, inputs, recipe, seed)  # noqa: E731
     return _reconstruction_trainer(module, inputs, rows, [len(rows)], collate, recipe, work, seed, show_progress)
@@ -523,7 +523,7 @@ def _stage2(
     rows = [row for part in parts for row in part]
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
-        learned_fill=recipe.patch_fill == "learned",
+        learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
     )  # fmt: skip
     collate = lambda batch: stage2_batch(batch, inputs, recipe, seed)  # noqa: E731
     return _reconstruction_trainer(

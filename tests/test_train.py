@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -166,6 +167,14 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
     out = go(home, "stage2", tmp_path / "out", tiny("stage2", image_weight=0.5))
     assert (pd.read_csv(out / "log.csv")["image_loss"] > 0).all()
     assert (out / "image_decoder.safetensors").is_file()
+
+
+def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
+    for stage in ("stage1", "stage2"):
+        log = pd.read_csv(go(home, stage, tmp_path / stage, tiny(stage, packing=True)) / "log.csv")
+        plain = pd.read_csv(home / stage / "log.csv")
+        assert not log.equals(plain), "nothing was packed"
+        assert np.allclose(log["loss"], plain["loss"], rtol=1e-4)
 
 
 def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
@@ -631,6 +640,20 @@ def test_subsets_take_turns_in_proportion_and_seeds_differ():
     assert not np.array_equal(plan, index_plan([300, 100], 4000, seed=1))
     with pytest.raises(ValueError, match=r"a subset without training rows \(sizes \[3, 0\]\)"):
         index_plan([3, 0], 5, seed=0)
+
+
+def test_stages_1_and_2_take_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeypatch):
+    taken, read = [], Planned.__getitem__
+    monkeypatch.setattr(Planned, "__getitem__", lambda self, k: taken.append(k) or read(self, k))
+    go(home, "stage1", tmp_path / "out", tiny("stage1", steps=3))
+    assert taken[-24:] == list(range(24))
+
+
+def test_stage_3_takes_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeypatch):
+    taken, read = [], datasets.Dataset.__getitems__
+    monkeypatch.setattr(datasets.Dataset, "__getitems__", lambda self, keys: taken.extend(keys) or read(self, keys))
+    go(home, "stage3", tmp_path / "out", tiny("stage3", steps=3))
+    assert taken[-24:] == list(range(24)), "so that a block of one subset is in one batch"
 
 
 def test_order_and_draws_do_not_depend_on_workers():
