@@ -208,6 +208,20 @@ def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:
     raise ValueError(f"unknown pooling {pooling!r}; choose 'eos' or 'mean'")
 
 
+def set_mask_token(model: PreTrainedModel, inputs: Inputs, token: str) -> None:
+    """Hide words behind `token`: one of the vocabulary, or a new special token, with a new embedding where none is spare.
+
+    The tokenizer keeps it, so the checkpoint does. "" changes nothing. Source: MoCa adds `<|mask|>`.
+    """
+    if not token:
+        return
+    inputs.tokenizer.add_special_tokens({"mask_token": token})  # adds what the vocabulary lacks
+    rows = model.get_input_embeddings().num_embeddings
+    if inputs.tokenizer.mask_token_id >= rows:
+        model.resize_token_embeddings(len(inputs.tokenizer))
+    logger.info("mask token %r, id %d of %d", token, inputs.tokenizer.mask_token_id, rows)
+
+
 def add_adapter(model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout: float = 0.1, dora: bool = True):
     """LoRA / DoRA by peft on the published targets (script); returns (peft model, names of the matched modules).
 

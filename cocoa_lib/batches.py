@@ -138,8 +138,8 @@ def _masked(batch: Batch, rows: list[dict[str, Any]], inputs: Inputs, rate: floa
 
 
 def mask_token_id(inputs: Inputs) -> int:
-    """The tokenizer's own mask token, or, for Qwen's, which has none, the unused `<|video_pad|>`'s neighbour
-    `<|object_ref_start|>`: no new row in the embedding table is then needed (ours; MoCa adds `<|mask|>`)."""
+    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), or, for Qwen's, which has none, the unused
+    `<|video_pad|>`'s neighbour `<|object_ref_start|>`: no new row in the embedding table is then needed (ours)."""
     if inputs.tokenizer.mask_token_id is not None:
         return inputs.tokenizer.mask_token_id
     return inputs.tokenizer.convert_tokens_to_ids("<|object_ref_start|>")

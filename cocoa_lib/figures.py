@@ -192,10 +192,9 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.invert_yaxis()
     axis.set_ylim(len(effects) - 0.4, -0.6)
     axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
-    first = effects.iloc[0]
-    axis.set_title(
-        f"n = {int(first.n_seeds)} seeds, {int(first.n_queries)} queries a seed; filled circle: interval excludes 0"
-    )
+    seeds = " to ".join(str(n) for n in sorted({int(effects["n_seeds"].min()), int(effects["n_seeds"].max())}))
+    queries = int(effects["n_queries"].iloc[0])
+    axis.set_title(f"n = {seeds} seeds, {queries} queries a seed; filled circle: interval excludes 0")
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )
@@ -404,3 +403,33 @@ def cost_score(table: pd.DataFrame, *, title: str) -> Figure:
     axis.set_title(title)
     listing = "; ".join(f"{row.arm}: {row.seconds / 60:.1f} min, {row.value:.1f} %" for row in table.itertuples())
     return _done(figure, f"{title}. {listing}.")
+
+
+def curves(table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False, reference: tuple[str, float] | None = None,
+           ylabel: str = "precision@1, %") -> Figure:  # fmt: skip
+    """A score against what was varied: columns label, x, value, low, high; a line a label, named at its right end.
+
+    reference: (name, value) of a level line. `log`: x doubles from tick to tick.
+    """
+    figure, axis = new(width=6.5, height=3.0)
+    for i, (label, part) in enumerate(table.groupby("label", sort=False)):
+        part = part.sort_values("x")
+        errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
+        axis.errorbar(part["x"], part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
+                      linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5)  # fmt: skip
+        last = part.iloc[-1]
+        axis.annotate(label, (last.x, last.value), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+    if log:
+        axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])
+    axis.minorticks_off()
+    if reference is not None:
+        axis.axhline(reference[1], color="grey", linewidth=1)
+        axis.annotate(reference[0], (0.01, reference[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                      textcoords="offset points", fontsize=9, color="#555555")  # fmt: skip
+    axis.margins(x=0.05)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.set_title(title)
+    listing = "; ".join(f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.itertuples())
+    return _done(figure, f"{title}. {listing}{'' if reference is None else f'; {reference[0]}: {reference[1]:.1f}'}.")

@@ -67,6 +67,9 @@ class Stage1Recipe(Recipe):
     patch_mask_rate: float = 0.3  # script; figure and MoCa 0.5
     image_weight: float = 0.5  # script; MoCa 0.1
     objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
+    mask_token: str = (
+        ""  # "": the tokenizer's own, or an unused one of Qwen's; else of the vocabulary, or added (MoCa: <|mask|>)
+    )
     patch_fill: str = "noise"  # MoCa: one Gaussian vector; or "zero", "learned"
     normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss
     packing: bool = False  # several samples in a row instead of padding; the loss is the same (ours)
@@ -81,6 +84,7 @@ class Stage2Recipe(Recipe):
     layout: str = "eos_bridged"  # figure; "eos_bridged_strict" is ours, "bidirectional" and "causal" are controls
     text_mask_rate: float = 0.7  # script
     objective: str = "mntp"
+    mask_token: str = ""  # as in stage 1, whose checkpoint keeps its token
     sources: str = "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
     image_weight: float = 0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
     patch_mask_rate: float = 0.7  # of that picture; the rate of the text (ours)

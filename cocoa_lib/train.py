@@ -33,7 +33,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
-from .backbone import add_adapter, merge_adapter, new_backbone, open_backbone
+from .backbone import add_adapter, merge_adapter, new_backbone, open_backbone, set_mask_token
 from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
 from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_json, read_meta, save_checkpoint, write_json
 from .embedder import EosEmbedding
@@ -503,6 +503,7 @@ def _stage1(
     model, inputs: Inputs, recipe: Stage1Recipe, data: Path, work: Path, seed: int, show_progress: bool
 ) -> Trainer:
     rows = corpus.captions(data)
+    set_mask_token(model, inputs, recipe.mask_token)
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
         decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
@@ -521,6 +522,7 @@ def _stage2(
     if recipe.sources in ("pairs", "both"):
         parts += list(corpus.text_pairs(data).values())
     rows = [row for part in parts for row in part]
+    set_mask_token(model, inputs, recipe.mask_token)
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
         learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,

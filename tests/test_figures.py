@@ -51,6 +51,8 @@ TIMES = pd.DataFrame(
     {"arm": ["a", "b"], "seconds": [60.0, 600.0], "value": [20.0, 30.0], "low": [18.0, NAN], "high": [23.0, NAN]}
 )
 
+SWEEP = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 2000], "value": [20.0, 30, 24, 25],
+                      "low": [18.0, 30, 20, np.nan], "high": [23.0, 31, 26, np.nan]})  # fmt: skip
 CASES = {
     "masks": lambda: figures.masks({"causal": TRIANGLE, "blocks": SQUARE}, NAMES),
     "training_curves": lambda: figures.training_curves({"one": LOG}, ["loss", "image_loss"], smooth=2, chance=3.5),
@@ -67,6 +69,7 @@ CASES = {
     "similarity": lambda: figures.similarity(COSINE),
     "effect_table": lambda: figures.effect_table(GROUPS, baseline="base"),
     "cost_score": lambda: figures.cost_score(TIMES, title="t"),
+    "curves": lambda: figures.curves(SWEEP, xlabel="pairs", title="t", log=True, reference=("none", 22.0)),
 }  # fmt: skip
 every_figure = pytest.mark.parametrize("name", CASES)
 
@@ -260,6 +263,32 @@ def test_cost_score_draws_minutes_against_points():
     assert line.get_xydata().tolist() == [[1, 20], [10, 30]]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[18, 23], [30, 30]]
     assert [text.get_text() for text in axis.texts] == ["a", "b"]
+
+
+def test_curves_join_points_in_the_order_of_x_and_name_each_line():
+    axis = CASES["curves"]().axes[0]
+    assert [line.get_xydata().tolist() for line, *_ in axis.containers] == [
+        [[1000, 30], [2000, 20]],
+        [[1000, 24], [2000, 25]],
+    ]
+    bars = axis.containers[0][2][0].get_segments()
+    assert [segment[:, 1].tolist() for segment in bars] == [[30, 31], [18, 23]]
+    assert [text.get_text() for text in axis.texts] == ["a", "b", "none"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1,000", "2,000"]
+
+
+def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
+    table = pd.DataFrame(
+        {
+            "arm": ["a", "b"],
+            "difference": [1.0, 2],
+            "low": [0.0, 1],
+            "high": [2.0, 3],
+            "n_seeds": [5, 3],
+            "n_queries": 9,
+        }
+    )
+    assert figures.forest(table, baseline="x").axes[0].get_title(loc="left").startswith("n = 3 to 5 seeds, 9 queries")
 
 
 def test_similarity_counts_the_rows_that_find_their_own():

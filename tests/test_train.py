@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
 
-from cocoa_lib import corpus, embedder, train, world
+from cocoa_lib import batches, corpus, embedder, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch
 from cocoa_lib.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
@@ -167,6 +167,26 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
     out = go(home, "stage2", tmp_path / "out", tiny("stage2", image_weight=0.5))
     assert (pd.read_csv(out / "log.csv")["image_loss"] > 0).all()
     assert (out / "image_decoder.safetensors").is_file()
+
+
+@pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)], ids=["added", "of the vocabulary"])
+def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_path, token, added, monkeypatch):
+    seen, write = [], batches.mask_text
+    monkeypatch.setattr(batches, "mask_text", lambda *a, **k: seen.append(k["mask_token_id"]) or write(*a, **k))
+    before = load_inputs(home / "causal", read_meta(home / "causal"))
+    go(home, "stage1", tmp_path / "stage1", tiny("stage1", mask_token=token))
+    inputs = load_inputs(tmp_path / "stage1", read_meta(tmp_path / "stage1"))
+    assert set(seen) == {inputs.tokenizer.convert_tokens_to_ids(token)} == {inputs.tokenizer.mask_token_id}
+    assert len(inputs.tokenizer) == len(before.tokenizer) + added
+    assert inputs.text_ids("a red circle") == before.text_ids("a red circle")
+    one, other = (
+        next(len(value) for name, value in weights(folder).items() if "embed_tokens" in name)
+        for folder in (tmp_path / "stage1", home / "causal")
+    )
+    assert one == max(len(inputs.tokenizer), other)
+    seen.clear()
+    go(home, "stage2", tmp_path / "stage2", parent=tmp_path / "stage1")
+    assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
 
 
 def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
