@@ -16,6 +16,7 @@ PYTHON  ?=
 SNAKEFLAGS ?=
 LABFLAGS   ?=
 MINUTES    ?= 6
+ROUNDS     ?= 10
 
 # Paths below the root stay relative and what is absolute is quoted, so that a root with spaces works.
 PY    := .venv/bin/python
@@ -27,7 +28,7 @@ TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_T
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test test-browser bench soak mutate verify audit environments lint lab clean distclean check-arguments force
+.PHONY: help install reproduce backbone site test test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean check-arguments force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,14 +36,14 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
-	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
+	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
 		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
 		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
 		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
 		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW))) $(if $(SEEDS),seeds=$(call quote,$(SEEDS)))
 
 backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
-	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete $(SNAKEFLAGS) \
+	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
 		--config profile=$(call quote,$(PROFILE))
 
 site: check-arguments $(STAMP) ## figures and tables of runs/PROFILE -> reports/PROFILE, its pages -> reports/site
@@ -68,6 +69,9 @@ bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)
+
+soak-graph: $(STAMP) ## kill the whole graph at random moments, ROUNDS (10) times, and compare
+	@$(TESTENV) $(PY) scripts/soak_graph.py --rounds $(ROUNDS)
 
 mutate: $(STAMP) ## break the method in one place at a time: does a test notice
 	@$(TESTENV) $(PY) scripts/mutate.py
@@ -116,6 +120,7 @@ $(STAMP): requirements.lock pyproject.toml
 	clear=; \
 	if [ -f $(STAMP) ] && [ "$$(cat $(STAMP))" != "$(CURDIR)" ]; then clear=--clear; fi; \
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then clear=--clear; fi; \
+	if [ -L .venv ]; then rm .venv; clear=--clear; fi; \
 	rm -f $(STAMP); \
 	if [ -n "$$clear" ]; then "$$python" -m venv --clear .venv; fi; \
 	quiet=-q; if [ -t 1 ]; then quiet=; fi; \

@@ -12,9 +12,13 @@ import json
 import os
 import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from snakemake.exceptions import WorkflowError
+
 sys.path.insert(0, str(Path(workflow.basedir)))
+from cocoa_lib.lock import locked
 from cocoa_lib.profiles import load_profile, read_arms
 
 PROFILE = config.get("profile", "laptop")
@@ -31,6 +35,11 @@ DATA = f"{RUN}/benchmark"
 BACKBONE = "data/backbone"
 PYTHON = shlex.quote(sys.executable)
 NOTEBOOK = f"{PYTHON} -m cocoa_lib.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
+
+if workflow.is_main_process and not workflow.dryrun:
+    # Snakemake's own lock stays behind when it is killed, and the same command is then refused: `make` passes --nolock.
+    ALONE = ExitStack()
+    ALONE.enter_context(locked(Path(RUN), WorkflowError))
 
 shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; ")
 

@@ -7,15 +7,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save
+from torch.utils.data import DataLoader
 
 from cocoa_lib import corpus, world
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.batches import Planned, stage1_batch, stage2_batch
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import load_profile
@@ -49,6 +51,24 @@ def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dic
     return record(f"padding, {stage}, {shape}", text, ratios, np.ones_like(ratios))
 
 
+def waiting(
+    stage: str, workers: int, module: Reconstruction, rows: list, collate: Callable, batch_size: int, n: int = 8
+) -> dict:
+    """Share of a training step that the model waits for its batch, as the trainers load it; the first two do not count."""
+    data = Planned(rows, np.arange(n * batch_size) % len(rows))
+    loader = DataLoader(data, batch_size, collate_fn=collate, num_workers=workers)
+    waited, whole, batches = [], [], iter(loader)
+    for _ in range(n):
+        start = time.perf_counter()
+        tensors = next(batches)
+        made = time.perf_counter()
+        module(**tensors)["loss"].backward()
+        waited.append(made - start)
+        whole.append(time.perf_counter() - start)
+    text = f"time waiting / whole step of {batch_size}, laptop's model"
+    return record(f"waiting for the batch, {stage}, {workers} workers", text, waited[2:], whole[2:])
+
+
 def stages(data: Path) -> list[dict]:
     """Share of a step that goes into its batch, in one process without workers, laptop profile, committed backbone."""
     records, profile, inputs = [], load_profile("laptop"), Inputs.load(BACKBONE, max_length=256)
@@ -71,6 +91,9 @@ def stages(data: Path) -> list[dict]:
             whole.append(time.perf_counter() - start)
         records.append(record(f"share of the batch, {stage}", f"time, making the batch / whole step of {recipe.batch_size}",
                               making[1:], whole[1:]))  # fmt: skip
+        for workers in (0, 2):
+            collate = partial(make, inputs=inputs, recipe=recipe, seed=0)
+            records.append(waiting(stage, workers, module, [rows[i] for i in mine], collate, recipe.batch_size))
         lengths = np.concatenate([make(b, inputs, recipe, 0)["attention_mask"].sum(1).numpy() for b in batches])
         records.append(padding(stage, "laptop", lengths, recipe.batch_size))
     return records

@@ -37,6 +37,7 @@ class Recipe:
     lora_dropout: float = 0.1
     dora: bool = True
     gradient_checkpointing: bool = False
+    workers: int = 0  # processes that decode and tokenise ahead of the device; the batches are the same
     save_steps: int = 500  # at most this many steps of work can be lost
     logging_steps: int = 10
 
@@ -46,6 +47,7 @@ class Recipe:
             ("batch_size", 1),
             ("learning_rate", 0.0),
             ("warmup_steps", 0),
+            ("workers", 0),
             ("max_length", 8),
         ):
             if getattr(self, name) < low:

@@ -10,14 +10,14 @@ only when the stage is done.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_bat
 from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_json, read_meta, save_checkpoint, write_json
 from .embedder import EosEmbedding
 from .inputs import Inputs
+from .lock import locked
 from .objectives import CachedInfoNCE, Reconstruction, gathered
 from .recipes import RECIPES, CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
 
@@ -237,39 +238,6 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-@contextmanager
-def locked(work: Path) -> Iterator[None]:
-    """The folder of a run is this process's alone while the block lasts; made if it is not there.
-
-    A lock of the kernel's: it ends with the process, however that ends, so a killed run leaves nothing to clear away.
-    Raises TrainingError where another process holds it, or where nothing can be written.
-    """
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        file = (work / "lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(
-            f"cannot write below {work.parent} ({error.strerror}): choose another output folder, or change who may write there"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise TrainingError(
-                f"{work}: another run (process {file.read() or 'unknown'}) is at work in this folder; wait for it, stop it, or "
-                "choose another output folder"
-            ) from error
-        except OSError as error:
-            logger.warning(
-                "%s: this file system has no locks (%s); see to it that one run at a time uses it", work, error
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
     """A recipe as the trainers' arguments; `batch_size` is divided over the processes."""
     args = cls(
@@ -291,6 +259,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         report_to=[],
         remove_unused_columns=False,
         dataloader_drop_last=True,
+        dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
     )
@@ -357,7 +326,9 @@ def run_stage(
             "notebooks/profiles/accelerate/ddp_1x8.yaml or ddp_4x8.yaml; `python -m cocoa_lib.estimate` says what fits"
         )
     if not (out / META).is_file():
-        with locked(work) if state.is_main_process else nullcontext():  # launched as several, they are one run
+        with (
+            locked(work, TrainingError) if state.is_main_process else nullcontext()
+        ):  # launched as several, they are one run
             if not (out / META).is_file():  # else another process has finished it a moment ago
                 return _run(run, recipe, parent, parent_meta, data, out, work, state, show_progress)
     _same_run(read_meta(out).get("run", {}), run, out)
@@ -495,7 +466,7 @@ def _causal(
     rows = corpus.conversations(data)
     module = Reconstruction(model, layout="causal")
     return _reconstruction_trainer(
-        module, inputs, rows, [len(rows)], lambda batch: causal_batch(batch, inputs), recipe, work, seed, show_progress
+        module, inputs, rows, [len(rows)], partial(causal_batch, inputs=inputs), recipe, work, seed, show_progress
     )
 
 
@@ -509,7 +480,7 @@ def _stage1(
         decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
         learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
     )  # fmt: skip
-    collate = lambda batch: stage1_batch(batch, inputs, recipe, seed)  # noqa: E731
+    collate = partial(stage1_batch, inputs=inputs, recipe=recipe, seed=seed)
     return _reconstruction_trainer(module, inputs, rows, [len(rows)], collate, recipe, work, seed, show_progress)
 
 
@@ -527,7 +498,7 @@ def _stage2(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
         learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
     )  # fmt: skip
-    collate = lambda batch: stage2_batch(batch, inputs, recipe, seed)  # noqa: E731
+    collate = partial(stage2_batch, inputs=inputs, recipe=recipe, seed=seed)
     return _reconstruction_trainer(
         module, inputs, rows, [len(part) for part in parts], collate, recipe, work, seed, show_progress
     )

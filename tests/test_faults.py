@@ -21,6 +21,7 @@ import soak  # noqa: E402
 
 from cocoa_lib import train  # noqa: E402
 from cocoa_lib.checkpoint import CheckpointError, read_meta  # noqa: E402
+from cocoa_lib.lock import locked  # noqa: E402
 from cocoa_lib.recipes import make_recipe  # noqa: E402
 from cocoa_lib.train import TrainingError, checkpoint_step, checkpoints, run_stage  # noqa: E402
 
@@ -97,12 +98,12 @@ def test_a_second_run_refuses_while_the_first_lives_and_goes_on_once_it_is_kille
 
 
 def test_the_lock_is_let_go_after_a_failed_run_and_names_this_process(tmp_path):
-    with pytest.raises(KeyError), train.locked(tmp_path / "w"):
+    with pytest.raises(KeyError), locked(tmp_path / "w"):
         raise KeyError
-    with train.locked(tmp_path / "w"):
-        with pytest.raises(TrainingError, match=f"process {os.getpid()}"), train.locked(tmp_path / "w"):
+    with locked(tmp_path / "w"):
+        with pytest.raises(RuntimeError, match=f"process {os.getpid()}"), locked(tmp_path / "w"):
             pass
-    with train.locked(tmp_path / "w"):
+    with locked(tmp_path / "w"):
         pass
 
 
@@ -262,3 +263,19 @@ def test_the_lowest_versions_are_the_ranges_lower_ends():
     wanted = environments.pins("lowest", "2.13.0+cpu")
     assert "torch==2.13.0+cpu" in wanted and len(wanted) == len(environments.ranges()) > 25
     assert all("==" in line for line in wanted), "every range of pyproject.toml has a lower end"
+
+
+def test_one_graph_at_a_time(tmp_path):
+    """`make reproduce` passes --nolock, since Snakemake's lock outlives a kill; the Snakefile's own does not."""
+    assert (ROOT / "Makefile").read_text(encoding="utf-8").count("--keep-incomplete --nolock") == 2
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(tmp_path), "--cores", "1",
+               "--nolock", "--config", "profile=smoke", "--", "runs/smoke/nothing"]  # fmt: skip
+
+    def said() -> str:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode
+        return done.stderr
+
+    with locked(tmp_path / "runs" / "smoke"):
+        assert f"another run (process {os.getpid()}) is at work in this folder" in said()
+    assert "at work" not in (after := said()) and "runs/smoke/nothing" in after, "only the target is wrong now"

@@ -189,6 +189,11 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_pa
     assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
 
 
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_workers_change_nothing(home, stage, tmp_path):
+    assert_same_run(home / stage, go(home, stage, tmp_path / "out", tiny(stage, workers=2)))
+
+
 def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
     for stage in ("stage1", "stage2"):
         log = pd.read_csv(go(home, stage, tmp_path / stage, tiny(stage, packing=True)) / "log.csv")
