@@ -120,14 +120,14 @@ class Reconstruction(nn.Module):
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: str, objective: str = "mntp", image_weight: float = 0.0,
-                 decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False,
+                 text_weight: float = 1.0, decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False,
                  packing: bool = False) -> None:  # fmt: skip
         super().__init__()
         if objective not in TEXT_LOSSES:
             raise ValueError(f"unknown text objective {objective!r}; choose one of {', '.join(TEXT_LOSSES)}")
         self.model, self.layout, self.packing = model, layout, packing
         self.text_loss = TEXT_LOSSES[objective]
-        self.image_weight, self.normalise_patches = image_weight, normalise_patches
+        self.text_weight, self.image_weight, self.normalise_patches = text_weight, image_weight, normalise_patches
         self.decoder = PatchDecoder(model, decoder_layers) if image_weight > 0 else None
         patch_numbers = (
             None if self.decoder is None else self.decoder.project.out_features // self.decoder.merge_size**2
@@ -153,7 +153,8 @@ class Reconstruction(nn.Module):
             cells = batch["hidden_cells"].sum() if hide else labels.new_zeros(())
             text_share, image_share = share_of_mean(torch.stack([(labels != IGNORE).sum(), cells]))
             text, image = text * text_share, image * image_share
-        return {"loss": text + self.image_weight * image, "text_loss": text.detach(), "image_loss": image.detach()}
+        loss = self.text_weight * text + self.image_weight * image
+        return {"loss": loss, "text_loss": text.detach(), "image_loss": image.detach()}
 
     def image_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         predicted = self.decoder(hidden, self.model, batch, self.layout)

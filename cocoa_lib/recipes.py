@@ -68,6 +68,7 @@ class Stage1Recipe(Recipe):
     text_mask_rate: float = 0.2  # figure and script; MoCa 0.4
     patch_mask_rate: float = 0.3  # script; figure and MoCa 0.5
     image_weight: float = 0.5  # script; MoCa 0.1
+    text_weight: float = 1.0  # 0: patches only, an ablation (ours)
     objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
     mask_token: str = (
         ""  # "": the tokenizer's own, or an unused one of Qwen's; else of the vocabulary, or added (MoCa: <|mask|>)

@@ -477,7 +477,7 @@ def _stage1(
     set_mask_token(model, inputs, recipe.mask_token)
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
-        decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
+        text_weight=recipe.text_weight, decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
         learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
     )  # fmt: skip
     collate = partial(stage1_batch, inputs=inputs, recipe=recipe, seed=seed)

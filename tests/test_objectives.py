@@ -150,6 +150,16 @@ def test_decoder_is_bidirectional_and_of_the_backbones_kind(small, picture):
     assert not torch.allclose(before, decoder(hidden, model, batch, "bidirectional")), "the last token must be read"
 
 
+def test_either_half_of_stage_1_can_be_left_out(small, picture):
+    model, inputs = small
+    recipe = make_recipe("stage1", {"preset": "figure"})
+    batch = stage1_batch(rows(picture), inputs, recipe, 0)
+    for weights in ({"text_weight": 0.0, "image_weight": 0.5}, {"text_weight": 1.0, "image_weight": 0.0}):
+        out = Reconstruction(model, layout="bidirectional", **weights)(**batch)
+        expected = weights["text_weight"] * out["text_loss"] + weights["image_weight"] * out["image_loss"]
+        assert float(out["loss"].detach()) == pytest.approx(float(expected)) and float(out["loss"].detach()) > 0
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("fill", ["noise", "zero", "learned"])
 def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):

@@ -45,7 +45,8 @@ def test_every_name_of_the_parameters_cell_is_found(notebook):
 @pytest.mark.parametrize("name", ["smoke", "laptop", "gpu", "paper"])
 def test_profiles_are_whole(name):
     profile = load_profile(name)
-    assert set(profile["arms"]) <= set(read_arms()) and profile["seeds"]
+    arms, sweeps = profile["arms"], profile.get("sweeps", [])
+    assert {*arms, *sweeps} <= set(read_arms()) and not set(arms) & set(sweeps) and profile["seeds"]
     for stage in ("stage1", "stage2", "stage3"):
         make_recipe(stage, profile[stage])
 

@@ -228,8 +228,9 @@ def cluster_jobs(tmp_path_factory):
 
 
 def test_the_grid_is_one_job_a_step_on_a_cluster(cluster_jobs):
-    arms = len(load_profile("gpu")["arms"])
-    assert len(cluster_jobs["evaluate"]) == arms * 5 and len(cluster_jobs["stage"]) > arms * 5
+    profile = load_profile("gpu")
+    runs = 5 * len(profile["arms"]) + 3 * len(profile["sweeps"])  # sweeps have the first three seeds
+    assert len(cluster_jobs["evaluate"]) == runs and len(cluster_jobs["stage"]) > runs
     for rule, jobs in cluster_jobs.items():
         trains = rule in ("pretraining", "contrastive", "stage", "evaluate", "probe")
         for job in jobs:
