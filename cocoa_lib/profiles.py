@@ -151,16 +151,29 @@ class Arm:
 def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
     """The table of arms by name; each changed value is checked. Raises RecipeError naming the row and column."""
     arms = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            stages: dict[str, Any] = {}
-            for stage in ("stage1", "stage2", "stage3"):
-                try:
-                    stages[stage] = None if row[stage] == "-" else json.loads(row[stage] or "{}")
-                    make_recipe(stage, stages[stage])
-                except (ValueError, KeyError) as error:
-                    raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
-            arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"])
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise RecipeError(f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .csv") from error
+    if lost := [name for name in ("arm", "stage1", "stage2", "stage3", "hypothesis") if name not in columns]:
+        raise RecipeError(f"{path}: no column {', '.join(lost)}; found {', '.join(map(str, columns)) or 'none'}")
+    for number, row in enumerate(rows, start=2):
+        if not re.fullmatch(r"[A-Za-z0-9_]+", row["arm"] or ""):  # it names folders, and stands in commands
+            raise RecipeError(
+                f"{path}, line {number}, column arm: a name of letters, digits and _, found {row['arm']!r:.40}"
+            )
+        if row["arm"] in arms:
+            raise RecipeError(f"{path}, line {number}, column arm: {row['arm']} stands there twice")
+        stages: dict[str, Any] = {}
+        for stage in ("stage1", "stage2", "stage3"):
+            try:
+                stages[stage] = None if row[stage] == "-" else json.loads(row[stage] or "{}")
+                make_recipe(stage, stages[stage])
+            except (ValueError, KeyError, RecursionError) as error:
+                raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
+        arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "")
     return arms
 
 

@@ -105,6 +105,23 @@ def test_a_bad_arm_names_its_line_and_column(tmp_path):
         read_arms(path)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"arm,stage1,stage2,stage3,hypothesis\nx,-,-,{},\xff\n", "not a table in UTF-8"),
+        (b"arm,stage1,stage2,stage3\nx,-,-,{}\n", "no column hypothesis; found arm, stage1"),
+        (b"", "no column arm, stage1, stage2, stage3, hypothesis; found none"),
+        (b"arm,stage1,stage2,stage3,hypothesis\n$(rm x),-,-,{},\n", r"line 2, column arm: a name of letters.*rm x"),
+        (b"arm,stage1,stage2,stage3,hypothesis\nx,-,-,{},\nx,-,-,{},\n", "line 3, column arm: x stands there twice"),
+    ],
+)
+def test_a_table_of_arms_that_is_none(tmp_path, text, message):
+    path = tmp_path / "arms.csv"
+    path.write_bytes(text)
+    with pytest.raises(RecipeError, match=message):
+        read_arms(path)
+
+
 def test_tidy_notebook_drops_progress_bars_only(tmp_path):
     cell = nbformat.v4.new_code_cell("x")
     texts = ["  0%|          | 0/6 [00:00<?, ?step/s]", "a result of 5%"]
