@@ -22,8 +22,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from torch.nn.parallel import DistributedDataParallel
@@ -563,6 +565,8 @@ def one_of_two(rank, port, home, out):
 @pytest.fixture(scope="module")
 def two(home, processes, tmp_path_factory):
     """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3, resumed."""
+    if Version(transformers.__version__) < Version("5.20"):
+        pytest.skip("transformers before 5.20 cannot resume on two CPU processes (it asks torch for a device cpu:0)")
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
