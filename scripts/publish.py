@@ -252,7 +252,8 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
 
 def _scores_and_effects(run: Path, baseline: str):
     results, per_query = analysis.gather_results(run)
-    scores = analysis.arm_scores(results).groupby("arm").mean(numeric_only=True)
+    every = analysis.arm_scores(results).groupby("arm")
+    scores = every.mean(numeric_only=True).assign(seeds=every.size())
     return scores, analysis.paired_effects(per_query, baseline).set_index("arm")
 
 
@@ -271,10 +272,10 @@ def summary(run: Path, baseline: str = "contrastive") -> str:
         for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
         if scores[name].notna().any()
     ]
-    lines = ["| arm | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 2) + "|"]
+    lines = ["| arm | seeds | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 3) + "|"]
     for arm in [name for name in read_arms() if name in scores.index]:
         cells = " | ".join(f"{scores.loc[arm, name]:.1f}" for name in names)
-        lines.append(f"| {arm} | {cells} | {_difference(effects, arm)} |")
+        lines.append(f"| {arm} | {scores.loc[arm, 'seeds']} | {cells} | {_difference(effects, arm)} |")
     return "\n".join(lines)
 
 

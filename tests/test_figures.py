@@ -180,7 +180,7 @@ def test_forest_draws_differences_and_their_intervals():
         clear = row.arm != "half"
         assert (point.get_marker(), to_hex(bar.get_color())) == (("o", "#0072b2") if clear else ("D", "#808080"))
     assert axis.texts[1].get_text() == "-0.5 [-2.0, +1.5]"
-    assert "n = 3 seeds, 600 queries a seed" in axis.get_title(loc="left")
+    assert "n = 3 seeds x 600 queries" in axis.get_title(loc="left")
 
 
 def test_meta_task_bars_are_as_high_as_the_table_says():
@@ -288,7 +288,7 @@ def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
             "n_queries": 9,
         }
     )
-    assert figures.forest(table, baseline="x").axes[0].get_title(loc="left").startswith("n = 3 to 5 seeds, 9 queries")
+    assert figures.forest(table, baseline="x").axes[0].get_title(loc="left").startswith("n = 3 to 5 seeds x 9 queries")
 
 
 def test_similarity_counts_the_rows_that_find_their_own():
