@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -44,6 +45,7 @@ from .recipes import RECIPES, CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, 
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+SPENT = "seconds.json"  # in a Trainer checkpoint: training time so far, of all attempts
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
 KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
@@ -168,21 +170,34 @@ class Bar(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop (twice: stop now)."""
+    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop (twice: stop now).
+
+    `checkpoint`: what the run goes on from; its training time counts as well.
+    """
 
     interrupted = False
     previous = None
+
+    def __init__(self, checkpoint: Path | None = None) -> None:
+        path = None if checkpoint is None else checkpoint / SPENT
+        self.spent = read_json(path)["seconds"] if path is not None and path.is_file() else 0.0
+        self.began = time.monotonic()
+
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began
 
     def on_save(self, args, state, control, **kwargs) -> None:
         PartialState().wait_for_everyone()  # every process writes its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
+            write_json(folder / SPENT, {"seconds": self.seconds()})
             hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
             write_json(folder / COMPLETE, hashes)
             for old in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.began = time.monotonic()
         try:
             self.previous = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: the caller handles Ctrl-C
@@ -363,7 +378,7 @@ def _run(
             model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora
         )
         run = run | {"lora_modules": matched}
-    watch = Watch()
+    watch = Watch(checkpoint)
     for default in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(default)
     trainer.add_callback(Bar())
@@ -390,28 +405,36 @@ def _run(
     if trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     trainer.check_weights()
+    seconds = watch.seconds()
     if trainer.is_world_process_zero():
         if adapter is not None:
             model = merge_adapter(adapter)
         decoder = getattr(trainer.accelerator.unwrap_model(trainer.model), "decoder", None)
-        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, decoder)
+        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
     trainer.accelerator.wait_for_everyone()
     return out
 
 
 def _finish(
-    out: Path, model, inputs: Inputs, recipe: Recipe, run: dict, parent: str | Path, history: list[dict], decoder=None
+    out: Path,
+    model,
+    inputs: Inputs,
+    recipe: Recipe,
+    run: dict,
+    parent: str | Path,
+    history: list[dict],
+    seconds: float,
+    decoder=None,
 ) -> None:
     log = averaged([row for row in history if "loss" in row], recipe.logging_steps)
-    runtime = next((row["train_runtime"] for row in reversed(history) if "train_runtime" in row), float("nan"))
     meta = {
         "stage": run["stage"],
         "layout": recipe.layout,
         "pooling": getattr(recipe, "pooling", "eos"),
         "prompt": "<|vision_start|><|image_pad|><|vision_end|>{text}" + inputs.eos_token,
         "parent": "/".join(Path(parent).parts[-2:]),  # enough to find it; a whole path would name this machine
-        "train_seconds": round(runtime, 1),
+        "train_seconds": round(seconds, 1),
         "final_loss": None if log.empty else float(log["loss"].tail(5).mean()),
         "run": run,
     }

@@ -36,6 +36,9 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa": 1, "no_truncation": -1}, True),
         ({name: -factor for name, factor in few.items()}, False),
         (few | {"cocoa": -1, "contrastive": 1}, True),
+        ({"cocoa_longer": 1, "contrastive_longer": -1}, True),
+        ({"contrastive": 1, "contrastive_causal": -1}, True),
+        ({"contrastive_mean": 1, "contrastive": -1}, True),
     ):
         found = analysis.contrast(per_query, weights)
         value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))

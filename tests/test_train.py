@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cocoa_lib import batches, corpus, embedder, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch
-from cocoa_lib.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
+from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
 from cocoa_lib.recipes import RECIPES, make_recipe
@@ -313,8 +313,16 @@ def test_ctrl_c_saves_and_the_same_call_goes_on(home, stage, tmp_path, monkeypat
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3; the same command goes on from there"):
             go(home, stage, tmp_path / "out")
     assert signal.getsignal(signal.SIGINT) is handler
-    assert (tmp_path / ".out.work" / "checkpoint-3" / "complete.json").is_file()
+    checkpoint = tmp_path / ".out.work" / "checkpoint-3"
+    spent = json.loads((checkpoint / "seconds.json").read_text())["seconds"]
+    assert 0 < spent < 1000
+    (checkpoint / "seconds.json").write_text('{"seconds": 1000}')  # as if the first attempt had taken long
+    whole = json.loads((checkpoint / "complete.json").read_text())
+    whole["seconds.json"] = file_hash(checkpoint / "seconds.json")
+    (checkpoint / "complete.json").write_text(json.dumps(whole))
     assert_same_run(go(home, stage, tmp_path / "out"), home / stage)
+    assert 1000 < read_meta(tmp_path / "out")["train_seconds"] < 2000, "the time of all attempts"
+    assert 0 < read_meta(home / stage)["train_seconds"] < 1000
 
 
 def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
