@@ -24,6 +24,7 @@ from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
+KINDS = ("arm", "budget", "sweep")
 SECTIONS = (
     "benchmark",
     "backbone",
@@ -126,13 +127,18 @@ def tidy_notebook(notebook: Path) -> None:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the ablation: which stages run and what differs from the profile's recipe. None: stage left out."""
+    """One row of the ablation: which stages run and what differs from the profile's recipe. None: stage left out.
+
+    kind: "arm" is compared with contrastive learning alone; "budget" has contrastive learning of its own, to be compared with
+    contrastive learning alone on the same; "sweep" changes one value of the full method.
+    """
 
     name: str
     stage1: dict[str, Any] | None
     stage2: dict[str, Any] | None
     stage3: dict[str, Any]
     hypothesis: str
+    kind: str = "arm"
 
     def key(self, stage: str) -> str:
         """A name shared by arms whose run up to this stage is the same, so that it is trained once."""
@@ -173,7 +179,11 @@ def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
                 make_recipe(stage, stages[stage])
             except (ValueError, KeyError, RecursionError) as error:
                 raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
-        arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "")
+        arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "", kind=row.get("kind") or "arm")
+        if arms[row["arm"]].kind not in KINDS:
+            raise RecipeError(
+                f"{path}, line {number}, column kind: expected {', '.join(KINDS)}, found {row['kind']!r:.40}"
+            )
     return arms
 
 

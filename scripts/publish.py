@@ -272,7 +272,10 @@ def summary(run: Path, baseline: str = "contrastive") -> str:
         for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")
         if scores[name].notna().any()
     ]
-    lines = ["| arm | seeds | " + " | ".join(names) + " | difference [95 % interval] |", "|---" * (len(names) + 3) + "|"]
+    lines = [
+        "| arm | seeds | " + " | ".join(names) + " | difference [95 % interval] |",
+        "|---" * (len(names) + 3) + "|",
+    ]
     for arm in [name for name in read_arms() if name in scores.index]:
         cells = " | ".join(f"{scores.loc[arm, name]:.1f}" for name in names)
         lines.append(f"| {arm} | {scores.loc[arm, 'seeds']} | {cells} | {_difference(effects, arm)} |")

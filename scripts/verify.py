@@ -76,8 +76,9 @@ def check_report(report: Path) -> list[str]:
             if not picture.with_suffix(suffix).is_file()
         ]
     if (drawn / "forest.txt").is_file():  # its words hold the numbers it draws
-        effects = analysis.paired_effects(per_query, "contrastive").set_index("arm")
-        order = [name for name in read_arms() if name in effects.index]  # the notebook's
+        shown = [name for name, arm in read_arms().items() if arm.kind == "arm"]  # in the notebook's order
+        effects = analysis.paired_effects(per_query[per_query["arm"].isin(shown)], "contrastive").set_index("arm")
+        order = [name for name in shown if name in effects.index]
         figure = figures.forest(effects.loc[order].reset_index(), baseline="contrastive")
         if figure.alt != (drawn / "forest.txt").read_text(encoding="utf-8").strip():
             wrong.append(f"{drawn / 'forest.png'}: its numbers are not those of the tables below {report / 'results'}")

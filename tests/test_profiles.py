@@ -112,6 +112,10 @@ def test_a_bad_arm_names_its_line_and_column(tmp_path):
         (b"arm,stage1,stage2,stage3\nx,-,-,{}\n", "no column hypothesis; found arm, stage1"),
         (b"", "no column arm, stage1, stage2, stage3, hypothesis; found none"),
         (b"arm,stage1,stage2,stage3,hypothesis\n$(rm x),-,-,{},\n", r"line 2, column arm: a name of letters.*rm x"),
+        (
+            b"arm,kind,stage1,stage2,stage3,hypothesis\nx,odd,-,-,{},\n",
+            "line 2, column kind: expected arm, budget, sweep",
+        ),
         (b"arm,stage1,stage2,stage3,hypothesis\nx,-,-,{},\nx,-,-,{},\n", "line 3, column arm: x stands there twice"),
     ],
 )

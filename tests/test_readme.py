@@ -30,7 +30,7 @@ def test_the_readmes_sentences_are_the_tables():
 
     _, per_query = analysis.gather_results(ROOT / "reports" / "long")
     few = {"cocoa_few": 1, "contrastive_few": -1}
-    for weights, signed in (
+    for weights, signed, *group in (
         ({"cocoa": 1, "contrastive": -1}, True),
         ({"contrastive_longer": 1, "cocoa": -1}, False),  # said as "points behind"
         ({"cocoa": 1, "no_truncation": -1}, True),
@@ -39,8 +39,10 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa_longer": 1, "contrastive_longer": -1}, True),
         ({"contrastive": 1, "contrastive_causal": -1}, True),
         ({"contrastive_mean": 1, "contrastive": -1}, True),
+        ({"cocoa_longer": 1, "contrastive_longer": -1}, True, "vqa"),
+        ({"cocoa": 1, "contrastive": -1}, True, "classification"),
     ):
-        found = analysis.contrast(per_query, weights)
+        found = analysis.contrast(per_query, weights, group=group[0] if group else "overall")
         value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))
         assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", README), weights
 
