@@ -237,10 +237,14 @@ def site(run: Path, target: Path) -> None:
 
 
 def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]:
-    """An arm a row, in the order of arms.csv: what it is, its mean over seeds, its difference and a verdict."""
-    scores, effects = _scores_and_effects(run, baseline)
+    """An arm a row, in the order of arms.csv: what it is, its mean over seeds, its difference and a verdict.
+
+    Arms on another contrastive budget are left out: less the baseline they would say what the budget does.
+    """
+    shown = {name: arm for name, arm in read_arms().items() if arm.kind == "arm"}
+    scores, effects = _scores_and_effects(run, baseline, list(shown))
     rows = []
-    for name, arm in read_arms().items():
+    for name, arm in shown.items():
         if name in scores.index:
             row = {"arm": name, "hypothesis": arm.hypothesis, "overall": f"{scores.loc[name, 'overall']:.1f}"}
             found, verdict = _difference(effects, name), "the baseline"
@@ -250,8 +254,8 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
     return rows
 
 
-def _scores_and_effects(run: Path, baseline: str):
-    results, per_query = analysis.gather_results(run)
+def _scores_and_effects(run: Path, baseline: str, arms: list[str]):
+    results, per_query = (table[table["arm"].isin(arms)] for table in analysis.gather_results(run))
     every = analysis.arm_scores(results).groupby("arm")
     scores = every.mean(numeric_only=True).assign(seeds=every.size())
     return scores, analysis.paired_effects(per_query, baseline).set_index("arm")
@@ -266,7 +270,7 @@ def _difference(effects, arm: str) -> str:
 
 def summary(run: Path, baseline: str = "contrastive") -> str:
     """The README's table of a run: an arm a row, means over seeds, and the paired difference with its interval."""
-    scores, effects = _scores_and_effects(run, baseline)
+    scores, effects = _scores_and_effects(run, baseline, list(read_arms()))
     names = [
         name
         for name in ("classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall")

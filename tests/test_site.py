@@ -195,3 +195,12 @@ def test_the_committed_site_is_whole_and_small():
         poor = [tag for tag in page.find_all("img") if tag.get("alt", "").strip() in absent]
         assert not poor, f"{name}: {len(poor)} pictures without alt text"
         assert len(page.select(".facts dd")) == 5 and "not recorded" not in page.select_one(".facts").get_text()
+
+
+def test_the_index_compares_arms_on_the_same_budget_only():
+    from publish import arms_table
+
+    names = [row["arm"] for row in arms_table(ROOT / "reports" / "long")]
+    assert {"contrastive", "cocoa", "contrastive_longer"} <= set(names) and not {"cocoa_longer", "cocoa_few"} & set(
+        names
+    )
