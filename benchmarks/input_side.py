@@ -99,13 +99,17 @@ def stages(data: Path) -> list[dict]:
     return records
 
 
-def mmeb_like(n: int = 1024) -> list[dict]:
-    """Pictures of 600 +- 150 cells with captions of 20 tokens; stage 2: a third of the rows have no picture."""
+def mmeb_lengths(n: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Stage -> tokens of text and of what stands before it, (n,) each: captions of 20 tokens after pictures of 600 +- 150
+    cells; in stage 2 a third of the rows have a question of 20 tokens in the picture's place."""
     rng = np.random.default_rng(0)
     text = 3 + np.clip(rng.poisson(20, n), 1, None)
     cells = np.clip(rng.normal(600, 150, n), 64, 1200).astype(int)
-    mixed = np.where(rng.random(n) < 1 / 3, 20, cells)
-    return [padding("stage1", "MMEB-like", text + cells, 16), padding("stage2", "MMEB-like", text + mixed, 16)]
+    return {"stage1": (text, cells), "stage2": (text, np.where(rng.random(n) < 1 / 3, 20, cells))}
+
+
+def mmeb_like() -> list[dict]:
+    return [padding(stage, "MMEB-like", text + before, 16) for stage, (text, before) in mmeb_lengths(1024).items()]
 
 
 def main(argv: Sequence[str] = ()) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save, small_model
-from input_side import BATCHES
+from input_side import BATCHES, mmeb_lengths
 
 from cocoa_lib import corpus, world
 from cocoa_lib.attention import EOS, PAD, A, B
@@ -24,24 +24,20 @@ from cocoa_lib.recipes import make_recipe
 STAGES = {"stage1": ("bidirectional", 0.2), "stage2": ("eos_bridged", 0.7)}
 
 
-def mmeb_like(layout: str, rate: float, n: int = 16) -> Batch:
-    """`n` rows: 20 words beside 600 +- 150 cells, a third without cells. The cells are words here: what is measured is the
-    language model, the vision tower has no padding to save."""
-    rng = np.random.default_rng(0)
-    cells = np.clip(rng.normal(600, 150, n), 64, 1200).astype(int) * (rng.random(n) > 1 / 3)
-    words = 3 + np.clip(rng.poisson(20, n), 1, None)
-    length = int((cells + words).max()) + 1
-    segment_ids = torch.full((n, length), PAD)
-    for row, a, b in zip(segment_ids, cells + words // 2, words - words // 2, strict=True):
-        row[:a], row[a], row[a + 1 : a + 1 + b] = (
-            A,
-            EOS if layout == "eos_bridged" else A,
-            B if layout == "eos_bridged" else A,
-        )
-    ids = torch.randint(10, 300, segment_ids.shape, generator=torch.Generator().manual_seed(0))
-    hidden = (torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < rate) & (
-        segment_ids == segment_ids.amax()
-    )
+def mmeb_like(stage: str, n: int = 16) -> Batch:
+    """`n` rows of `mmeb_lengths`. The cells are words here: what is measured is the language model, the vision tower has no
+    padding to save."""
+    layout, rate = STAGES[stage]
+    text, before = mmeb_lengths(n)[stage]
+    segment_ids = torch.full((n, int((before + text).max()) + 1), PAD)
+    for row, a, b in zip(segment_ids, before, text, strict=True):
+        if layout == "eos_bridged":
+            row[:a], row[a], row[a + 1 : a + 1 + b] = A, EOS, B
+        else:
+            row[: a + b] = A
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(10, 300, segment_ids.shape, generator=random)
+    hidden = (torch.rand(ids.shape, generator=random) < rate) & (segment_ids == segment_ids.amax())
     hidden[:, 0] = False
     return {"input_ids": ids, "segment_ids": segment_ids, "attention_mask": (segment_ids != PAD).long(),
             "mm_token_type_ids": torch.zeros_like(ids), "labels": torch.where(hidden, ids, IGNORE)}  # fmt: skip
@@ -84,12 +80,10 @@ def compare(name: str, shape: str, module: Reconstruction, batch: Batch) -> dict
 def main() -> None:
     torch.set_num_threads(1)
     records = []
-    for stage, (layout, rate) in STAGES.items():
-        model, _ = small_model()
-        module = Reconstruction(model, layout=layout).train()
-        records.append(
-            compare(f"{stage}, MMEB-like", "20 words, 600 cells, hidden 256, 2 layers", module, mmeb_like(layout, rate))
-        )
+    for stage, (layout, _) in STAGES.items():
+        module = Reconstruction(small_model()[0], layout=layout).train()
+        shape = "20 words, 600 cells, hidden 256, 2 layers"
+        records.append(compare(f"{stage}, MMEB-like", shape, module, mmeb_like(stage)))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
@@ -98,9 +92,8 @@ def main() -> None:
             recipe = make_recipe(stage, load_profile("laptop")[stage])
             module = Reconstruction(open_backbone(BACKBONE, bidirectional=True), layout=recipe.layout,
                                     image_weight=recipe.image_weight).train()  # fmt: skip
-            records.append(
-                compare(f"{stage}, laptop", "committed backbone, pictures and all", module, laptop(stage, data, inputs))
-            )
+            batch = laptop(stage, data, inputs)
+            records.append(compare(f"{stage}, laptop", "committed backbone, pictures and all", module, batch))
     save("packing", records, "equal losses (1e-4), then time (n 5); padding is counted")
 
 

@@ -405,8 +405,9 @@ def cost_score(table: pd.DataFrame, *, title: str) -> Figure:
     return _done(figure, f"{title}. {listing}.")
 
 
-def curves(table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False, reference: tuple[str, float] | None = None,
-           ylabel: str = "precision@1, %") -> Figure:  # fmt: skip
+def curves(
+    table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False, reference: tuple[str, float] | None = None
+) -> Figure:
     """A score against what was varied: columns label, x, value, low, high; a line a label, named at its right end.
 
     reference: (name, value) of a level line. `log`: x doubles from tick to tick.
@@ -429,7 +430,7 @@ def curves(table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False, r
                       textcoords="offset points", fontsize=9, color="#555555")  # fmt: skip
     axis.margins(x=0.05)
     axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set_ylabel("precision@1, %")
     axis.set_title(title)
     listing = "; ".join(f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.itertuples())
     return _done(figure, f"{title}. {listing}{'' if reference is None else f'; {reference[0]}: {reference[1]:.1f}'}.")

@@ -25,19 +25,7 @@ from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 KINDS = ("arm", "budget", "sweep")
-SECTIONS = (
-    "benchmark",
-    "backbone",
-    "causal",
-    "stage1",
-    "stage2",
-    "stage3",
-    "evaluation",
-    "seeds",
-    "arms",
-    "sweeps",
-    "pairs",
-)
+SECTIONS = tuple("benchmark backbone causal stage1 stage2 stage3 evaluation seeds arms sweeps pairs".split())
 
 
 def path(name: str | Path) -> Path:

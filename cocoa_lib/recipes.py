@@ -71,7 +71,7 @@ class Stage1Recipe(Recipe):
     text_weight: float = 1.0  # 0: patches only, an ablation (ours)
     objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
     mask_token: str = (
-        ""  # "": the tokenizer's own, or an unused one of Qwen's; else of the vocabulary, or added (MoCa: <|mask|>)
+        ""  # "": the tokenizer's own, or an unused one; else one of the vocabulary, or added (MoCa: <|mask|>)
     )
     patch_fill: str = "noise"  # MoCa: one Gaussian vector; or "zero", "learned"
     normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss

@@ -197,7 +197,6 @@ class Watch(TrainerCallback):
                 shutil.rmtree(old)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.began = time.monotonic()
         try:
             self.previous = signal.signal(signal.SIGINT, self._interrupt)
         except ValueError:  # not the main thread: the caller handles Ctrl-C
@@ -341,9 +340,8 @@ def run_stage(
             "notebooks/profiles/accelerate/ddp_1x8.yaml or ddp_4x8.yaml; `python -m cocoa_lib.estimate` says what fits"
         )
     if not (out / META).is_file():
-        with (
-            locked(work, TrainingError) if state.is_main_process else nullcontext()
-        ):  # launched as several, they are one run
+        # Launched as several, they are one run.
+        with locked(work, TrainingError) if state.is_main_process else nullcontext():
             if not (out / META).is_file():  # else another process has finished it a moment ago
                 return _run(run, recipe, parent, parent_meta, data, out, work, state, show_progress)
     _same_run(read_meta(out).get("run", {}), run, out)

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+from mutate import copy_tracked
 
 from cocoa_lib.checkpoint import weights_hash
 
@@ -70,11 +71,8 @@ def main() -> None:
     draw, counts = random.Random(args.seed), {"kills": 0, "equal": 0, "lost": 0}  # noqa: S311 - moments, not secrets
     with tempfile.TemporaryDirectory() as base:
         folder, log = Path(base) / "graph", Path(base) / "log"
-        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout  # noqa: S607
-        for name in filter(None, names.split("\0")):
-            if (ROOT / name).is_file() and not name.startswith("reports/"):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, folder / name)
+        folder.mkdir()
+        copy_tracked(folder)
         begin = time.monotonic()
         if start(folder, log).wait() or len(expected := result(folder)) < 2 + len(TARGETS):
             raise SystemExit(f"the undisturbed graph failed:\n{log.read_text()[-4000:]}")

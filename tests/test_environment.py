@@ -1,6 +1,8 @@
 """pyproject.toml (ranges), requirements.lock (exact versions) and environment.yml (conda) say the same."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -146,3 +148,20 @@ def test_a_disagreeing_conda_environment_is_found(environment, lock, dependency,
 def test_a_conda_environment_without_the_lock_is_found(lock):
     faults = conda_disagreements({"dependencies": ["python=3.11", "pip"]}, lock, PROJECT["requires-python"])
     assert len(faults) == 2
+
+
+def test_a_linked_venv_is_not_emptied(tmp_path):
+    """`venv --clear` would go through the link and empty somebody else's environment."""
+    other, project = tmp_path / "other", tmp_path / "project"
+    (other / "bin").mkdir(parents=True)
+    (other / "precious").write_text("x")
+    project.mkdir()
+    (project / ".venv").symlink_to(other)
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, project)
+    python = tmp_path / "python"  # says it is new enough, clears as venv does, installs nothing
+    python.write_text('#!/bin/sh\n[ "$2" = venv ] && rm -rf .venv/*\nexit 0\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "install", f"PYTHON={python}"], cwd=project, capture_output=True, text=True)
+    assert done.returncode, "there is no pip to install with"
+    assert (other / "precious").exists() and not (project / ".venv").is_symlink()

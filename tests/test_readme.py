@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,21 @@ def test_the_readmes_sentences_are_the_tables():
         found = analysis.contrast(per_query, weights, group=group[0] if group else "overall")
         value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))
         assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", README), weights
+
+
+def test_the_readmes_times_and_its_count_are_the_tables():
+    from cocoa_lib import analysis
+
+    costs = pd.read_csv(ROOT / "reports" / "long" / "costs.csv").groupby("arm")["seconds"].min() / 60
+    spent = f"Reconstruction took {costs['cocoa'] - costs['contrastive']:.1f} minutes, 1,100 contrastive steps {costs['contrastive_longer']:.1f}"
+    assert spent in README
+    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    ends = [("cocoa", "contrastive")] + [
+        (f"cocoa_{end}", f"contrastive_{end}") for end in ("longer", "4k", "2k", "few", "mean")
+    ]
+    vqa = [analysis.contrast(per_query, {full: 1, alone: -1}, group="vqa") for full, alone in ends]
+    assert "VQA is lower on every budget, and in five of six its interval excludes zero" in README
+    assert all(row["difference"] < 0 for row in vqa) and sum(row["high"] < 0 for row in vqa) == 5
 
 
 def test_the_readmes_emoji_table_is_the_reports():

@@ -193,7 +193,11 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_pa
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_workers_change_nothing(home, stage, tmp_path):
-    assert_same_run(home / stage, go(home, stage, tmp_path / "out", tiny(stage, workers=2)))
+    recipe = tiny(stage, workers=2)
+    assert (
+        train.training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0, False).dataloader_num_workers == 2
+    )
+    assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
 
 
 def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
