@@ -52,8 +52,8 @@ def test_the_readmes_times_and_its_count_are_the_tables():
     from cocoa_lib import analysis
 
     costs = pd.read_csv(ROOT / "reports" / "long" / "costs.csv").groupby("arm")["seconds"].min() / 60
-    spent = f"Reconstruction took {costs['cocoa'] - costs['contrastive']:.1f} minutes, 1,100 contrastive steps {costs['contrastive_longer']:.1f}"
-    assert spent in README
+    spent, steps = costs["cocoa"] - costs["contrastive"], costs["contrastive_longer"]
+    assert f"Reconstruction took {spent:.1f} minutes, 1,100 contrastive steps {steps:.1f}" in README
     _, per_query = analysis.gather_results(ROOT / "reports" / "long")
     ends = [("cocoa", "contrastive")] + [
         (f"cocoa_{end}", f"contrastive_{end}") for end in ("longer", "4k", "2k", "few", "mean")
