@@ -26,6 +26,9 @@ from cocoa_lib.backbone import new_backbone
 from cocoa_lib.checkpoint import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
+M_MMAP_THRESHOLD = (
+    -3
+)  # glibc's number for: blocks from this size on are taken from the system, and given back when freed
 RESULTS = Path(__file__).resolve().parent / "results"
 BACKBONE = ROOT / "data" / "backbone"
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
@@ -80,19 +83,19 @@ def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path 
     sys.stdout.flush()
 
 
-def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
+def peak(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True) -> float:
     """Bytes by which resident memory rises at most while `make(*args)()` runs, in a fresh process.
 
     `make` sets up (model, data) and returns the step; it should run a small step first, so that what is allocated once
     and for all does not count. Linux only: the high-water mark is reset through /proc.
+
+    `in_use`: freed tensors go back to the system at once, so that the mark is what was in use at most; otherwise it
+    also holds what glibc, left to itself, keeps of them in pieces.
     """
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = (
-        "65536"  # freed tensors go back to the system, so the mark is what was in use
-    )
     context = multiprocessing.get_context("forkserver")  # imports once, and starts clean of threads
     context.set_forkserver_preload(PRELOAD)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_peak, args=(sender, make, args))
+    process = context.Process(target=_peak, args=(sender, in_use, make, args))
     process.start()
     sender.close()
     try:
@@ -103,8 +106,10 @@ def peak(make: Callable[..., Callable[[], Any]], *args: Any) -> float:
         process.join()
 
 
-def _peak(sender, make: Callable[..., Callable[[], Any]], args: tuple) -> None:
+def _peak(sender, in_use: bool, make: Callable[..., Callable[[], Any]], args: tuple) -> None:
     torch.set_num_threads(1)
+    if in_use:
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4096)
     step = make(*args)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what the setup freed goes back, or the step would use it without being seen

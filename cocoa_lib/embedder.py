@@ -11,6 +11,7 @@ name, so no flag is needed and no code of the folder is run; the model is the sa
 from __future__ import annotations
 
 import itertools
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -26,6 +27,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -33,6 +35,7 @@ from .backbone import hidden_states, open_backbone, pool
 from .checkpoint import META, CheckpointError, load_inputs, read_json, read_meta, save_checkpoint
 from .inputs import FORMATS, PLACEHOLDER, Batch, InputError, Inputs, item_images, load_image
 
+logger = logging.getLogger(__name__)
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
 BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
 
@@ -170,61 +173,98 @@ class CocoaEmbedder:
         truncate_dim: int | None = None,
         precision: str = "float32",
         ranges: np.ndarray | None = None,
+        workers: int = 0,
+        on_bad_item: str = "stop",
     ) -> np.ndarray:
         """Items ({text, image} dicts, strings or pictures; a list, a generator, or one alone) -> (N, H) float32.
 
         Vectors have length 1 and stand in the order given; one item alone gives (H,). Items are taken in windows of
         64 * batch_size and batched by tokens (`token_batches`): memory is that of `batch_size` of the longest items, and
-        little is padded. `truncate_dim` keeps the first dimensions and normalises again. Raises InputError naming the item.
+        little is padded. `truncate_dim` keeps the first dimensions and normalises again. `workers`: processes that read,
+        resize and tokenise ahead of the model; the vectors are the same.
 
         `precision`: sentence-transformers' int8 or uint8, (N, H), and binary or ubinary, (N, H / 8). For int8 and uint8
         `ranges`, (2, H), holds the least and the greatest value of each dimension, e.g. of a sample embedded before.
+
+        `on_bad_item`: "stop" raises InputError naming the item that cannot be used (a damaged or too large picture, say),
+        "skip" warns of each and leaves NaN in its row, which `search` never finds. Raises ValueError for settings that do
+        not go together.
         """
         if precision in ("int8", "uint8") and ranges is None:  # ranges of its own for each window would not compare
             raise ValueError(f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v")
+        if on_bad_item not in ("stop", "skip"):
+            raise ValueError(f"on_bad_item must be 'stop' or 'skip', found {on_bad_item!r}")
+        if on_bad_item == "skip" and precision != "float32":
+            raise ValueError(f"{precision} has no NaN to mark a skipped item with; encode to float32, then reduce")
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
         stream = iter([items] if single else items)
         total = None if single or not hasattr(items, "__len__") else len(items)
         parts, done = [], 0
         with tqdm(total=total, desc="encode", unit="item", disable=not show_progress) as bar:
             for window in _windows(stream, 64 * batch_size):
-                vectors = self._encode_window([as_item(item) for item in window], done, batch_size, bar)
+                batches = _Batches([as_item(item) for item in window], self.module.inputs, batch_size)
+                vectors = self._encode_window(batches, done, workers, on_bad_item, bar)
                 parts.append(_smaller(vectors, truncate_dim, precision, ranges))
                 done += len(window)
         empty = np.zeros((0, self.module.get_embedding_dimension()), np.float32)
         vectors = np.concatenate(parts) if parts else _smaller(empty, truncate_dim, precision, ranges)
         return vectors[0] if single else vectors
 
-    def _encode_window(self, items: list[dict[str, Any]], start: int, batch_size: int, bar) -> np.ndarray:
-        vectors = np.empty((len(items), self.module.get_embedding_dimension()), dtype=np.float32)
-        for chosen in token_batches(*self._lengths(items), batch_size):
-            try:
-                vectors[chosen] = self._encode_batch([items[i] for i in chosen])
-            except InputError:  # a batch knows its own rows only: find the item by its place among the user's
-                self._check_each(items, sorted(chosen.tolist()), start)
-                raise
-            bar.update(len(chosen))
+    def _encode_window(self, batches: _Batches, start: int, workers: int, on_bad_item: str, bar: tqdm) -> np.ndarray:
+        vectors = np.full((len(batches.items), self.module.get_embedding_dimension()), np.nan, dtype=np.float32)
+        generator = torch.Generator()  # its own, or the loader would draw a number from the caller's
+        workers = min(workers, len(batches))
+        for chosen, batch, bad in DataLoader(batches, batch_size=None, num_workers=workers, generator=generator):
+            for i, fault in bad:
+                if on_bad_item == "stop":
+                    error = InputError(f"item {start + i}: {fault}")
+                    error.item = start + i
+                    raise error
+                logger.warning("item %d is left out: %s", start + i, fault)
+            if batch is not None:
+                vectors[chosen] = self._encode_batch(batch)
+            bar.update(len(chosen) + len(bad))
         return vectors
 
-    def _check_each(self, items: list[dict[str, Any]], chosen: list[int], start: int) -> None:
-        for i in chosen:
-            try:
-                self.module.inputs.collate([items[i]])
-            except InputError as error:
-                named = InputError(f"item {start + i}: {str(error).removeprefix('item 0 of the batch: ')}")
-                named.item = start + i
-                raise named from None
-
     @torch.inference_mode()
-    def _encode_batch(self, items: list[dict[str, Any]]) -> np.ndarray:
+    def _encode_batch(self, batch: Batch) -> np.ndarray:
         device = next(self.module.parameters()).device
-        batch = {name: value.to(device) for name, value in self.module.inputs.collate(items).items()}
-        return self.module(batch)["sentence_embedding"].cpu().numpy()
+        features = {name: value.to(device) for name, value in batch.items()}
+        return self.module(features)["sentence_embedding"].cpu().numpy()
+
+
+class _Batches(Dataset):
+    """A window of items, cut into batches by tokens: (places, batch or None, [(place, what is wrong)]) each."""
+
+    def __init__(self, items: list[dict[str, Any]], inputs: Inputs, batch_size: int) -> None:
+        self.items, self.inputs = items, inputs
+        self.chosen = list(token_batches(*self._lengths(items), batch_size))
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, k: int) -> tuple[np.ndarray, Batch | None, list[tuple[int, str]]]:
+        chosen, bad = self.chosen[k], []
+        try:
+            return chosen, self.inputs.collate([self.items[i] for i in chosen]), bad
+        except InputError:  # a batch knows its own rows only: find each item by its place among the user's
+            bad = [(i, fault) for i in sorted(chosen.tolist()) if (fault := self._fault(self.items[i]))]
+            if not bad:
+                raise
+        good = np.array([i for i in chosen if i not in dict(bad)], dtype=int)
+        return good, self.inputs.collate([self.items[i] for i in good]) if len(good) else None, bad
+
+    def _fault(self, item: dict[str, Any]) -> str:
+        try:
+            self.inputs.collate([item])
+        except InputError as error:
+            return str(error).removeprefix("item 0 of the batch: ")
+        return ""
 
     def _lengths(self, items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read;
         one that cannot be used counts nothing here, and is named when its batch is made."""
-        inputs = self.module.inputs
+        inputs = self.inputs
         texts = [str(item.get("text") or "").encode(errors="replace").decode() for item in items]  # bad ones fail later
         texts = [PLACEHOLDER.sub("", text) for text in texts]
         ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
@@ -233,7 +273,7 @@ class CocoaEmbedder:
         return np.minimum(np.array([len(row) for row in ids]) + cells + marks, inputs.max_length), cells
 
     def _cells(self, image: Any) -> int:
-        processor = self.module.inputs.image_processor
+        processor = self.inputs.image_processor
         try:
             with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
                 width, height = opened.size

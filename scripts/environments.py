@@ -1,7 +1,7 @@
 """The tests on the lowest and on the newest versions that pyproject.toml admits, each in a new virtual environment.
 
     python scripts/environments.py lowest [--python python3.11] [--folder /tmp/envs] [--torch 2.13.0+cpu] [--dry-run]
-    python scripts/environments.py newest --tests tests/test_train.py
+    python scripts/environments.py newest --python python3.12 --with torchvision --tests tests/test_inputs.py
 
 "lowest" takes the last patch of the lowest minor version of each range (torch>=2.11 becomes torch==2.11.*), "newest" the
 ranges as they stand; what these depend on is pip's choice. `--torch` names one build for both, such as a CPU one that a
@@ -73,10 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where the environment is made (default: a temporary folder)")
     parser.add_argument("--torch", help="exact version of torch, instead of the range's")
+    parser.add_argument("--with", nargs="+", default=[], dest="extra", help="packages to install beside them, e.g. torchvision")
     parser.add_argument("--tests", nargs="+", default=["tests"])
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)
-    wanted = pins(args.which, args.torch)
+    wanted = pins(args.which, args.torch) + args.extra
     if args.dry_run:
         print("\n".join(resolve(args.python, wanted)))
         return 0

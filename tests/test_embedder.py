@@ -122,6 +122,39 @@ def test_a_bad_item_is_named_by_its_place_and_its_file(embedder, picture, tmp_pa
             embedder.encode([*many[:at], bad, *many[at + 1 :]], batch_size=1)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bad_items_are_skipped_with_a_word_and_stop_no_other(embedder, picture, tmp_path, caplog):
+    torn, huge = tmp_path / "torn.png", tmp_path / "huge.png"
+    torn.write_bytes(b"\x89PNG\r\n")
+    Image.new("1", (10_000, 10_000)).save(huge)
+    some = items(picture, 20)
+    whole = embedder.encode(some, batch_size=8)
+    some[3], some[11], some[12] = {"text": "a", "image": torn}, {"text": "", "image": str(huge)}, {"text": ""}
+    vectors = embedder.encode(some, batch_size=8, on_bad_item="skip")
+    bad = np.isin(np.arange(20), [3, 11, 12])
+    assert np.isnan(vectors[bad]).all() and np.allclose(vectors[~bad], whole[~bad], atol=1e-5)
+    said = sorted(record.getMessage().split(": ")[:2] for record in caplog.records)
+    assert [line[0] for line in said] == [f"item {i} is left out" for i in (11, 12, 3)] and said[2][1] == str(torn)
+    scores, rows = search(vectors[0], vectors, k=20)
+    assert set(rows[0]) == {-1, *np.flatnonzero(~bad)} and scores[0, 0] == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="no NaN to mark"):
+        embedder.encode(some, on_bad_item="skip", precision="binary")
+    with pytest.raises(ValueError, match="'stop' or 'skip'"):
+        embedder.encode(some, on_bad_item="ignore")
+
+
+def test_workers_change_no_vector_and_no_random_state(embedder, picture, tmp_path):
+    some = items(picture, 20)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert np.array_equal(embedder.encode(some, batch_size=4, workers=2), embedder.encode(some, batch_size=4))
+    assert torch.equal(torch.get_rng_state(), before)
+    some[7] = {"text": "", "image": tmp_path / "missing.png"}
+    with pytest.raises(InputError, match=r"item 7: .*missing.png: no such image file") as error:
+        embedder.encode(some, batch_size=4, workers=2)
+    assert error.value.item == 7
+
+
 def test_a_megabyte_of_text_is_cut_and_embedded(embedder):
     small, large = "a cat and a dog, " * 1000, "a cat and a dog, " * 62_000
     assert len(large) > 1_000_000

@@ -237,7 +237,7 @@ def test_locale_c_offline_and_from_another_folder(home, tmp_path):
     """`LC_ALL=C` without Python's UTF-8 mode: files are read and written as UTF-8 all the same."""
     out = go(home, tmp_path / "out")
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # fmt: skip
+                   "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", IN_C, str(out)], cwd=tmp_path, env=environment, capture_output=True,
                           text=True, timeout=120, check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

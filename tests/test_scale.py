@@ -16,9 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from cocoa_lib import corpus, train, world
@@ -92,6 +94,9 @@ def steps_of(run):
     return steps
 
 
+RESUMES = Version(transformers.__version__) >= Version("5.20")  # before, it asks torch for a device cpu:0
+
+
 # --- two processes ------------------------------------------------------------------------------------------------------
 
 
@@ -127,7 +132,7 @@ def together(work, home, out):
 def all_of_it(rank, home, out):
     for stage in STAGES:
         go(home, stage, out / stage)
-    for stage in ("stage2", "stage3"):  # one process had begun these
+    for stage in ("stage2", "stage3") if RESUMES else ():  # one process had begun these
         assert steps_of(lambda stage=stage: go(home, stage, out / f"grown-{stage}")) == [3, 4, 5]
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, 4, RuntimeError("stopped"))
@@ -157,6 +162,8 @@ def test_every_stage_on_two_processes_is_the_stage_on_one(home, two, stage):
 @pytest.mark.parametrize("stage", ["stage2", "stage3"])
 def test_a_run_goes_on_with_another_number_of_processes(home, two, stage):
     """1 -> 2 and 2 -> 1, from the checkpoint of step 2 on: same rows, same corruption, same losses."""
+    if not RESUMES:
+        pytest.skip("transformers before 5.20 cannot resume on two CPU processes")
     assert_close(home, stage, two / f"grown-{stage}")
     saved = two / f".shrunk-{stage}.work" / "checkpoint-2"
     assert (saved / "rng_state_1.pth").is_file(), "two processes wrote it"
