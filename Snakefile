@@ -49,13 +49,19 @@ def stage_dir(stage, arm, seed):
     return f"{RUN}/seed{seed}/{stage}/{ARMS[arm].key(stage)}"
 
 
+def backbone_dir(arm):
+    """Where an arm's causal checkpoint lies: the committed one, or one of another shape that this run trains."""
+    changes = ARMS[arm].backbone
+    return f"{RUN}/backbones/" + "_".join(f"{name}{value}" for name, value in sorted(changes.items())) if changes else BACKBONE
+
+
 def parent_dir(stage, arm, seed):
     """The checkpoint a stage starts from: the last stage before it that the arm has."""
     order = ["stage1", "stage2", "stage3"]
     for before in reversed(order[: order.index(stage)]):
         if getattr(ARMS[arm], before) is not None:
             return stage_dir(before, arm, seed)
-    return BACKBONE
+    return backbone_dir(arm)
 
 
 def done(folder):
@@ -85,6 +91,8 @@ wildcard_constraints:
     key=r"\w+",
 
 
+SHAPES = {Path(backbone_dir(arm)).name: P["backbone"] | ARMS[arm].backbone for arm in ARMS if ARMS[arm].backbone}
+
 ruleorder: pretraining > stage
 ruleorder: contrastive > stage
 
@@ -108,6 +116,21 @@ rule backbone:
         + NOTEBOOK.replace("{output.notebook}", "{RUN}/notebooks/00_backbone.ipynb").replace("{params.name}", "00_data_and_backbone")
         + " --set data={RUN}/benchmark backbone_folder={params.out} retrain=true"
         " && rm -rf {BACKBONE} && cp -r {params.out} {BACKBONE} && touch {output}"
+
+
+rule shape:
+    """Notebook 00 trains a backbone of another shape for the arms that name one."""
+    input:
+        data=f"{DATA}.done",
+    output:
+        done=touch(f"{RUN}/backbones/{{shape}}.done"),
+        notebook=f"{RUN}/backbones/{{shape}}.ipynb",
+    params:
+        name="00_data_and_backbone",
+        out=f"{RUN}/backbones/{{shape}}",
+        backbone=lambda w: shlex.quote("backbone=" + json.dumps(SHAPES[w.shape])),
+    shell:
+        NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone}"
 
 
 rule benchmark:

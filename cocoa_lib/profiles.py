@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 KINDS = ("arm", "budget", "sweep")
+SHAPE = tuple("hidden_size layers heads vision_dim vision_layers patch_size vocab_size image_pixels".split())
 SECTIONS = tuple("benchmark backbone causal stage1 stage2 stage3 evaluation seeds arms sweeps pairs".split())
 
 
@@ -118,7 +119,8 @@ class Arm:
     """One row of the ablation: which stages run and what differs from the profile's recipe. None: stage left out.
 
     kind: "arm" is compared with contrastive learning alone; "budget" has contrastive learning of its own, to be compared with
-    contrastive learning alone on the same; "sweep" changes one value of the full method.
+    contrastive learning alone on the same; "sweep" changes one value of the full method. backbone: what differs from
+    the profile's backbone; the graph then trains that one, instead of taking the committed one.
     """
 
     name: str
@@ -127,13 +129,16 @@ class Arm:
     stage3: dict[str, Any]
     hypothesis: str
     kind: str = "arm"
+    backbone: dict[str, Any] = field(default_factory=dict)
 
     def key(self, stage: str) -> str:
         """A name shared by arms whose run up to this stage is the same, so that it is trained once."""
         parts = [self.stage1, self.stage2, self.stage3][: ("stage1", "stage2", "stage3").index(stage) + 1]
         if stage == "stage3":
             return self.name
-        if all(part in (None, {}) for part in parts):
+        if self.backbone:
+            parts = [self.backbone, *parts]
+        elif all(part in (None, {}) for part in parts):
             return (
                 "base"
                 if all(part == {} for part in parts)
@@ -167,7 +172,18 @@ def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
                 make_recipe(stage, stages[stage])
             except (ValueError, KeyError, RecursionError) as error:
                 raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
-        arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "", kind=row.get("kind") or "arm")
+        try:
+            backbone = json.loads(row.get("backbone") or "{}")
+            if not isinstance(backbone, dict):
+                raise RecipeError(f"expected an object, found {backbone!r:.40}")
+            if unknown := [name for name in backbone if name not in SHAPE]:
+                raise unknown_name(unknown[0], list(SHAPE), "backbone")
+            if not all(type(value) is int and value > 0 for value in backbone.values()):
+                raise RecipeError(f"expected whole numbers above 0, found {backbone}")
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"{path}, line {number}, column backbone: {error}") from error
+        kind = row.get("kind") or "arm"
+        arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "", kind=kind, backbone=backbone)
         if arms[row["arm"]].kind not in KINDS:
             raise RecipeError(
                 f"{path}, line {number}, column kind: expected {', '.join(KINDS)}, found {row['kind']!r:.40}"

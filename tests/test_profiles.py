@@ -96,6 +96,8 @@ def test_arms_share_what_is_the_same():
     )
     assert arms["stage2_only"].key("stage2") != "base", "stage 2 from the backbone is not stage 2 from stage 1"
     assert len({arm.key("stage3") for arm in arms.values()}) == len(arms)
+    for stage in ("stage1", "stage2"):
+        assert arms["cocoa_half"].key(stage) != "base", "a stage from another backbone is another"
 
 
 def test_a_bad_arm_names_its_line_and_column(tmp_path):
@@ -115,6 +117,18 @@ def test_a_bad_arm_names_its_line_and_column(tmp_path):
         (
             b"arm,kind,stage1,stage2,stage3,hypothesis\nx,odd,-,-,{},\n",
             "line 2, column kind: expected arm, budget, sweep",
+        ),
+        (
+            b'arm,backbone,stage1,stage2,stage3,hypothesis\nx,"{""hiden_size"": 8}",-,-,{},\n',
+            "line 2, column backbone: .*hiden_size.*did you mean 'hidden_size'",
+        ),
+        (
+            b'arm,backbone,stage1,stage2,stage3,hypothesis\nx,"{""layers"": 0}",-,-,{},\n',
+            "line 2, column backbone: expected whole numbers above 0",
+        ),
+        (
+            b"arm,backbone,stage1,stage2,stage3,hypothesis\nx,[1],-,-,{},\n",
+            "line 2, column backbone: expected an object",
         ),
         (b"arm,stage1,stage2,stage3,hypothesis\nx,-,-,{},\nx,-,-,{},\n", "line 3, column arm: x stands there twice"),
     ],
