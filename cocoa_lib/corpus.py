@@ -8,6 +8,8 @@ DATA/images/...                          every path in a row is relative to this
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,16 @@ def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
     for row in questions(data, split):
         asked.setdefault(row["image"], []).append((row["text"], row["target"]))
     return rows + [{"image": image, "turns": turns} for image, turns in asked.items()]
+
+
+def check_images(paths: Iterable[str | None]) -> None:
+    """Raises InputError if picture files are missing or empty: before training starts, not at step 40,000."""
+    wanted = sorted({path for path in paths if path})
+    if lost := [path for path in wanted if not (os.path.isfile(path) and os.path.getsize(path))]:
+        raise InputError(
+            f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or empty, e.g. "
+            f"{', '.join(lost[:3])}; unpack the archive they belong to, or leave their rows out"
+        )
 
 
 def subsets(data: Path) -> list[str]:

@@ -473,6 +473,7 @@ def _reconstruction_trainer(
     module, inputs, rows, sizes, collate: Callable, recipe, work, seed, show_progress
 ) -> Trainer:
     plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed)
+    corpus.check_images(rows[i]["image"] for i in set(plan.tolist()))
     return ReconstructionTrainer(
         model=module,
         args=training_arguments(TrainingArguments, recipe, work, seed, show_progress),
@@ -534,6 +535,8 @@ def _stage3(
             f"{data}: {len(rows)} training pairs are fewer than one batch of {recipe.batch_size}; lower batch_size or add pairs"
         )
     plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed, block=recipe.same_task_block)
+    chosen = rows.select(sorted(set(plan.tolist())))
+    corpus.check_images(item["image"] for column in chosen.column_names for item in chosen[column])
     embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)])
     return ContrastiveTrainer(
         model=embedder,

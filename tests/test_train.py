@@ -35,6 +35,7 @@ from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch
 from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
+from cocoa_lib.inputs import InputError
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
 from cocoa_lib.recipes import RECIPES, make_recipe
 from cocoa_lib.train import TrainingError, last_whole_checkpoint, main, run_stage
@@ -189,6 +190,20 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_pa
     seen.clear()
     go(home, "stage2", tmp_path / "stage2", parent=tmp_path / "stage1")
     assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path):
+    shutil.copytree(home / "world", tmp_path / "world")
+    pictures = sorted(path for path in (tmp_path / "world" / "images").rglob("*.png"))
+    for path in pictures[::2]:
+        path.unlink()
+    pictures[1].write_bytes(b"")
+    with pytest.raises(
+        InputError, match=r"\d+ of the \d+ picture files that this run needs are missing or empty, e.g. .*png"
+    ):
+        go(home, stage, tmp_path / "out", data=tmp_path / "world")
+    assert not list(tmp_path.glob(".out.work/checkpoint-*")) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
