@@ -238,7 +238,7 @@ class _Batches(Dataset):
 
     def __init__(self, items: list[dict[str, Any]], inputs: Inputs, batch_size: int) -> None:
         self.items, self.inputs = items, inputs
-        self.chosen = list(token_batches(*self._lengths(items), batch_size))
+        self.chosen = list(token_batches(*item_lengths(items, inputs), batch_size))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -261,25 +261,25 @@ class _Batches(Dataset):
             return str(error).removeprefix("item 0 of the batch: ")
         return ""
 
-    def _lengths(self, items: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read;
-        one that cannot be used counts nothing here, and is named when its batch is made."""
-        inputs = self.inputs
-        texts = [str(item.get("text") or "").encode(errors="replace").decode() for item in items]  # bad ones fail later
-        texts = [PLACEHOLDER.sub("", text) for text in texts]
-        ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        cells = np.array([sum(map(self._cells, item_images(item))) for item in items])
-        marks = np.array([2 * len(item_images(item)) + 1 for item in items])  # round each picture, and EOS
-        return np.minimum(np.array([len(row) for row in ids]) + cells + marks, inputs.max_length), cells
 
-    def _cells(self, image: Any) -> int:
-        processor = self.inputs.image_processor
-        try:
-            with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
-                width, height = opened.size
-            return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            return 0
+def item_lengths(items: Sequence[dict[str, Any]], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read; one
+    that cannot be used counts nothing here, and is named when its batch is made."""
+    texts = [str(item.get("text") or "").encode(errors="replace").decode() for item in items]  # bad ones fail later
+    texts = [PLACEHOLDER.sub("", text) for text in texts]
+    ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    cells = np.array([sum(_cells(image, inputs.image_processor) for image in item_images(item)) for item in items])
+    marks = np.array([2 * len(item_images(item)) + 1 for item in items])  # round each picture, and EOS
+    return np.minimum(np.array([len(row) for row in ids]) + cells + marks, inputs.max_length), cells
+
+
+def _cells(image: Any, processor: Any) -> int:
+    try:
+        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
+            width, height = opened.size
+        return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return 0
 
 
 def token_batches(lengths: np.ndarray, cells: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

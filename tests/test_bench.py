@@ -85,12 +85,11 @@ def test_batches_by_tokens_hold_every_item_once_and_no_more_than_plain_ones_of_t
 
 
 def test_encode_knows_an_items_length_before_it_makes_the_batch(small, picture):
-    from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
+    from cocoa_lib.embedder import item_lengths
 
-    embedder = CocoaEmbedder(EosEmbedding(*small))
     items = [{"text": "a large red circle"}, {"text": "<|image_1|> what is it", "image": picture(200, 40)},
              {"text": "", "image": [picture(16, 16), picture(64, 32)]}]  # fmt: skip
-    lengths, cells = embedder._lengths(items)
+    lengths, cells = item_lengths(items, small[1])
     batch = small[1].collate(items)
     assert lengths.tolist() == batch["attention_mask"].sum(1).tolist()
     assert cells.tolist() == batch["mm_token_type_ids"].sum(1).tolist()
