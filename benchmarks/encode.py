@@ -68,7 +68,7 @@ def padding() -> list[dict]:
 def mmeb_like(n: int, n_pictures: int) -> tuple[CocoaEmbedder, list[dict]]:
     """Pictures of 300 tokens among texts of 20 words, in random order, and a random model that splits its work between
     vision tower and language model as Qwen2-VL-2B does on 600 tokens: 1 to 0.57, and 0.4 in the tower's attention."""
-    model, inputs = small_model(hidden_size=416, layers=2, vision_dim=448, vision_layers=1, image_pixels=320 * 240)
+    model, inputs = small_model(hidden_size=384, layers=2, vision_dim=448, vision_layers=1, image_pixels=320 * 240)
     rng = np.random.default_rng(0)
     rows: list[dict] = [{"text": " ".join(rng.choice(WORDS, 20)), "image": None} for _ in range(n - n_pictures)]
     noise = rng.integers(0, 255, (n_pictures, 240, 320, 3), dtype=np.uint8)
