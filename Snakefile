@@ -34,6 +34,7 @@ MAIN, SEED = "cocoa", SEEDS[0]
 DATA = f"{RUN}/benchmark"
 BACKBONE = "data/backbone"
 PYTHON = shlex.quote(sys.executable)
+PAIRS_PARAMETER = f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else ""  # of notebook 00
 NOTEBOOK = f"{PYTHON} -m cocoa_lib.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
 
 if workflow.is_main_process and not workflow.dryrun:
@@ -130,7 +131,7 @@ rule shape:
         out=f"{RUN}/backbones/{{shape}}",
         backbone=lambda w: shlex.quote("backbone=" + json.dumps(SHAPES[w.shape])),
     shell:
-        NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone}"
+        NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone} {PAIRS_PARAMETER}"
 
 
 rule benchmark:
@@ -144,10 +145,9 @@ rule benchmark:
         notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
     params:
         name="00_data_and_backbone",
-        pairs=f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else "",
     threads: workflow.cores
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {params.pairs}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {PAIRS_PARAMETER}"
 
 
 rule masks:

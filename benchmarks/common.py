@@ -26,9 +26,8 @@ from cocoa_lib.backbone import new_backbone
 from cocoa_lib.checkpoint import provenance
 
 ROOT = Path(__file__).resolve().parent.parent
-M_MMAP_THRESHOLD = (
-    -3
-)  # glibc's number for: blocks from this size on are taken from the system, and given back when freed
+# glibc's number of the option: blocks from this size on are taken from the system, and given back when freed.
+M_MMAP_THRESHOLD = -3
 RESULTS = Path(__file__).resolve().parent / "results"
 BACKBONE = ROOT / "data" / "backbone"
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]

@@ -143,12 +143,14 @@ def test_bad_items_are_skipped_with_a_word_and_stop_no_other(embedder, picture, 
         embedder.encode(some, on_bad_item="ignore")
 
 
-def test_workers_change_no_vector_and_no_random_state(embedder, picture, tmp_path):
-    some = items(picture, 20)
+def test_workers_change_no_vector_and_no_random_state(embedder, picture, tmp_path, monkeypatch):
+    some, used = items(picture, 20), []
+    loader = library.DataLoader
+    monkeypatch.setattr(library, "DataLoader", lambda *a, **k: used.append(k["num_workers"]) or loader(*a, **k))
     torch.manual_seed(0)
     before = torch.get_rng_state()
     assert np.array_equal(embedder.encode(some, batch_size=4, workers=2), embedder.encode(some, batch_size=4))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), before) and used == [2, 0]
     some[7] = {"text": "", "image": tmp_path / "missing.png"}
     with pytest.raises(InputError, match=r"item 7: .*missing.png: no such image file") as error:
         embedder.encode(some, batch_size=4, workers=2)

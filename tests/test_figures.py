@@ -82,6 +82,11 @@ def shrunk(figure) -> Image.Image:
     return Image.open(file).convert("RGB").reduce(8)
 
 
+def test_the_locked_matplotlib_drew_the_baselines():
+    lock = (Path(__file__).parent.parent / "requirements.lock").read_text(encoding="utf-8")
+    assert f"\nmatplotlib=={DRAWN_BY}." in lock, "else every comparison below is skipped"
+
+
 @every_figure
 def test_it_looks_as_it_did(name):
     if matplotlib.__version__.split(".")[:2] != DRAWN_BY.split("."):

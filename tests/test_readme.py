@@ -56,6 +56,22 @@ def test_the_readmes_sentences_are_the_tables():
         assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", README), weights
 
 
+def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classification():
+    """What README and notebook 05 say in words."""
+    from cocoa_lib import analysis
+
+    results, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    without = "stage2_only stage1_only cocoa_causal mae_only mntp_only no_truncation cocoa_strict cocoa_mean".split()
+    p = analysis.holm(analysis.contrast(per_query, {"cocoa": 1, arm: -1})["p"] for arm in without)
+    assert "Corrected for the eight rows of notebook 05's table, none is certain" in README and min(p) > 0.05
+    means = analysis.arm_scores(results).groupby("arm")[["classification", "grounding"]].mean()
+    alone = means.loc["contrastive"]
+    for arm in (name for name, arm in read_arms().items() if arm.kind == "arm" and arm.stage2 is not None):
+        if arm in means.index:
+            assert means.loc[arm, "classification"] > alone["classification"], arm
+            assert means.loc[arm, "grounding"] < alone["grounding"], arm
+
+
 def test_the_readmes_times_and_its_count_are_the_tables():
     from cocoa_lib import analysis
 

@@ -234,12 +234,33 @@ def cluster_jobs(tmp_path_factory):
     return jobs
 
 
+@pytest.mark.parametrize("pairs", [[], ["pairs=my/pairs.csv"]])
+def test_an_arm_with_a_backbone_of_its_own_starts_from_it(tmp_path, pairs):
+    """A dry run: the graph trains that shape on the same data, and the arm's first stage starts from it; no other arm does."""
+    for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "pairs.csv").touch()
+    run = "runs/gpu-pairs" if pairs else "runs/gpu"
+    wanted = [f"{run}/results/{arm}/seed0/results.csv" for arm in ("cocoa_half", "contrastive_half", "contrastive")]
+    command = ["-m", "snakemake", "-n", "-p", "--cores", "1", "--config", "profile=gpu", *pairs, "--", *wanted]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shape, parent = f"{run}/backbones/heads2_hidden_size64", r"cocoa_lib\.train (stage\d) --parent (\S+) .*?--out (\S+)"
+    starts = {(stage, out.split("/")[-1]): start for stage, start, out in re.findall(parent, done.stdout)}
+    made = [line for line in done.stdout.splitlines() if "retrain=true" in line]
+    assert len(made) == 1 and f"backbone_folder={shape}" in made[0] and '"hidden_size": 64, ' in made[0]
+    assert ("my/pairs.csv" in made[0]) == bool(pairs)
+    assert starts["stage3", "contrastive_half"] == shape and starts["stage3", "contrastive"] == "data/backbone"
+    assert [start for (stage, _), start in starts.items() if stage == "stage1"] == [shape]
+
+
 def test_the_grid_is_one_job_a_step_on_a_cluster(cluster_jobs):
     profile = load_profile("gpu")
     runs = 5 * len(profile["arms"]) + 3 * len(profile["sweeps"])  # sweeps have the first three seeds
     assert len(cluster_jobs["evaluate"]) == runs and len(cluster_jobs["stage"]) > runs
     for rule, jobs in cluster_jobs.items():
-        trains = rule in ("pretraining", "contrastive", "stage", "evaluate", "probe")
+        trains = rule in ("shape", "pretraining", "contrastive", "stage", "evaluate", "probe")
         for job in jobs:
             assert (job["slurm_partition"], job.get("gpu")) == (("gpu", "1") if trains else ("cpu", None)), rule
             assert int(job["mem_mb"]) >= 8000 and 30 <= int(job["runtime"]) <= 1440 and job["slurm_account"], rule

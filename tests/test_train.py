@@ -192,13 +192,20 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_pa
     assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
 
 
+def test_empty_pictures_count_as_missing_and_no_picture_does_not(tmp_path):
+    paths = [str(tmp_path / name) for name in ("empty.png", "gone.png", "there.png")]
+    Path(paths[0]).touch()
+    Path(paths[2]).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"^2 of the 3 picture files .* e.g. {paths[0]}, {paths[1]};"):
+        corpus.check_images([*paths, None, ""])
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path):
     shutil.copytree(home / "world", tmp_path / "world")
     pictures = sorted(path for path in (tmp_path / "world" / "images").rglob("*.png"))
     for path in pictures[::2]:
         path.unlink()
-    pictures[1].write_bytes(b"")
     with pytest.raises(
         InputError, match=r"\d+ of the \d+ picture files that this run needs are missing or empty, e.g. .*png"
     ):
