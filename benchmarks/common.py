@@ -17,13 +17,17 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from cocoa_lib.backbone import new_backbone
 from cocoa_lib.checkpoint import provenance
+
+logging.disable_progress_bar()  # it would stand between the tables
 
 ROOT = Path(__file__).resolve().parent.parent
 # glibc's number of the option: blocks from this size on are taken from the system, and given back when freed.
@@ -80,6 +84,12 @@ def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path 
              f"n={line['n']}  {line['compared']}" for line in records]  # fmt: skip
     sys.stdout.write("\n".join([f"\n{name}", *([note] if note else []), *lines, ""]))
     sys.stdout.flush()
+
+
+def peaks(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True, n: int = 3) -> list[float]:
+    """`peak` of `n` fresh processes, two at a time: memory, unlike time, does not mind a neighbour."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda _: peak(make, *args, in_use=in_use), range(n)))
 
 
 def peak(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True) -> float:

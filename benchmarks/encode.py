@@ -22,7 +22,7 @@ from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding, token_batches
 BATCH = 32
 
 
-def items(folder: Path, n: int = 1500) -> list[dict]:
+def items(folder: Path, n: int = 600) -> list[dict]:
     """A third each of texts, pictures, and pictures with a question, in an order drawn from a seed."""
     world.build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=n // 3)
     captions, questions = corpus.captions(folder), corpus.questions(folder)[: n // 3]
@@ -77,7 +77,7 @@ def mmeb_like(n: int, n_pictures: int) -> tuple[CocoaEmbedder, list[dict]]:
     return CocoaEmbedder(EosEmbedding(model, inputs)), [rows[i] for i in rng.permutation(n)]
 
 
-def photographs(folder: Path, n: int = 32) -> list[dict]:
+def photographs(folder: Path, n: int = 16) -> list[dict]:
     """JPEG files of 3 megapixels, smooth as photographs are."""
     rng = np.random.default_rng(0)
     for i in range(n):
@@ -124,7 +124,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = compare("built-in benchmark", CocoaEmbedder.load(BACKBONE), items(Path(folder) / "world"))
         records += ahead(Path(folder))
-    records += compare("half pictures of 300 tokens, half texts of 20", *mmeb_like(32, 16), batch=16)
+    records += compare("half pictures of 300 tokens, half texts of 20", *mmeb_like(16, 8), batch=8)
     records += compare("a tenth pictures of 300 tokens, else texts of 20", *mmeb_like(80, 8), batch=16)
     save("encode", records + padding(), "equal embeddings (1e-5), then time (n 5); padding is counted")
 

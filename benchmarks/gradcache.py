@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import BACKBONE, WORDS, in_turn, peak, record, save
+from common import BACKBONE, WORDS, in_turn, peaks, record, save
 from PIL import Image
 
 from cocoa_lib.embedder import EosEmbedding, load_module
@@ -74,12 +74,12 @@ def main() -> None:
                       seconds["cached"], seconds["full"]),
                record("GradCache, time, least possible", "full batch and one more forward pass without gradients / full batch",
                       least, seconds["full"])]  # fmt: skip
-    memory = {size: [peak(setup, True, size) for _ in range(3)] for size in SIZES}
-    plain = {size: [peak(setup, False, size) for _ in range(3)] for size in SIZES[:2]}
+    memory = {size: peaks(setup, True, size) for size in SIZES}
+    plain = {size: peaks(setup, False, size) for size in SIZES[:2]}
     for size in SIZES[1:]:
         records.append(record(f"GradCache, memory, batch {size}", f"peak of a step, batch {size} / batch 64; {shape}",
                               memory[size], memory[64]))  # fmt: skip
-    kept = {size: [peak(setup, True, size, in_use=False) for _ in range(3)] for size in (SIZES[0], SIZES[-1])}
+    kept = {size: peaks(setup, True, size, in_use=False) for size in (SIZES[0], SIZES[-1])}
     records.append(record("GradCache, resident memory, batch 1024", "the same with what glibc keeps of freed blocks",
                           kept[1024], kept[64]))  # fmt: skip
     records.append(record("full batch, memory, batch 256", "peak of a step without GradCache, batch 256 / batch 64",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from common import in_turn, peak, record, save
+from common import in_turn, peaks, record, save
 
 from cocoa_lib.mmeb import rank
 
@@ -51,7 +51,7 @@ def main() -> None:
     seconds = in_turn({"naive": lambda: one_by_one(*data), "ours": lambda: rank(*data), "all": setup(TASKS)}, n=5)
     shape = f"{QUERIES} x {CANDIDATES} x {WIDTH}"
     whole = f"all {TASKS} tasks in {np.median(seconds['all']):.0f} s while measured"
-    memory = {tasks: [peak(setup, tasks) for _ in range(3)] for tasks in (1, TASKS)}
+    memory = {tasks: peaks(setup, tasks) for tasks in (1, TASKS)}
     inputs = [float(data[0].nbytes + data[1].nbytes + sum(own.nbytes for own in data[2]))] * 3
     records = [
         record("ranking, time", f"a query at a time / rank, {shape}; {whole}", seconds["naive"], seconds["ours"]),
