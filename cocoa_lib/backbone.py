@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import LongTensor, Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForImageTextToText,
     PreTrainedModel,
@@ -185,13 +186,29 @@ def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = Non
     """
     keys = ("pixel_values", "image_grid_thw")
     images = {key: batch[key] for key in keys if len(batch.get(key, ()))}  # a chunk of GradCache's may have none
-    return model.model(
+    hidden = model.model(
         input_ids=batch["input_ids"],
         attention_mask=attention_input(model, batch, layout),
         position_ids=position_ids(model, batch),
         use_cache=False,
         **images,
     ).last_hidden_state
+    if torch.is_grad_enabled() and needed_elsewhere(bool(images), model):
+        hidden = hidden + 0.0 * sum(values.sum() for values in model.model.visual.parameters() if values.requires_grad)
+    return hidden
+
+
+def needed_elsewhere(here: bool, model: PreTrainedModel) -> bool:
+    """Under FSDP: is something that is done `here` or not (the vision tower, the patch decoder) done by another process only?
+
+    Then it must get a gradient, of zeros, here as well: processes that share the weights exchange the gradients of the same
+    ones, or they wait for each other for ever. Every process must ask. False without FSDP.
+    """
+    if not (model.training and isinstance(language_model(model).layers[0], FSDPModule)):
+        return False
+    anywhere = torch.tensor(int(here), device=model.device)
+    torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+    return bool(anywhere) and not here
 
 
 def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:

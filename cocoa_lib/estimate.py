@@ -126,7 +126,8 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     tokens and N patches; H, I, E, F are the hidden and MLP widths of text and vision; w is 2 bytes under bf16, else 4.
     weights 4 P, gradients 4 T, optimiser 8 T (float32; bf16 is autocast); sharded: over the number of devices.
     copies: under bf16 the casts, 2 T + 2 (P - T), the second part twice under DoRA and of one layer only under gradient
-    checkpointing; DDP's buckets, 4 T; or two layers that FSDP has gathered.
+    checkpointing; and DDP's buckets, 4 T. Sharded instead what is whole at a time, weights and gradients in w: two layers of the
+    language model, and all that is not in its layers.
     activations of a layer: w x width for each matrix's input; for norms, attention and MLP L (16 H + w (4 H + 3 I)), N (16 E +
     w (4 E + 2 F, gated 3 F)); for each adapted matrix with dropout 5 x in (DoRA: and 2 w x out) a row. With gradient
     checkpointing: the input of each layer and one whole layer. Times batch_size / devices; stage 3: mini_batch_size.
@@ -157,10 +158,15 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
         * (1 + (recipe.lora_r > 0 and recipe.dora and recipe.lora_dropout > 0))
         / (layers if saving else 1)
     )
+    inner = sum(p.numel() for p in language_model(module.model).layers.parameters())
+    whole = total - inner * max(0.0, 1 - 2 / words.num_hidden_layers)
+    copies = bf16 * (2 * trained + frozen) + 4 * trained * (devices > 1)
+    if sharded:
+        copies = (2 if bf16 else 4) * whole * (1 + trained / total)
     local = recipe.batch_size / devices
     needs = {
         "weights": 4 * total / parts, "gradients": 4 * trained / parts, "optimiser": 8 * trained / parts,
-        "copies": bf16 * (2 * trained + frozen) + (8 * total / layers if sharded else 4 * trained * (devices > 1)),
+        "copies": copies,
         "activations": (min(local, recipe.mini_batch_size) if pairs else local) * (worst.checkpointed if saving else worst.saved),
         "logits": local * masked * words.vocab_size * ((2 if bf16 else 4) + 12),
         "inputs": items / devices * 12 * vision.temporal_patch_size * largest,
@@ -174,7 +180,8 @@ def remedies(stage: str, recipe: Recipe, devices: int) -> list[tuple[str, Recipe
     changes: list[tuple[str, dict, dict]] = [("gradient_checkpointing: true", {"gradient_checkpointing": True}, {})]
     if stage == "stage3":
         changes.append(("mini_batch_size: 1", {"mini_batch_size": 1}, {}))
-    changes += [("lora_r: 8", {"lora_r": recipe.lora_r or 8}, {}), ("FSDP (`train` refuses it so far)", {}, {"sharded": True}),
+    changes += [("lora_r: 8", {"lora_r": recipe.lora_r or 8}, {}),
+                ("FSDP (notebooks/profiles/accelerate/fsdp_1x8.yaml)", {}, {"sharded": True}),
                 (f"{4 * devices} devices, or a smaller batch_size or pictures", {}, {"devices": 4 * devices})]  # fmt: skip
     return [(words, replace(recipe, **values), more) for words, values, more in changes]
 

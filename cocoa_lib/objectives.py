@@ -19,7 +19,7 @@ from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
 from .attention import additive, dense_mask
-from .backbone import hidden_states, language_model, position_ids
+from .backbone import hidden_states, language_model, needed_elsewhere, position_ids
 from .checkpoint import DECODER
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
@@ -148,7 +148,13 @@ class Reconstruction(nn.Module):
         hidden = hidden_states(self.model, visible, self.layout)
         zero = hidden.sum() * 0.0  # a loss with a gradient also where a batch has no text or no image
         text = self.text_loss(hidden, self.model.lm_head, labels) if (labels != IGNORE).any() else zero
+        elsewhere = self.decoder is not None and needed_elsewhere(
+            hide, self.model
+        )  # asked before anyone runs the decoder
         image = self.image_loss(hidden, batch) if hide else zero
+        if elsewhere:
+            image = 0.0 * self.decoder(hidden, self.model, batch, self.layout).sum()
+            image = image if self.fill is None else image + 0.0 * self.fill.sum()
         if self.training:
             cells = batch["hidden_cells"].sum() if hide else labels.new_zeros(())
             text_share, image_share = share_of_mean(torch.stack([(labels != IGNORE).sum(), cells]))

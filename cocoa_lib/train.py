@@ -10,9 +10,9 @@ only when the stage is done.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
-import os
 import shutil
 import signal
 import time
@@ -25,16 +25,27 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
-from .backbone import add_adapter, merge_adapter, new_backbone, open_backbone, set_mask_token
+from .backbone import add_adapter, language_model, merge_adapter, new_backbone, open_backbone, set_mask_token
 from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
 from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_json, read_meta, save_checkpoint, write_json
 from .embedder import EosEmbedding
@@ -68,14 +79,27 @@ class PlainTrainer:
     def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **kwargs):
         return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+    def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_model(model or self.model, str(Path(resume_from_checkpoint) / "model.safetensors"))
+        folder = Path(resume_from_checkpoint)
+        sharded = (folder / f"{FSDP_MODEL_NAME}_0").is_dir()
+        if sharded != self.is_fsdp_enabled:
+            raise TrainingError(
+                f"{folder} was written by a run that was {'' if sharded else 'not '}sharded (FSDP); go on with a launch file "
+                f"of the same kind, or delete {folder.parent}"
+            )
+        if sharded:
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)  # sentence-transformers' knows no shards
+        else:
+            load_model(model or self.model, str(folder / "model.safetensors"))
 
     def checked(self, loss: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(loss):
@@ -85,7 +109,8 @@ class PlainTrainer:
     def check_weights(self) -> None:
         """Before anything is saved: a gradient that is not finite spoils the weights one step before the loss shows it."""
         model = self.accelerator.unwrap_model(self.model)
-        if bad := [name for name, values in model.named_parameters() if not torch.isfinite(values).all()]:
+        whole = lambda values: values.full_tensor() if isinstance(values, DTensor) else values  # noqa: E731
+        if bad := [name for name, values in model.named_parameters() if not torch.isfinite(whole(values)).all()]:
             raise self.diverged(f"{len(bad)} weights, the first is {bad[0]}, are not finite", self.state.global_step)
 
     def diverged(self, what: str, step: int) -> TrainingError:
@@ -191,7 +216,8 @@ class Watch(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / SPENT, {"seconds": self.seconds()})
-            hashes = {path.name: file_hash(path) for path in sorted(folder.iterdir()) if path.is_file()}
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
             write_json(folder / COMPLETE, hashes)
             for old in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
@@ -284,6 +310,36 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
     return args
 
 
+def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | None:
+    """Prepare for FSDP (version 2): gathered at a time is a layer of the language model, and with the rest the vision tower,
+    since a batch of texts does not run the tower's layers, and another process would wait for them.
+
+    Returns (module, model, adapter) that stay whole, in the memory of the main process's machine, for the weights of the
+    finished run (`unshard`); None elsewhere. Raises TrainingError where the launch file asks for another kind of sharding.
+    """
+    plugin = trainer.accelerator.state.fsdp_plugin
+    sharded_saves = "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+    if plugin.fsdp_version != 2 or not sharded_saves or plugin.cpu_ram_efficient_loading:
+        raise TrainingError(
+            "sharded training needs fsdp_version: 2, fsdp_state_dict_type: SHARDED_STATE_DICT and "
+            "fsdp_cpu_ram_efficient_loading: false; take notebooks/profiles/accelerate/fsdp_1x8.yaml"
+        )
+    plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
+    whole = copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
+    if (
+        adapter is not None
+    ):  # else the first layer's backward pass differs with and without a picture, and so does the order
+        model.enable_input_require_grads()
+    return whole
+
+
+def unshard(module: torch.nn.Module, whole: tuple | None) -> None:
+    """Every process gives its part of the weights; the main one puts them into what `shard` kept whole."""
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if whole is not None:
+        whole[0].load_state_dict(weights)
+
+
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
     """The parent's `cocoa.json`; a folder or hub name without one counts as a causal checkpoint (a real Qwen2-VL).
 
@@ -334,11 +390,6 @@ def run_stage(
     }
     work = out.parent / f".{out.name}.work"
     state = join_processes()
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        raise TrainingError(
-            "sharded training (FSDP) does not run yet: checkpoints of sharded weights are not written. Use "
-            "notebooks/profiles/accelerate/ddp_1x8.yaml or ddp_4x8.yaml; `python -m cocoa_lib.estimate` says what fits"
-        )
     if not (out / META).is_file():
         # Launched as several, they are one run.
         with locked(work, TrainingError) if state.is_main_process else nullcontext():
@@ -376,6 +427,7 @@ def _run(
             model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora
         )
         run = run | {"lora_modules": matched}
+    whole = shard(trainer, model, adapter) if trainer.is_fsdp_enabled else (trainer.model, model, adapter)
     watch = Watch(checkpoint)
     for default in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
         trainer.remove_callback(default)
@@ -404,10 +456,13 @@ def _run(
         raise KeyboardInterrupt(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     trainer.check_weights()
     seconds = watch.seconds()
+    if trainer.is_fsdp_enabled:
+        unshard(trainer.model, whole)
     if trainer.is_world_process_zero():
+        module, model, adapter = whole
         if adapter is not None:
             model = merge_adapter(adapter)
-        decoder = getattr(trainer.accelerator.unwrap_model(trainer.model), "decoder", None)
+        decoder = getattr(module, "decoder", None)
         _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
     trainer.accelerator.wait_for_everyone()

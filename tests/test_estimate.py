@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_lib import backbone, estimate, world
 from cocoa_lib.attention import A, dense_mask
+from cocoa_lib.backbone import language_model
 from cocoa_lib.estimate import SHAPES, Data, build, item_cost
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import ROOT, load_profile
@@ -165,6 +166,12 @@ def test_what_more_devices_sharding_and_smaller_chunks_change(small):
 
     one, eight, shards = need(), need(devices=8), need(devices=8, sharded=True)
     assert one["weights"] == eight["weights"] == 8 * shards["weights"]
+    module = estimate.build(small["2B"], "stage3", make_recipe("stage3", {}))
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in language_model(module.model).layers]
+    whole = sum(p.numel() for p in module.parameters()) - sum(layers) + 2 * layers[0]
+    assert shards["copies"] == pytest.approx(2 * 2 * whole), (
+        "weights and gradients in bf16 of what is gathered at a time"
+    )
     assert eight["hours"] == pytest.approx(one["hours"] / 8) and eight["flops"] == one["flops"]
     assert eight["activations"] == one["activations"], "GradCache: the chunk decides, not the batch"
     assert need(mini_batch_size=4)["activations"] == one["activations"] / 2
@@ -248,4 +255,7 @@ def test_without_adapter_and_checkpointing_both_are_proposed(small):
     before = estimate.estimate(small["2B"], "stage1", recipe, Data(), 8)["memory"]
     found = {words: estimate.estimate(small["2B"], "stage1", changed, Data(), **{"devices": 8} | more)["memory"]
              for words, changed, more in estimate.remedies("stage1", recipe, 8)}  # fmt: skip
-    assert found["gradient_checkpointing: true"] < before and found["FSDP (`train` refuses it so far)"] < before
+    assert (
+        found["gradient_checkpointing: true"] < before
+        and found["FSDP (notebooks/profiles/accelerate/fsdp_1x8.yaml)"] < before
+    )

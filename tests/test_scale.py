@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import re
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace as Namespace
 
 import numpy as np
 import pandas as pd
@@ -18,14 +20,19 @@ import pytest
 import torch
 import transformers
 import yaml
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.version import Version
 from safetensors.torch import load_file
 
 from cocoa_lib import corpus, train, world
-from cocoa_lib.backbone import new_backbone
+from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.checkpoint import save_checkpoint
+from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.train import TrainingError, run_stage
@@ -52,8 +59,8 @@ def home(tmp_path_factory):
     return folder
 
 
-def go(home, stage, out):
-    values = TINY | ({"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {})
+def go(home, stage, out, **more):
+    values = TINY | ({"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {}) | more
     return run_stage(stage, make_recipe(stage, values), parent=home / "init", data=home / "world", out=out,
                      allow_parent=True, show_progress=False)  # fmt: skip
 
@@ -100,9 +107,9 @@ RESUMES = Version(transformers.__version__) >= Version("5.20")  # before, it ask
 # --- two processes ------------------------------------------------------------------------------------------------------
 
 
-def member(rank, port, work, home, out):
-    """One of two processes; what it raises is its last word in OUT/error-RANK."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+def member(rank, port, n, work, home, out):
+    """One of `n` processes; what it raises is its last word in OUT/error-RANK."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     torch.set_num_threads(1)
     try:
@@ -112,14 +119,14 @@ def member(rank, port, work, home, out):
         raise
 
 
-def together(work, home, out):
-    """Run `work` in two gloo processes of one run; exit codes in order of rank."""
+def together(work, home, out, n=2):
+    """Run `work` in `n` gloo processes of one run; exit codes in order of rank."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cocoa_lib.train"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [context.Process(target=member, args=(rank, port, work, home, out)) for rank in (0, 1)]
+    children = [context.Process(target=member, args=(rank, port, n, work, home, out)) for rank in range(n)]
     for child in children:
         child.start()
     for child in children:
@@ -188,11 +195,134 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
 
 
+# --- sharded weights ----------------------------------------------------------------------------------------------------
+
+
+def launch_environment(name):
+    """What `accelerate launch` tells its processes of the sharding in a launch file."""
+    parser = launch_command_parser()
+    arguments = ["--config_file", str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"), "-m", "cocoa_lib.train"]
+    environment = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
+    return {key: value for key, value in environment.items() if "FSDP" in key}
+
+
+def shard_on_cpu(patch, **changes):
+    """FSDP as the launch file asks for it. Accelerate turns it on where there are GPUs only; nothing below it minds a CPU."""
+    for key, value in (launch_environment("fsdp_1x8") | changes).items():
+        patch.setenv(key, value)
+    original = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin, self.distributed_type = fsdp_plugin, DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    patch.setattr(AcceleratorState, "__init__", init)
+
+
+# Recipes that could set the processes at odds: a row each, where one has a picture (to restore) and the other none; an adapter,
+# under which nothing asks for the gradient of what a text's first layer reads.
+SHARDED = {stage: (stage, {}) for stage in STAGES} | {
+    "pictures": ("stage2", {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"}),
+    "adapter": ("stage3", {"lora_r": 4, "lora_dropout": 0.0}),
+}
+
+
+def go_as(name, home, out):
+    """The recipe of that name; of "pictures" every other row has none."""
+    stage, more = SHARDED[name]
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "pictures":
+            rows = corpus.captions(home / "world")
+            rows[::2] = [row | {"image": None, "text": "what is there"} for row in rows[::2]]
+            patch.setattr(corpus, "captions", lambda data: rows)
+        go(home, stage, out, **more)
+
+
+def all_sharded(rank, home, out):
+    with pytest.MonkeyPatch.context() as patch:
+        shard_on_cpu(patch)
+        for name in SHARDED:
+            go_as(name, home, out / name)
+        stop_at(patch, 4, RuntimeError("stopped"))
+        for name in ("regrown", "foreign"):
+            with pytest.raises(RuntimeError, match="stopped"):
+                go(home, "stage3", out / name)
+
+
+def sharded_further(rank, home, out):
+    with pytest.MonkeyPatch.context() as patch:
+        shard_on_cpu(patch)
+        assert steps_of(lambda: go(home, "stage3", out / "regrown")) == [3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def shards(home, tmp_path_factory):
+    """What two processes left, each with half of the weights; `.regrown.work` and `.foreign.work` stopped after step 2."""
+    out = tmp_path_factory.mktemp("shards")
+    assert together(all_sharded, home, out) == [0, 0], [path.read_text() for path in out.glob("error-*")]
+    return out
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_sharded_stage_is_the_stage_on_one_process(home, shards, tmp_path, name):
+    stage, more = SHARDED[name]
+    alone = home
+    if more:
+        alone = tmp_path
+        for part in ("init", "world"):
+            (alone / part).symlink_to(home / part)
+        go_as(name, alone, alone / stage)
+    assert_close(alone, stage, shards / name)
+
+
+def test_a_sharded_run_goes_on_with_another_number_of_processes(home, shards):
+    saved = shards / ".regrown.work" / "checkpoint-2"
+    parts = {path.relative_to(saved).as_posix() for path in (saved / "pytorch_model_fsdp_0").glob("*.distcp")}
+    assert len(parts) == 2 and parts <= set(json.loads((saved / "complete.json").read_text())), (
+        "each a half, with its hash"
+    )
+    assert together(sharded_further, home, shards, n=4) == [0] * 4, [p.read_text() for p in shards.glob("error-*")]
+    assert_close(home, "stage3", shards / "regrown")
+
+
+def test_a_sharded_run_does_not_go_on_whole(home, shards):
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2 was written by a run that was sharded.*delete .*\.foreign\.work"
+    ):
+        go(home, "stage3", shards / "foreign")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"fsdp_version": 1}, {"state_dict_type": "FULL_STATE_DICT"}, {"cpu_ram_efficient_loading": True}]
+)
+def test_another_kind_of_sharding_is_refused(wrong):
+    asked = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False} | wrong
+    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=Namespace(**asked))))
+    with pytest.raises(TrainingError, match="sharded training needs fsdp_version: 2.*fsdp_1x8.yaml"):
+        train.shard(trainer, None, None)
+
+
+def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
+    asked = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+    plugin, module = (
+        Namespace(**asked),
+        Reconstruction(open_backbone(home / "init", bidirectional=False), layout="causal"),
+    )
+    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
+    trainer.is_world_process_zero = lambda: True
+    kept, model, _ = train.shard(trainer, module.model, None)
+    assert plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]
+    assert kept is not module and kept.model is model, "whole, and its own weights"
+
+
 # --- launch files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, kind, machines, processes", [
     ("ddp_1x8", DistributedType.MULTI_GPU, 1, 8), ("ddp_4x8", DistributedType.MULTI_GPU, 4, 32),
+    ("fsdp_1x8", DistributedType.FSDP, 1, 8), ("fsdp_4x8", DistributedType.FSDP, 4, 32),
 ])  # fmt: skip
 def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
     """By accelerate's own loader, which refuses unknown keys; the paper's batches divide over the processes."""
@@ -200,13 +330,8 @@ def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
     assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
     for stage in ("stage1", "stage2", "stage3"):
         assert load_profile("paper")[stage]["batch_size"] % processes == 0
-
-
-def test_sharded_training_is_refused_before_it_starts(home, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(TrainingError, match="does not run yet.*ddp_1x8.yaml"):
-        go(home, "stage2", tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    if kind == DistributedType.FSDP:
+        assert launch_environment(name) == launch_environment("fsdp_1x8")  # which the tests above ran with
 
 
 def test_the_docs_name_what_there_is():
