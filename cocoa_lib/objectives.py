@@ -148,9 +148,8 @@ class Reconstruction(nn.Module):
         hidden = hidden_states(self.model, visible, self.layout)
         zero = hidden.sum() * 0.0  # a loss with a gradient also where a batch has no text or no image
         text = self.text_loss(hidden, self.model.lm_head, labels) if (labels != IGNORE).any() else zero
-        elsewhere = self.decoder is not None and needed_elsewhere(
-            hide, self.model
-        )  # asked before anyone runs the decoder
+        # Asked before any process runs the decoder, or the questions would cross.
+        elsewhere = self.decoder is not None and needed_elsewhere(hide, self.model)
         image = self.image_loss(hidden, batch) if hide else zero
         if elsewhere:
             image = 0.0 * self.decoder(hidden, self.model, batch, self.layout).sum()

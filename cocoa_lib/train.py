@@ -326,9 +326,8 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
         )
     plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
     whole = copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
-    if (
-        adapter is not None
-    ):  # else the first layer's backward pass differs with and without a picture, and so does the order
+    if adapter is not None:
+        # Else a text's first layer gets its gradients after all others, a picture's in its turn: two orders of exchange.
         model.enable_input_require_grads()
     return whole
 
