@@ -43,6 +43,7 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa": 1, "cocoa_causal": -1}, True),
         ({"cocoa": 1, "mntp_only": -1}, True),
         ({"cocoa": 1, "mae_only": -1}, True),
+        *(({f"mask_{rate}": 1, "cocoa": -1}, True) for rate in (10, 30, 50, 90)),
         ({name: -factor for name, factor in few.items()}, False),
         (few | {"cocoa": -1, "contrastive": 1}, True),
         ({"cocoa_longer": 1, "contrastive_longer": -1}, True),
@@ -64,7 +65,15 @@ def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classificatio
     without = "stage2_only stage1_only cocoa_causal mae_only mntp_only no_truncation cocoa_strict cocoa_mean".split()
     p = analysis.holm(analysis.contrast(per_query, {"cocoa": 1, arm: -1})["p"] for arm in without)
     assert "Corrected for the eight rows of notebook 05's table, none is certain" in README and min(p) > 0.05
-    means = analysis.arm_scores(results).groupby("arm")[["classification", "grounding"]].mean()
+    masks = [f"mask_{rate}" for rate in (10, 30, 50, 90)]
+    assert "corrected for these rows none is certain" in re.sub(r"\s+", " ", README)
+    assert min(analysis.holm(analysis.contrast(per_query, {arm: 1, "cocoa": -1})["p"] for arm in masks)) > 0.05
+    scores = analysis.arm_scores(results)
+    rates = scores[scores["seed"] < 3].groupby("arm")["overall"].mean()[[*masks, "cocoa"]]
+    assert (rates.idxmax(), rates.idxmin()) == ("mask_50", "mask_90")
+    told = [f"{rates[arm]:.1f}" for arm in ["mask_10", "mask_30", "mask_50", "cocoa", "mask_90"]]
+    assert f"give {', '.join(told[:-1])} and {told[-1]} (seeds 0 to 2)" in re.sub(r"\s+", " ", README)
+    means = scores.groupby("arm")[["classification", "grounding"]].mean()
     alone = means.loc["contrastive"]
     for arm in (name for name, arm in read_arms().items() if arm.kind == "arm" and arm.stage2 is not None):
         if arm in means.index:
