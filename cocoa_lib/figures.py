@@ -426,11 +426,15 @@ def curves(
     axis.minorticks_off()
     if reference is not None:
         axis.axhline(reference[1], color="grey", linewidth=1)
-        axis.annotate(reference[0], (0.01, reference[1]), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        away = (table.sort_values("x")["value"] - reference[1]).abs()  # named at the end that the curve keeps away from
+        x, side = (0.99, "right") if away.iloc[-1] > away.iloc[0] else (0.01, "left")
+        axis.annotate(reference[0], (x, reference[1]), xycoords=("axes fraction", "data"), xytext=(0, 3), ha=side,
                       textcoords="offset points", fontsize=9, color="#555555")  # fmt: skip
     axis.margins(x=0.05)
     axis.set_xlabel(xlabel)
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
-    listing = "; ".join(f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.itertuples())
+    listing = "; ".join(
+        f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.sort_values(["label", "x"]).itertuples()
+    )
     return _done(figure, f"{title}. {listing}{'' if reference is None else f'; {reference[0]}: {reference[1]:.1f}'}.")
