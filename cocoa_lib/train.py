@@ -29,7 +29,6 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm.auto import tqdm
@@ -332,9 +331,9 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
     return whole
 
 
-def unshard(module: torch.nn.Module, whole: tuple | None) -> None:
+def unshard(trainer: Trainer, whole: tuple | None) -> None:
     """Every process gives its part of the weights; the main one puts them into what `shard` kept whole."""
-    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = trainer.accelerator.get_state_dict(trainer.model)
     if whole is not None:
         whole[0].load_state_dict(weights)
 
@@ -456,7 +455,7 @@ def _run(
     trainer.check_weights()
     seconds = watch.seconds()
     if trainer.is_fsdp_enabled:
-        unshard(trainer.model, whole)
+        unshard(trainer, whole)
     if trainer.is_world_process_zero():
         module, model, adapter = whole
         if adapter is not None:

@@ -251,6 +251,27 @@ def all_sharded(rank, home, out):
                 go(home, "stage3", out / name)
 
 
+def one_is_spoilt(rank, home, out):
+    """A weight in the other process's share is no number after step 2: both see it before anything is saved."""
+    original = train.Watch.on_step_end
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if rank == 1 and state.global_step == 2:
+            max(model.parameters(), key=torch.Tensor.numel).to_local().data.fill_(torch.nan)
+        original(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        shard_on_cpu(patch)
+        patch.setattr(train.Watch, "on_step_end", on_step_end)
+        with pytest.raises(TrainingError, match="1 weights, .* are not finite at step 2"):
+            go(home, "stage2", out / "spoilt")
+
+
+def test_a_spoilt_share_stops_every_process(home, tmp_path):
+    assert together(one_is_spoilt, home, tmp_path) == [0, 0], [path.read_text() for path in tmp_path.glob("error-*")]
+    assert not list(tmp_path.glob(".spoilt.work/checkpoint-*"))
+
+
 def sharded_further(rank, home, out):
     with pytest.MonkeyPatch.context() as patch:
         shard_on_cpu(patch)
