@@ -72,7 +72,7 @@ def waiting(
 def stages(data: Path) -> list[dict]:
     """Share of a step that goes into its batch, in one process without workers, laptop profile, committed backbone."""
     records, profile, inputs = [], load_profile("laptop"), Inputs.load(BACKBONE, max_length=256)
-    rows = corpus.captions(data) + [row for part in corpus.text_pairs(data).values() for row in part]
+    rows = [*corpus.captions(data), *(row for part in corpus.text_pairs(data).values() for row in part)]
     order = np.random.default_rng(0).permutation(len(rows))
     for stage, make in BATCHES.items():
         recipe = make_recipe(stage, profile[stage])

@@ -45,7 +45,7 @@ def mmeb_like(stage: str, n: int = 16) -> Batch:
 
 def laptop(stage: str, data: Path, inputs: Inputs) -> Batch:
     recipe = make_recipe(stage, load_profile("laptop")[stage])
-    rows = corpus.captions(data) + [row for part in corpus.text_pairs(data).values() for row in part]
+    rows = [*corpus.captions(data), *(row for part in corpus.text_pairs(data).values() for row in part)]
     order = np.random.default_rng(0).permutation(len(rows))
     mine = [i for i in order if stage == "stage2" or not rows[i]["text"]][: recipe.batch_size]
     return BATCHES[stage]([{**rows[i], "draw": k} for k, i in enumerate(mine)], inputs, recipe, 0)

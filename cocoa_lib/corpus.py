@@ -3,18 +3,23 @@
 DATA/train/<Subset>/original-*.parquet   contrastive pairs, MMEB-train's columns
 DATA/corpus/train.parquet                image_path, kind (caption | qa), question, answer
 DATA/images/...                          every path in a row is relative to this folder
+
+Tables are memory-mapped by `datasets`: however many rows there are, a process holds those that it looks at.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import torch
 from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
@@ -38,34 +43,64 @@ def fingerprint(data: Path) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-def _corpus(data: Path, kind: str, split: str = "train") -> list[dict[str, Any]]:
-    path = data / "corpus" / f"{split}.parquet"
+class Rows(torch.utils.data.Dataset):
+    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list."""
+
+    def __init__(self, table: Dataset, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.table, self.convert = table, convert
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        return self.convert(self.table[i])
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(self.convert, self.table)
+
+
+def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
+    path, images = data / "corpus" / f"{split}.parquet", data / "images"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it")
-    try:
-        table = pd.read_parquet(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path}: not readable as parquet ({error})") from error
-    for name in ("image_path", "kind", "question", "answer"):
-        if name not in table:
-            raise InputError(f"{path}: no column {name}; found {', '.join(table)}")
-        table[name] = table[name].astype(object).where(table[name].notna(), "")
-        for row in table.index[[not isinstance(value, str) for value in table[name]]][:1]:
-            raise InputError(f"{path}, row {row}, column {name}: expected a string, found {table[name][row]!r:.80}")
-    table = table[table["kind"] == kind]
-    images = data / "images"
-    return [
-        {"text": question, "image": str(mmeb.below(images, image)) if image else None, "target": answer}
-        for image, question, answer in zip(table["image_path"], table["question"], table["answer"], strict=True)
-    ]
+    table = mmeb.read_parquet([glob.escape(str(path.resolve()))], split, str(path))
+    mmeb.check_columns(table, str(path), ("image_path", "kind", "question", "answer"))
+    _check_paths(table, str(path), ("image_path",), images)
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        image = row["image_path"]
+        return {
+            "text": row["question"] or "",
+            "image": str(images / image) if image else None,
+            "target": row["answer"] or "",
+        }
+
+    return Rows(_where(table, pc.equal(table.data.column("kind"), kind)), convert)
 
 
-def captions(data: Path, split: str = "train") -> list[dict[str, Any]]:
+def _where(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
+    return table.select(np.flatnonzero(pc.fill_null(mask, False)))
+
+
+def _check_paths(table: Dataset, where: str, columns: Sequence[str], images: Path) -> None:
+    """Raises InputError for an image path that leads out of the image folder."""
+    for start, block in mmeb.blocks(table.select_columns(list(columns))):
+        for name in columns:
+            for row, path in enumerate(block[name].to_pylist(), start):
+                try:
+                    _ = path and mmeb.below(images, path)
+                except ValueError as error:
+                    raise InputError(f"{where}, row {row}, column {name}: {error}") from None
+
+
+def captions(data: Path, split: str = "train") -> Rows:
     """Image -> caption: {text: "", image, target}."""
     return _corpus(data, "caption", split)
 
 
-def questions(data: Path, split: str = "train") -> list[dict[str, Any]]:
+def questions(data: Path, split: str = "train") -> Rows:
     """Image + question -> answer: {text, image, target}."""
     return _corpus(data, "qa", split)
 
@@ -98,37 +133,52 @@ def subsets(data: Path) -> list[str]:
     return names
 
 
-def _item(text: str, image: str, images: Path) -> dict[str, Any]:
-    return {"text": text or "", "image": str(mmeb.below(images, image)) if image else ""}
+def _pairs(data: Path, name: str, n: int | None) -> Dataset:
+    table = mmeb.load_train(str(data), name, n=n)
+    _check_paths(table, f"{data}, {name}", ("qry_image_path", "pos_image_path", "neg_image_path"), data / "images")
+    return table
 
 
-def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def _item(text: str, image: str, images: Path) -> dict[str, str]:
+    return {"text": text or "", "image": str(images / image) if image else ""}
+
+
+def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]:
     """Query -> positive text of each subset whose positives are text, for stage 2: {text, image, target}."""
     images, found = data / "images", {}
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return {**_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
+
     for name in subsets(data):
-        rows = mmeb.load_train(str(data), name, n=max_per_subset)
-        found[name] = [
-            {**_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
-            for row in rows
-            if row["pos_text"] and not row["pos_image_path"]
-        ]
-    return {name: rows for name, rows in found.items() if rows}
+        table = _pairs(data, name, max_per_subset)
+        has_text, has_image = (
+            pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
+            for column in ("pos_text", "pos_image_path")
+        )
+        found[name] = Rows(_where(table, pc.and_not(has_text, has_image)), convert)
+    return {name: rows for name, rows in found.items() if len(rows)}
 
 
 def pairs(data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False) -> tuple[Dataset, list[int]]:
     """All contrastive pairs: a dataset with columns anchor, positive (, negative) of {text, image}; rows a subset."""
-    images, parts = data / "images", []
+    columns = {"anchor": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
+    if hard_negatives:
+        columns["negative"] = ("neg_text", "neg_image_path")
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        items = {
-            "anchor": _item(row["qry"], row["qry_image_path"], images),
-            "positive": _item(row["pos_text"], row["pos_image_path"], images),
+    def convert(table: dict[str, list[str]], images: Path) -> dict[str, list[dict[str, str]]]:
+        return {
+            side: [_item(text, image, images) for text, image in zip(table[texts], table[pictures], strict=True)]
+            for side, (texts, pictures) in columns.items()
         }
-        if hard_negatives:
-            items["negative"] = _item(row["neg_text"], row["neg_image_path"], images)
-        return items
 
+    parts = []
     for name in subsets(data):
-        rows = mmeb.load_train(str(data), name, n=max_per_subset)
-        parts.append(Dataset.from_list([convert(row) for row in rows]))
+        table = _pairs(data, name, max_per_subset)
+        with mmeb.quiet():  # the result is a file in the cache of `datasets`, memory-mapped like its source
+            parts.append(
+                table.map(
+                    convert, batched=True, remove_columns=table.column_names, fn_kwargs={"images": data / "images"}
+                )
+            )
     return concatenate_datasets(parts), [len(part) for part in parts]

@@ -17,8 +17,8 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
@@ -122,7 +122,7 @@ def load_eval(
     others (`duplicates="once"` lets it pass; `evaluate` then counts it once).
     """
     rows, where = _load(root, "eval", task, "test", revision)
-    _check_columns(rows, where, texts=("qry_text", "qry_img_path"), lists=("tgt_text", "tgt_img_path"))
+    check_columns(rows, where, texts=("qry_text", "qry_img_path"), lists=("tgt_text", "tgt_img_path"))
     table = rows.with_format("arrow")[:]
     _check_filled(table, where, "qry_text", "qry_img_path")
     lengths, texts, images = _flat_candidates(table, where)
@@ -158,11 +158,17 @@ def load_train(
         if name not in rows.column_names:
             rows = rows.add_column(name, [""] * len(rows))
     pair = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-    _check_columns(rows, where, texts=(*pair, "neg_text", "neg_image_path"))
-    table = rows.with_format("arrow")[:]
-    _check_filled(table, where, *pair[:2])
-    _check_filled(table, where, *pair[2:])
+    check_columns(rows, where, texts=(*pair, "neg_text", "neg_image_path"))
+    for start, table in blocks(rows):
+        _check_filled(table, where, *pair[:2], start)
+        _check_filled(table, where, *pair[2:], start)
     return rows
+
+
+def blocks(rows: datasets.Dataset, size: int = 1 << 12) -> Iterator[tuple[int, pa.Table]]:
+    """(number of the first row, table) of `size` rows at a time: a check of a large file needs no more memory than these."""
+    for start in range(0, len(rows), size):
+        yield start, rows.with_format("arrow")[start : start + size]
 
 
 def _load(root: str, part: str, name: str, split: str, revision: str | None) -> tuple[datasets.Dataset, str]:
@@ -180,29 +186,46 @@ def _load(root: str, part: str, name: str, split: str, revision: str | None) -> 
         pattern = where = f"hf://datasets/{root}@{revision or 'main'}/{name}/{split}-*.parquet"
     else:
         raise FileNotFoundError(f"{root}: no such folder, and not a hub name such as TIGER-Lab/MMEB-eval")
-    bars_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()  # one a file, for milliseconds
+    return read_parquet(pattern, split, where), where
+
+
+def read_parquet(pattern: str | list[str], split: str, where: str) -> datasets.Dataset:
+    """Parquet files as a memory-mapped table. Raises ValueError naming `where` if they are damaged or hold no rows."""
     try:
-        # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
-        rows = datasets.Dataset.from_parquet({split: pattern}, split=split)
+        with quiet():
+            # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
+            rows = datasets.Dataset.from_parquet({split: pattern}, split=split)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and isinstance(pattern, str):  # the hub cannot be reached, or has no such file
             raise
         raise ValueError(f"{where}: empty, or not readable as parquet ({error.__cause__ or error})") from error
-    finally:
-        if not bars_off:
-            datasets.enable_progress_bars()
     if not len(rows):
         raise ValueError(f"{where}: no rows")
-    return rows, where
+    for name, kind in rows.features.items():
+        if getattr(kind, "dtype", None) == "null":  # a column without any value has no type of its own
+            rows = rows.cast_column(name, datasets.Value("string"))
+    return rows
 
 
-def _check(bad: np.ndarray, where: str, columns: str, message: Callable[[int], str]) -> None:
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`: one a file, for milliseconds."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _check(bad: np.ndarray, where: str, columns: str, message: Callable[[int], str], start: int = 0) -> None:
     for row in np.flatnonzero(bad)[:1]:
-        raise ValueError(f"{where}, row {row}, column {columns}: {message(row)}")
+        raise ValueError(f"{where}, row {start + row}, column {columns}: {message(row)}")
 
 
-def _check_columns(rows: datasets.Dataset, where: str, texts: Sequence[str], lists: Sequence[str] = ()) -> None:
+def check_columns(rows: datasets.Dataset, where: str, texts: Sequence[str], lists: Sequence[str] = ()) -> None:
+    """Raises ValueError where a column is missing or does not hold strings, or lists of strings."""
     if missing := [name for name in (*texts, *lists) if name not in rows.column_names]:
         raise ValueError(f"{where}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}")
     for name in (*texts, *lists):
@@ -213,9 +236,9 @@ def _check_columns(rows: datasets.Dataset, where: str, texts: Sequence[str], lis
             raise ValueError(f"{where}: column {name} must hold {wanted}, found {kind}")
 
 
-def _check_filled(table: pa.Table, where: str, text: str, image: str) -> None:
+def _check_filled(table: pa.Table, where: str, text: str, image: str, start: int = 0) -> None:
     bad = _blank(_strings(table, text)) & _blank(_strings(table, image))
-    _check(bad, where, f"{text}/{image}", lambda row: "neither text nor image")
+    _check(bad, where, f"{text}/{image}", lambda row: "neither text nor image", start)
 
 
 def _blank(values: pa.Array) -> np.ndarray:

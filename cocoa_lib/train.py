@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from torch.distributed.tensor import DTensor
-from torch.utils.data import BatchSampler, SequentialSampler
+from torch.utils.data import BatchSampler, ConcatDataset, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -567,7 +567,7 @@ def _stage2(
         parts.append(corpus.captions(data))
     if recipe.sources in ("pairs", "both"):
         parts += list(corpus.text_pairs(data).values())
-    rows = [row for part in parts for row in part]
+    rows = ConcatDataset(parts)
     set_mask_token(model, inputs, recipe.mask_token)
     module = Reconstruction(
         model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
@@ -608,7 +608,7 @@ def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalR
     """
     from pydoc_data.topics import topics
 
-    rows = corpus.captions(data) + corpus.questions(data)
+    rows = [*corpus.captions(data), *corpus.questions(data)]
     texts = [row["text"] for row in rows[::7]] + [row["target"] for row in rows[::7]] + list(topics.values())
     init = out.parent / f"{out.name}-init"
     if not (init / META).is_file():

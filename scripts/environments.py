@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--folder", type=Path, help="where the environment is made (default: a temporary folder)")
     parser.add_argument("--torch", help="exact version of torch, instead of the range's")
-    parser.add_argument("--with", nargs="+", default=[], dest="extra", help="packages to install beside them, e.g. torchvision")
+    parser.add_argument(
+        "--with", nargs="+", default=[], dest="extra", help="packages to install beside them, e.g. torchvision"
+    )
     parser.add_argument("--tests", nargs="+", default=["tests"])
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args(argv)

@@ -74,7 +74,7 @@ def prepare(home: Path) -> None:
     from cocoa_lib.checkpoint import save_checkpoint
 
     world.build(home / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
-    rows = corpus.captions(home / "world") + corpus.questions(home / "world")
+    rows = [*corpus.captions(home / "world"), *corpus.questions(home / "world")]
     model, inputs = new_backbone(
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
         layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,

@@ -61,7 +61,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     torch.set_num_threads(1)
     world.build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
-    rows = corpus.captions(folder / "world") + corpus.questions(folder / "world")
+    rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
     model, inputs = new_backbone(
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
         layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,

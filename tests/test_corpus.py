@@ -1,0 +1,105 @@
+"""Rows for training: read as they are asked for, whole and in order, in little memory however many there are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cocoa_lib import corpus
+from cocoa_lib.inputs import InputError
+
+CORPUS = {
+    "image_path": ["a/0.png", "a/1.png", None, "a/3.png"],
+    "kind": ["caption", "qa", "caption", None],
+    "question": ["", "what?", None, ""],
+    "answer": ["zero", "one", "two", "three"],
+}
+PAIRS = {
+    "qry": ["q0", "q1", "q2"],
+    "qry_image_path": ["a/0.png", "", None],
+    "pos_text": ["p0", "p1", ""],
+    "pos_image_path": [None, "a/1.png", "a/2.png"],
+}
+
+
+def write(root: Path, name: str, columns: dict) -> Path:
+    path = root / f"{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(columns).to_parquet(path, index=False)
+    return path
+
+
+def test_rows_of_the_corpus(tmp_path):
+    write(tmp_path, "corpus/train", CORPUS)
+    rows, images = corpus.captions(tmp_path), tmp_path / "images"
+    expected = [
+        {"text": "", "image": str(images / "a/0.png"), "target": "zero"},
+        {"text": "", "image": None, "target": "two"},
+    ]
+    assert len(rows) == 2 and list(rows) == expected == rows[:] == [rows[0], rows[1]] and rows[-1:] == expected[1:]
+    with pytest.raises(IndexError):
+        rows[2]
+    assert [row["text"] for row in corpus.questions(tmp_path)] == ["what?"]
+
+
+def test_rows_of_pairs(tmp_path):
+    write(tmp_path, "train/T/original-0", PAIRS)
+    images = tmp_path / "images"
+    rows, sizes = corpus.pairs(tmp_path, hard_negatives=True)
+    assert sizes == [3] and rows.column_names == ["anchor", "positive", "negative"]
+    assert rows[:]["anchor"] == [
+        {"text": "q0", "image": str(images / "a/0.png")}, {"text": "q1", "image": ""}, {"text": "q2", "image": ""},
+    ]  # fmt: skip
+    assert rows[2] == {
+        "anchor": {"text": "q2", "image": ""},
+        "positive": {"text": "", "image": str(images / "a/2.png")},
+        "negative": {"text": "", "image": ""},
+    }
+    texts = corpus.text_pairs(tmp_path)  # only the first has a text and no picture as its answer
+    assert list(texts["T"]) == [{"text": "q0", "image": str(images / "a/0.png"), "target": "p0"}]
+    assert len(corpus.pairs(tmp_path, 2)[0]) == 2
+
+
+def test_a_column_without_any_value(tmp_path):
+    """pandas writes it without a type."""
+    write(tmp_path, "corpus/train", CORPUS | {"question": [None] * 4})
+    write(tmp_path, "train/T/original-0", PAIRS | {"pos_text": ["a", "b", "c"], "pos_image_path": [None] * 3})
+    assert [row["text"] for row in corpus.captions(tmp_path)] == ["", ""]
+    assert [row["target"] for row in corpus.text_pairs(tmp_path)["T"]] == ["a", "b", "c"]
+
+
+def test_a_path_that_leaves_is_named_with_its_row(tmp_path):
+    path = write(tmp_path, "corpus/train", CORPUS | {"image_path": ["a/0.png", "a/1.png", None, "../3.png"]})
+    with pytest.raises(InputError, match=rf"{path.name}, row 3, column image_path: .*'\.\./3\.png'"):
+        corpus.captions(tmp_path)
+    write(tmp_path, "train/T/original-0", PAIRS | {"pos_image_path": [None, "/etc/passwd", ""], "pos_text": ["a"] * 3})
+    for read in (corpus.pairs, corpus.text_pairs):
+        with pytest.raises(InputError, match=r"T, row 1, column pos_image_path: .*'/etc/passwd'"):
+            read(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+def test_many_rows_need_little_memory(tmp_path):
+    """60 MB of text a column, of which each reader may hold 20 at most; pages of a mapped file do not count as held."""
+    n, text = 40_000, "word " * 300
+    texts = [f"{i} {text}" for i in range(n)]
+    write(tmp_path, "corpus/train", {"image_path": "", "kind": "caption", "question": "", "answer": texts})
+    write(tmp_path, "train/T/original-0", {"qry": texts, "qry_image_path": "", "pos_text": texts, "pos_image_path": ""})
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from cocoa_lib import corpus
+        def held():
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+        for name in ("captions", "text_pairs", "pairs"):
+            before = held()
+            rows = getattr(corpus, name)(Path(sys.argv[1]))
+            print(name, held() - before)"""
+    for _ in range(2):  # the first time `datasets` makes the files that are mapped
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    grown = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
+    assert set(grown) == {"captions", "text_pairs", "pairs"} and max(grown.values()) < 20, grown
