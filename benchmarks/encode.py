@@ -2,10 +2,14 @@
 
 Items are the built-in benchmark's: captions, pictures, pictures with questions, mixed. Also the share of computed tokens that
 are padding, by how batches are made, on a mixture like MMEB's: texts of 20 tokens, pictures of 600.
+
+python benchmarks/encode.py                  # part of `make bench`
+python benchmarks/encode.py --items 10000    # the first comparison alone, on so many items; six minutes
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -23,7 +27,7 @@ BATCH = 32
 
 
 def items(folder: Path, n: int = 600) -> list[dict]:
-    """A third each of texts, pictures, and pictures with a question, in an order drawn from a seed."""
+    """About a third each of texts, pictures, and pictures with a question, in an order drawn from a seed."""
     world.build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=n // 3)
     captions, questions = corpus.captions(folder), corpus.questions(folder)[: n // 3]
     mixed = [{"text": row["target"], "image": None} for row in captions]
@@ -120,7 +124,21 @@ def compare(label: str, embedder: CocoaEmbedder, rows: list[dict], batch: int = 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of `encode`.")
+    parser.add_argument(
+        "--items", type=int, help="compare on so many items of the built-in benchmark, and nothing else"
+    )
+    n = parser.parse_args().items
     torch.set_num_threads(1)
+    if n:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = items(Path(folder) / "world", n)
+            save(
+                "encode_many",
+                compare(f"{n} items", CocoaEmbedder.load(BACKBONE), rows),
+                "equal embeddings (1e-5), then time (n 5)",
+            )
+        return
     with tempfile.TemporaryDirectory() as folder:
         records = compare("built-in benchmark", CocoaEmbedder.load(BACKBONE), items(Path(folder) / "world"))
         records += ahead(Path(folder))

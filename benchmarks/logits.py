@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import in_turn, peak, record, save, small_model
+from common import in_turn, peaks, record, save, small_model
 
 from cocoa_lib.attention import EOS, A, B
 from cocoa_lib.corruption import IGNORE
@@ -61,7 +61,7 @@ def main() -> None:
         shape = f"4 x 128 tokens, hidden 256, 2 layers, vocabulary {VOCABULARY}"
         records.append(record(f"logits, time, {stage}", f"step time, full / masked positions; {shape}",
                               seconds["full"], seconds["masked"]))  # fmt: skip
-        bytes_ = {full: [peak(setup, stage, full) for _ in range(3)] for full in (True, False)}
+        bytes_ = {full: peaks(setup, stage, full) for full in (True, False)}
         records.append(record(f"logits, memory, {stage}", f"peak memory of a step, full / masked positions; {shape}",
                               bytes_[True], bytes_[False]))  # fmt: skip
     save("logits", records, "equal losses (1e-4), then time (n 5) and memory (n 3 processes)")
