@@ -38,10 +38,11 @@ PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectiv
 WORDS = "a large red circle at the top left and one small blue square below it , seven digits in all".split()
 
 
-def in_turn(sides: dict[str, Callable[[], Any]], n: int = 5) -> dict[str, list[float]]:
-    """Name -> seconds of each of `n` rounds, every side once a round (A B A B ...), after one round that is not counted."""
+def in_turn(sides: dict[str, Callable[[], Any]], n: int = 5, *, warm: bool = False) -> dict[str, list[float]]:
+    """Name -> seconds of each of `n` rounds, every side once a round (A B A B ...), after one round that is not counted,
+    unless the sides are `warm`: have run once, to be compared."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(n + 1):
+    for turn in range(warm, n + 1):
         for name, side in sides.items():
             start = time.perf_counter()
             side()
@@ -86,10 +87,13 @@ def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path 
     sys.stdout.flush()
 
 
-def peaks(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True, n: int = 3) -> list[float]:
-    """`peak` of `n` fresh processes, two at a time: memory, unlike time, does not mind a neighbour."""
+def peaks(
+    make: Callable[..., Callable[[], Any]], runs: Sequence[tuple], *, in_use: bool = True, n: int = 3
+) -> dict[tuple, list[float]]:
+    """Arguments of `make` -> `peak` of `n` fresh processes, two at a time: memory, unlike time, does not mind a neighbour."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda _: peak(make, *args, in_use=in_use), range(n)))
+        found = list(pool.map(lambda args: peak(make, *args, in_use=in_use), [args for args in runs for _ in range(n)]))
+    return {args: found[i * n : (i + 1) * n] for i, args in enumerate(runs)}
 
 
 def peak(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True) -> float:

@@ -26,10 +26,10 @@ from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding, token_batches
 BATCH = 32
 
 
-def items(folder: Path, n: int = 600) -> list[dict]:
+def items(folder: Path, n: int = 300) -> list[dict]:
     """About a third each of texts, pictures, and pictures with a question, in an order drawn from a seed."""
     world.build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=n // 3)
-    captions, questions = corpus.captions(folder), corpus.questions(folder)[: n // 3]
+    captions, questions = corpus.captions(folder), corpus.questions(folder)[: n - 2 * (n // 3)]
     mixed = [{"text": row["target"], "image": None} for row in captions]
     mixed += [{"text": "", "image": row["image"]} for row in captions]
     mixed += [{"text": row["text"], "image": row["image"]} for row in questions]
@@ -99,7 +99,7 @@ def ahead(folder: Path) -> list[dict]:
     }
     vectors = {name: side() for name, side in sides.items()}
     assert all(np.array_equal(vectors["0"], some) for some in vectors.values())
-    seconds = in_turn(sides)
+    seconds = in_turn(sides, warm=True)
     return [record(f"encode, {name} workers, photographs", f"time, no workers / {name}; {len(rows)} JPEG files of 3 megapixels",
                    seconds["0"], seconds[name]) for name in ("1", "2")]  # fmt: skip
 
@@ -114,7 +114,7 @@ def compare(label: str, embedder: CocoaEmbedder, rows: list[dict], batch: int = 
     vectors = {name: side() for name, side in sides.items()}
     for name in ("plain", "library"):
         assert np.abs(vectors[name] - vectors["ours"]).max() < 1e-5, name
-    seconds = in_turn(sides)
+    seconds = in_turn(sides, warm=True)
     rate = f"{len(rows)} items; encode: {len(rows) / np.median(seconds['ours']):.0f} items/s while measured"
     return [
         record(f"encode, plain batches, {label}", f"time, plain / encode; {rate}", seconds["plain"], seconds["ours"]),

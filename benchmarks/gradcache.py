@@ -68,24 +68,22 @@ def main() -> None:
     for a, b in zip(*(side.module.parameters() for side in sides.values()), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
     shape = f"chunks of {CHUNK}, picture + question against 12 words, committed backbone"
-    seconds = in_turn(sides | {"forward": forward})
+    forward()
+    seconds = in_turn(sides | {"forward": forward}, warm=True)
     least = [first + step for first, step in zip(seconds["forward"], seconds["full"], strict=True)]
     records = [record("GradCache, time, batch 64", f"step time, GradCache / full batch; {shape}",
                       seconds["cached"], seconds["full"]),
                record("GradCache, time, least possible", "full batch and one more forward pass without gradients / full batch",
                       least, seconds["full"])]  # fmt: skip
-    memory = {size: peaks(setup, True, size) for size in SIZES}
-    plain = {size: peaks(setup, False, size) for size in SIZES[:2]}
+    memory = peaks(setup, [*((True, size) for size in SIZES), (False, 256)])
     for size in SIZES[1:]:
         records.append(record(f"GradCache, memory, batch {size}", f"peak of a step, batch {size} / batch 64; {shape}",
-                              memory[size], memory[64]))  # fmt: skip
-    kept = {size: peaks(setup, True, size, in_use=False) for size in (SIZES[0], SIZES[-1])}
+                              memory[True, size], memory[True, 64]))  # fmt: skip
+    kept = peaks(setup, [(True, 64), (True, 1024)], in_use=False)
     records.append(record("GradCache, resident memory, batch 1024", "the same with what glibc keeps of freed blocks",
-                          kept[1024], kept[64]))  # fmt: skip
-    records.append(record("full batch, memory, batch 256", "peak of a step without GradCache, batch 256 / batch 64",
-                          plain[256], plain[64]))  # fmt: skip
+                          kept[True, 1024], kept[True, 64]))  # fmt: skip
     records.append(record("GradCache, memory saved, batch 256", f"peak of a step, full batch / GradCache; {shape}",
-                          plain[256], memory[256]))  # fmt: skip
+                          memory[False, 256], memory[True, 256]))  # fmt: skip
     save(
         "gradcache",
         records,

@@ -87,12 +87,13 @@ def draw(curves: dict[str, dict[str, np.ndarray]]) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     sides = open_backbone(BACKBONE, bidirectional=True), CocoaEmbedder.load(BACKBONE)
+    memory = peaks(setup, [(name, n) for name, (sizes, _) in AXES.items() for n in sizes], n=2)
     records, curves = [], {}
     for name, (sizes, run) in AXES.items():
         seconds = in_turn({str(n): lambda n=n, run=run: run(*sides, n) for n in sizes})
         found = {
             "time": {n: seconds[str(n)] for n in sizes},
-            "peak memory": {n: peaks(setup, name, n, n=2) for n in sizes},
+            "peak memory": {n: memory[name, n] for n in sizes},
         }
         curves[name] = {}
         for what, of in found.items():

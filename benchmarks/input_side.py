@@ -26,19 +26,27 @@ from cocoa_lib.recipes import make_recipe
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
 
 
-def importing() -> list[dict]:
+# In one process, so that what both need counts once: the libraries, then what this package adds.
+STACK = """import time
+start = time.perf_counter()
+import torch, transformers, sentence_transformers
+stack = time.perf_counter()
+import cocoa_lib.embedder
+print(stack - start, time.perf_counter() - start)"""
+
+
+def importing(n: int = 5) -> list[dict]:
     """A fresh interpreter each: this package's imports against those of what it stands on."""
-    stack = "import torch, transformers, sentence_transformers"
-    codes = {"package": "import cocoa_lib", "nothing": "pass", "embedder": "import cocoa_lib.embedder", "stack": stack}
-    sides = {
-        name: lambda code=code: subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 (our own code)
-        for name, code in codes.items()
-    }
-    seconds = in_turn(sides)
+
+    def run(code: str) -> str:
+        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603
+
+    seconds = in_turn({"package": lambda: run("import cocoa_lib"), "nothing": lambda: run("pass")}, n)
+    stack, whole = zip(*[map(float, run(STACK).split()) for _ in range(n)], strict=True)
     return [
         record("import cocoa_lib", "time, import cocoa_lib / an empty interpreter", seconds["package"], seconds["nothing"]),
-        record("import cocoa_lib.embedder", "time, import cocoa_lib.embedder / torch, transformers, sentence_transformers",
-               seconds["embedder"], seconds["stack"]),
+        record("import cocoa_lib.embedder", "time, torch, transformers, sentence_transformers and cocoa_lib.embedder / the first "
+               "three", whole, stack),
     ]  # fmt: skip
 
 
@@ -70,7 +78,7 @@ def waiting(
 
 
 def stages(data: Path) -> list[dict]:
-    """Share of a step that goes into its batch, in one process without workers, laptop profile, committed backbone."""
+    """Share of a step that waits for its batch (without workers: makes it), laptop profile, committed backbone."""
     records, profile, inputs = [], load_profile("laptop"), Inputs.load(BACKBONE, max_length=256)
     rows = [*corpus.captions(data), *(row for part in corpus.text_pairs(data).values() for row in part)]
     order = np.random.default_rng(0).permutation(len(rows))
@@ -81,16 +89,6 @@ def stages(data: Path) -> list[dict]:
         mine = [i for i in order if stage == "stage2" or not rows[i]["text"]]
         batches = [[{**rows[i], "draw": k} for k, i in enumerate(mine[at : at + recipe.batch_size])]
                    for at in range(0, 6 * recipe.batch_size, recipe.batch_size)]  # fmt: skip
-        making, whole = [], []
-        for batch in batches:
-            start = time.perf_counter()
-            tensors = make(batch, inputs, recipe, 0)
-            made = time.perf_counter()
-            module(**tensors)["loss"].backward()
-            making.append(made - start)
-            whole.append(time.perf_counter() - start)
-        records.append(record(f"share of the batch, {stage}", f"time, making the batch / whole step of {recipe.batch_size}",
-                              making[1:], whole[1:]))  # fmt: skip
         for workers in (0, 2):
             collate = partial(make, inputs=inputs, recipe=recipe, seed=0)
             records.append(waiting(stage, workers, module, [rows[i] for i in mine], collate, recipe.batch_size))

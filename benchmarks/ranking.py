@@ -51,13 +51,13 @@ def main() -> None:
     seconds = in_turn({"naive": lambda: one_by_one(*data), "ours": lambda: rank(*data), "all": setup(TASKS)}, n=5)
     shape = f"{QUERIES} x {CANDIDATES} x {WIDTH}"
     whole = f"all {TASKS} tasks in {np.median(seconds['all']):.0f} s while measured"
-    memory = {tasks: peaks(setup, tasks) for tasks in (1, TASKS)}
+    memory = peaks(setup, [(1,), (TASKS,)])
     inputs = [float(data[0].nbytes + data[1].nbytes + sum(own.nbytes for own in data[2]))] * 3
     records = [
         record("ranking, time", f"a query at a time / rank, {shape}; {whole}", seconds["naive"], seconds["ours"]),
         record("ranking, growth", f"time of {TASKS} tasks / of one", seconds["all"], seconds["ours"]),
-        record("ranking, memory, tasks", f"peak of {TASKS} tasks / of one", memory[TASKS], memory[1]),
-        record("ranking, memory", f"peak of a task above its inputs / its inputs, {shape}", memory[1], inputs),
+        record("ranking, memory, tasks", f"peak of {TASKS} tasks / of one", memory[TASKS,], memory[1,]),
+        record("ranking, memory", f"peak of a task above its inputs / its inputs, {shape}", memory[1,], inputs),
     ]
     save("ranking", records, "equal ranks, then time (n 5) and memory (n 3 processes)")
 

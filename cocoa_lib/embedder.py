@@ -204,10 +204,10 @@ class CocoaEmbedder:
             for window in _windows(stream, 64 * batch_size):
                 batches = _Batches([as_item(item) for item in window], self.module.inputs, batch_size)
                 vectors = self._encode_window(batches, done, workers, on_bad_item, bar)
-                parts.append(_smaller(vectors, truncate_dim, precision, ranges))
+                parts.append(smaller(vectors, truncate_dim, precision, ranges))
                 done += len(window)
         empty = np.zeros((0, self.module.get_embedding_dimension()), np.float32)
-        vectors = np.concatenate(parts) if parts else _smaller(empty, truncate_dim, precision, ranges)
+        vectors = np.concatenate(parts) if parts else smaller(empty, truncate_dim, precision, ranges)
         return vectors[0] if single else vectors
 
     def _encode_window(self, batches: _Batches, start: int, workers: int, on_bad_item: str, bar: tqdm) -> np.ndarray:
@@ -304,7 +304,8 @@ def _windows(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:
         yield window
 
 
-def _smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None) -> np.ndarray:
+def smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None) -> np.ndarray:
+    """Vectors (N, H) float32 in a smaller form: the first `dim` of their dimensions, numbers in `precision` (as `encode`)."""
     if dim is not None:
         vectors = vectors[:, :dim]
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -332,7 +333,7 @@ def search(
         return index.search(queries, k)
     scores, rows = np.full((len(queries), k), -np.inf, dtype=np.float32), np.full((len(queries), k), -1)
     for start in range(0, len(corpus), 8 * BLOCK):
-        part = _floats(corpus[start : start + 8 * BLOCK], queries.shape[1], ranges).T
+        part = as_floats(corpus[start : start + 8 * BLOCK], queries.shape[1], ranges).T
         for first in range(0, len(queries), BLOCK):
             at = slice(first, first + BLOCK)
             both = np.concatenate([scores[at], queries[at] @ part], axis=1)  # the best so far, and this block
@@ -359,7 +360,7 @@ def build_index(corpus: np.ndarray, kind: str = "HNSW32") -> Any:
     return index
 
 
-def _floats(codes: np.ndarray, dim: int, ranges: np.ndarray | None) -> np.ndarray:
+def as_floats(codes: np.ndarray, dim: int, ranges: np.ndarray | None) -> np.ndarray:
     """Embeddings of any precision -> (N, dim) float32; those of one bit a dimension become signs, of length 1."""
     width, kind, coded = codes.shape[1], codes.dtype, codes.dtype in (np.int8, np.uint8)
     if width == dim and not coded:

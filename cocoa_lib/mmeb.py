@@ -528,7 +528,7 @@ def evaluate(
         chosen = np.arange(len(rows))
         if n_queries is not None and n_queries < len(rows):
             chosen = np.sort(np.random.default_rng(seed).choice(len(rows), n_queries, replace=False))
-        items, index, place = _task_items(rows.select(chosen), f"{root}, {task.name}", chosen, image_root)
+        items, index, place = task_items(rows.select(chosen), f"{root}, {task.name}", chosen, image_root)
         try:
             vectors = encode_distinct(embedder, items, show_progress=show_progress, desc=task.name, **encoding)
         except ValueError as error:  # a damaged picture, found when it is opened
@@ -546,7 +546,7 @@ def evaluate(
     return pd.DataFrame(results), pd.concat(per_query, ignore_index=True)
 
 
-def _task_items(
+def task_items(
     rows: datasets.Dataset, where: str, numbers: np.ndarray, image_root: Path
 ) -> tuple[list[dict[str, Any]], list[np.ndarray], Callable[[int], str]]:
     """Queries, then the distinct candidates, as items; each row's candidates by number, a repeated one once; and the

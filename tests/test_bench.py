@@ -56,6 +56,8 @@ def test_two_sides_run_in_turn_after_a_round_that_is_not_counted():
     order: list[str] = []
     seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, n=2)
     assert "".join(order) == "ababab" and [len(values) for values in seconds.values()] == [2, 2]
+    in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, n=2, warm=True)
+    assert "".join(order[6:]) == "abab"
 
 
 def test_head_on_masked_positions_changes_no_loss(monkeypatch):

@@ -225,8 +225,8 @@ def test_search_reads_a_file_larger_than_its_blocks(tmp_path, monkeypatch):
     corpus = np.lib.format.open_memmap(tmp_path / "corpus.npy", mode="w+", dtype=np.float32, shape=(5000, 8))
     corpus[:] = rng.normal(size=corpus.shape)
     seen = []
-    floats = library._floats
-    monkeypatch.setattr(library, "_floats", lambda part, *rest: seen.append(len(part)) or floats(part, *rest))
+    floats = library.as_floats
+    monkeypatch.setattr(library, "as_floats", lambda part, *rest: seen.append(len(part)) or floats(part, *rest))
     assert search(np.array(corpus[4321]) * 9, np.load(tmp_path / "corpus.npy", mmap_mode="r"), k=3)[1].shape == (1, 3)
     assert max(seen) == 8 * 64 and sum(seen) == 5000
 
