@@ -65,7 +65,7 @@ test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, 
 	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
 
 bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
-	@for script in logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
+	@for script in stages logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)

@@ -132,6 +132,7 @@ def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns:
     figure, axes = new(rows, columns, width=size * columns, height=(size + below) * rows, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
+        axis.set_anchor("N")  # the room for the text is below
     for axis, image, text in zip(axes.flat, images, texts, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axis.transAxes)
@@ -184,7 +185,8 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     for i, row in enumerate(effects.itertuples()):
         clear = row.low > 0 or row.high < 0
         axis.plot([row.low, row.high], [i, i], color=COLOURS[0] if clear else "grey", linewidth=2)
-        axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6)
+        axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6,
+                  markerfacecolor=COLOURS[0] if clear else "white")  # fmt: skip
         axis.annotate(f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (1.02, i), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8)  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
@@ -194,7 +196,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
     seeds = " to ".join(str(n) for n in sorted({int(effects["n_seeds"].min()), int(effects["n_seeds"].max())}))
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(f"n = {seeds} seeds x {queries} queries; filled: interval excludes 0")
+    axis.set_title(f"n = {seeds} seeds x {queries} queries; filled: interval excludes 0, uncorrected")
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )

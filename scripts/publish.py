@@ -29,7 +29,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbconvert import HTMLExporter
 
 from cocoa_lib import analysis
-from cocoa_lib.profiles import read_arms
+from cocoa_lib.profiles import NOTEBOOKS, load_profile, read_arms
 
 KEPT = ("results.csv", "averages.csv", "per_query.parquet", "provenance.json", "probe.csv")  # of those that are there
 TEMPLATES = Path(__file__).resolve().parent / "site"
@@ -157,12 +157,20 @@ def provenance(run: Path) -> dict[str, str]:
         key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
     }
     seeds = sorted({int(path.parent.name[4:]) for path in files})
+    said["commit"] += " (+changes: with files not committed)" * ("+changes" in said["commit"])
     return {
         "Profile": run.name,
         "Machine": said["machine"] or "not recorded",
         "Commit of the results": said["commit"] or "not recorded",
         "Seeds": ", ".join(map(str, seeds)) or "not recorded",
     }
+
+
+def _seed(notebook: Path) -> str:
+    """The one seed that a notebook shows, from its parameters; "" where it shows several or none."""
+    given = nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {})
+    named = re.search(r"seed(\d+)", str(given.get("model", "")))
+    return str(given["seed"]) if "seed" in given else named[1] if named else ""
 
 
 def _executed(notebook: Path) -> str:
@@ -201,6 +209,7 @@ def _pages(notebooks: list[Path], run: Path, aside: Path) -> tuple[list[dict[str
         found.append({
             "file": f"{notebook.stem}.html", "title": title, "sentence": sentence, "body": str(body),
             "headings": headings(body), "picture": stands[0] if stands else None, "date": _executed(notebook),
+            "seed": _seed(notebook),
         })  # fmt: skip
     return found, css
 
@@ -223,12 +232,17 @@ def site(run: Path, target: Path) -> None:
         links = [("Contents", "index.html")]
         links += [(f"\u2190 {_short(pages[i - 1]['title'])}", pages[i - 1]["file"])] if i else []
         links += [(f"{_short(pages[i + 1]['title'])} \u2192", pages[i + 1]["file"])] if i + 1 < len(pages) else []
+        seeds = f"{page['seed']} on this page, of {facts['Seeds']}" if page["seed"] else facts["Seeds"]
         html = _layout(
-            title=page["title"], links=links, facts={**facts, "Executed": page["date"]}, headings=page["headings"],
-            body=page["body"],
+            title=page["title"], links=links, facts={**facts, "Seeds": seeds, "Executed": page["date"]},
+            headings=page["headings"], body=page["body"],
         )  # fmt: skip
         (aside / page["file"]).write_text(html, encoding="utf-8")
-    index = _templates().get_template("index.html.j2").render(pages=pages, arms=arms_table(run), baseline="contrastive")
+    index = (
+        _templates()
+        .get_template("index.html.j2")
+        .render(pages=pages, arms=arms_table(run), answers=answers(run), recipe=recipe(run), baseline="contrastive")
+    )
     links = [(_short(pages[0]["title"]) + " \u2192", pages[0]["file"])] if pages else []
     facts["Executed"] = " to ".join(sorted({min(dates), max(dates)})) if dates else "not recorded"
     html = _layout(title="CoCoA, the notebook collection", links=links, facts=facts, headings=[], body=index)
@@ -247,11 +261,42 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
     for name, arm in shown.items():
         if name in scores.index:
             row = {"arm": name, "hypothesis": arm.hypothesis, "overall": f"{scores.loc[name, 'overall']:.1f}"}
+            row["seeds"] = str(scores.loc[name, "seeds"])
             found, verdict = _difference(effects, name), "the baseline"
             if name in effects.index:
                 verdict = analysis.verdict(effects.loc[name].to_dict(), corrected=True)
             rows.append({**row, "difference": found, "verdict": verdict})
     return rows
+
+
+# What the index answers first: a budget in words, and a sum of arms.
+BUDGETS = {
+    "the same pairs and contrastive steps": {"cocoa": 1, "contrastive": -1},
+    "more contrastive steps, as many in both": {"cocoa_longer": 1, "contrastive_longer": -1},
+    "the same training time, for contrastive training alone": {"cocoa": 1, "contrastive_longer": -1},
+}
+
+
+def answers(run: Path) -> list[dict[str, str]]:
+    """Full CoCoA less contrastive learning alone on each budget that the run has arms for."""
+    _, per_query = analysis.gather_results(run)
+    found = []
+    for budget, weights in BUDGETS.items():
+        if set(weights) <= set(per_query["arm"]):
+            row = analysis.contrast(per_query, weights)
+            number = f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            found.append({"budget": budget, "number": number, "seeds": str(row["n_seeds"])})
+    return found
+
+
+def recipe(run: Path) -> str:
+    """The steps of the run's profile in words; "" for a run of no profile."""
+    name = run.name.split("-")[0]
+    if not (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file():
+        return ""
+    stages = {n: load_profile(name)[f"stage{n}"] for n in (1, 2, 3)}
+    steps = [f"stage {n} {each['steps']:,} steps of {each['batch_size']}" for n, each in stages.items()]
+    return f"Profile {name}: {', '.join(steps)}"
 
 
 def _scores_and_effects(run: Path, baseline: str, arms: list[str]):

@@ -1,0 +1,86 @@
+"""How long a step of each stage takes, in turn, and how many contrastive steps take as long as all three stages.
+
+The batches, recipes and number of steps are profile `long`'s, the model is the committed backbone. A step is forward,
+backward and AdamW; making the batch is left out (`input_side.py`: a twentieth of it).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import BACKBONE, in_turn, record, save
+from torch.utils.data import ConcatDataset
+
+from cocoa_lib import corpus, world
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch, stage2_batch
+from cocoa_lib.embedder import EosEmbedding
+from cocoa_lib.inputs import Inputs
+from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
+from cocoa_lib.profiles import load_profile
+from cocoa_lib.recipes import make_recipe
+
+PROFILE = "long"
+
+
+def stepper(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    optimiser = torch.optim.AdamW(module.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+
+    return step
+
+
+def reconstruction(stage: str, data: Path, inputs: Inputs) -> Callable[[], None]:
+    recipe = make_recipe(stage, load_profile(PROFILE)[stage])
+    parts = [corpus.captions(data)] + (list(corpus.text_pairs(data).values()) if stage == "stage2" else [])
+    rows = Planned(ConcatDataset(parts), index_plan([len(part) for part in parts], recipe.batch_size, seed=0))
+    collate = {"stage1": stage1_batch, "stage2": stage2_batch}[stage]
+    batch = collate([rows[i] for i in range(recipe.batch_size)], inputs, recipe, 0)
+    module = Reconstruction(
+        open_backbone(BACKBONE, bidirectional=True), layout=recipe.layout, image_weight=recipe.image_weight
+    )
+    return stepper(module.train(), lambda: module(**batch)["loss"])
+
+
+def contrastive(data: Path, inputs: Inputs) -> Callable[[], None]:
+    recipe = make_recipe("stage3", load_profile(PROFILE)["stage3"])
+    rows, sizes = corpus.pairs(data)
+    plan = index_plan(sizes, recipe.batch_size, seed=0, block=recipe.same_task_block)
+    batch = PairCollator(preprocess_fn=inputs.collate)([rows[int(i)] for i in plan])
+    module = EosEmbedding(open_backbone(BACKBONE, bidirectional=True), inputs).train()
+    loss = CachedInfoNCE(module, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size)
+    sides = ("anchor_", "positive_")
+    columns = [
+        {name.removeprefix(side): value for name, value in batch.items() if name.startswith(side)} for side in sides
+    ]
+    return stepper(module, lambda: loss([dict(column) for column in columns]))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "world"
+        world.build(data, seed=0, n_pairs=800, n_queries=2, n_corpus=500)
+        inputs = Inputs.load(BACKBONE, max_length=256)
+        sides = {stage: partial(reconstruction, stage)(data, inputs) for stage in ("stage1", "stage2")}
+        seconds = in_turn(sides | {"stage3": contrastive(data, inputs)})
+    steps = {stage: load_profile(PROFILE)[stage]["steps"] for stage in ("stage1", "stage2", "stage3")}
+    text = f"time of a step, batches of profile {PROFILE}"
+    records = [record(f"step, {stage} / stage 3", text, seconds[stage], seconds["stage3"]) for stage in sides]
+    whole = np.sum([steps[stage] * np.array(seconds[stage]) for stage in steps], axis=0)
+    text = "time of " + ", ".join(f"{n} steps of {stage}" for stage, n in steps.items()) + " / of one step of stage 3"
+    records.append(record("contrastive steps that take as long as CoCoA", text, whole, seconds["stage3"]))
+    save("stages", records, f"committed backbone, recipes of profile {PROFILE}; time (n 5)")
+
+
+if __name__ == "__main__":
+    main()
