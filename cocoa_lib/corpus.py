@@ -9,10 +9,10 @@ Tables are memory-mapped by `datasets`: however many rows there are, a process h
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ def fingerprint(data: Path) -> str:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list."""
+    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list.
+
+    `convert` is a function of a module, so that workers which are not forked can have the rows too.
+    """
 
     def __init__(self, table: Dataset, convert: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.table, self.convert = table, convert
@@ -65,19 +68,18 @@ def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
     path, images = data / "corpus" / f"{split}.parquet", data / "images"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it")
-    table = mmeb.read_parquet([glob.escape(str(path.resolve()))], split, str(path))
+    table = mmeb.read_parquet([path], split, str(path))
     mmeb.check_columns(table, str(path), ("image_path", "kind", "question", "answer"))
     _check_paths(table, str(path), ("image_path",), images)
+    return Rows(_where(table, pc.equal(table.data.column("kind"), kind)), partial(_corpus_row, images=images))
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        image = row["image_path"]
-        return {
-            "text": row["question"] or "",
-            "image": str(images / image) if image else None,
-            "target": row["answer"] or "",
-        }
 
-    return Rows(_where(table, pc.equal(table.data.column("kind"), kind)), convert)
+def _corpus_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
+    return {**_item(row["question"], row["image_path"], images, None), "target": row["answer"] or ""}
+
+
+def _pairs_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
+    return {**_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
 
 
 def _where(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
@@ -90,7 +92,8 @@ def _check_paths(table: Dataset, where: str, columns: Sequence[str], images: Pat
         for name in columns:
             for row, path in enumerate(block[name].to_pylist(), start):
                 try:
-                    _ = path and mmeb.below(images, path)
+                    if path:
+                        mmeb.below(images, path)
                 except ValueError as error:
                     raise InputError(f"{where}, row {row}, column {name}: {error}") from None
 
@@ -139,16 +142,13 @@ def _pairs(data: Path, name: str, n: int | None) -> Dataset:
     return table
 
 
-def _item(text: str, image: str, images: Path) -> dict[str, str]:
-    return {"text": text or "", "image": str(images / image) if image else ""}
+def _item(text: str | None, image: str | None, images: Path, no_image: str | None = "") -> dict[str, Any]:
+    return {"text": text or "", "image": str(images / image) if image else no_image}
 
 
 def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]:
     """Query -> positive text of each subset whose positives are text, for stage 2: {text, image, target}."""
     images, found = data / "images", {}
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        return {**_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
 
     for name in subsets(data):
         table = _pairs(data, name, max_per_subset)
@@ -156,7 +156,7 @@ def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]
             pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
             for column in ("pos_text", "pos_image_path")
         )
-        found[name] = Rows(_where(table, pc.and_not(has_text, has_image)), convert)
+        found[name] = Rows(_where(table, pc.and_not(has_text, has_image)), partial(_pairs_row, images=images))
     return {name: rows for name, rows in found.items() if len(rows)}
 
 

@@ -176,25 +176,32 @@ def _load(root: str, part: str, name: str, split: str, revision: str | None) -> 
     if Path(root).is_dir():
         folder = Path(root) / part if (Path(root) / part).is_dir() else Path(root)
         files = sorted((folder / name).glob(f"{split}-*.parquet"))
-        # `datasets` takes paths for patterns, and its search does not follow a linked folder.
-        pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
         where = str(files[0]) if len(files) == 1 else f"{folder / name}/{split}-*.parquet"
         if not files:
             here = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
             raise FileNotFoundError(f"{where}: no such file; folders in {folder}: {here or 'none'}")
     elif len(Path(root).parts) == 2 and not Path(root).is_absolute():
-        pattern = where = f"hf://datasets/{root}@{revision or 'main'}/{name}/{split}-*.parquet"
+        files = where = f"hf://datasets/{root}@{revision or 'main'}/{name}/{split}-*.parquet"
     else:
         raise FileNotFoundError(f"{root}: no such folder, and not a hub name such as TIGER-Lab/MMEB-eval")
-    return read_parquet(pattern, split, where), where
+    return read_parquet(files, split, where), where
 
 
-def read_parquet(pattern: str | list[str], split: str, where: str) -> datasets.Dataset:
-    """Parquet files as a memory-mapped table. Raises ValueError naming `where` if they are damaged or hold no rows."""
+def read_parquet(files: str | Sequence[Path], split: str, where: str) -> datasets.Dataset:
+    """Parquet files, local or a pattern of the hub, as a memory-mapped table: `datasets` keeps it in its cache.
+
+    Raises ValueError naming `where` if they are damaged or hold no rows.
+    """
+    pattern, cache = files, None
+    if not isinstance(files, str):
+        # `datasets` takes paths for patterns, and its search does not follow a linked folder. It knows a file again by path
+        # and time; a cache for each content cannot give the rows of a file that was put in another's place.
+        pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / _digest(files))
     try:
         with quiet():
             # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
-            rows = datasets.Dataset.from_parquet({split: pattern}, split=split)
+            rows = datasets.Dataset.from_parquet({split: pattern}, split=split, cache_dir=cache)
     except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and isinstance(pattern, str):  # the hub cannot be reached, or has no such file
             raise
@@ -205,6 +212,14 @@ def read_parquet(pattern: str | list[str], split: str, where: str) -> datasets.D
         if getattr(kind, "dtype", None) == "null":  # a column without any value has no type of its own
             rows = rows.cast_column(name, datasets.Value("string"))
     return rows
+
+
+def _digest(files: Sequence[Path]) -> str:
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
 
 
 @contextmanager

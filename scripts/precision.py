@@ -1,6 +1,6 @@
 """What a smaller form of the stored vectors costs in score: float16, int8, one bit a dimension, fewer dimensions.
 
-    python scripts/precision.py runs/long contrastive_longer reports/long/precision.csv
+    python scripts/precision.py runs/long stage1_longer benchmarks/results/precision.csv
 
 Every seed of an arm is evaluated on the run's benchmark with float32 queries against candidates in each form, as
 `embedder.search` compares them; less float32, paired by seed, task and query, with the interval over seeds and queries.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,6 +42,17 @@ def test_the_readmes_ratios_are_the_measured_ones():
     for *numbers, name in rows:
         line = RECORDS[name]
         assert numbers == [f"{line[key]:.2f}" for key in ("ratio", "lowest", "highest")], name
+
+
+def test_the_docs_say_what_smaller_vectors_cost():
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "precision.csv")
+    docs = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    first, others = table.iloc[0], table.iloc[1:]
+    assert first["form"] == "float32" and f"| float32 | {first['bytes']:.0f} | {first['p@1']:.1f} | |" in docs
+    for row in others.to_dict("records"):
+        cells = "{form} | {bytes:.0f} | {p@1:.1f} | {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
+        assert f"| {cells} |" in docs, cells
+        assert row["n_seeds"] == 3 and row["n_queries"] == 6000 and row["arm"] in docs
 
 
 def test_a_ratio_is_taken_within_each_round():

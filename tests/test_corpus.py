@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,7 @@ def test_rows_of_the_corpus(tmp_path):
     with pytest.raises(IndexError):
         rows[2]
     assert [row["text"] for row in corpus.questions(tmp_path)] == ["what?"]
+    assert list(pickle.loads(pickle.dumps(rows))) == expected  # for workers that are spawned
 
 
 def test_rows_of_pairs(tmp_path):
@@ -61,6 +64,7 @@ def test_rows_of_pairs(tmp_path):
     }
     texts = corpus.text_pairs(tmp_path)  # only the first has a text and no picture as its answer
     assert list(texts["T"]) == [{"text": "q0", "image": str(images / "a/0.png"), "target": "p0"}]
+    assert list(pickle.loads(pickle.dumps(texts))["T"]) == list(texts["T"])
     assert len(corpus.pairs(tmp_path, 2)[0]) == 2
 
 
@@ -70,6 +74,18 @@ def test_a_column_without_any_value(tmp_path):
     write(tmp_path, "train/T/original-0", PAIRS | {"pos_text": ["a", "b", "c"], "pos_image_path": [None] * 3})
     assert [row["text"] for row in corpus.captions(tmp_path)] == ["", ""]
     assert [row["target"] for row in corpus.text_pairs(tmp_path)["T"]] == ["a", "b", "c"]
+
+
+def test_another_file_of_the_same_name_and_time(tmp_path):
+    """`datasets` would take it for the one it has in its cache."""
+    for word in ("one", "two"):
+        path = write(tmp_path, "corpus/train", CORPUS | {"answer": [word] * 4})
+        pairs = write(tmp_path, "train/T/original-0", PAIRS | {"pos_text": [word] * 3, "pos_image_path": [""] * 3})
+        for file in (path, pairs):
+            os.utime(file, (1e9, 1e9))
+        assert {row["target"] for row in corpus.captions(tmp_path)} == {word}
+        assert {row["target"] for row in corpus.text_pairs(tmp_path)["T"]} == {word}
+        assert {item["text"] for item in corpus.pairs(tmp_path)[0]["positive"]} == {word}
 
 
 def test_a_path_that_leaves_is_named_with_its_row(tmp_path):
