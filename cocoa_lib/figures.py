@@ -196,7 +196,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
     seeds = " to ".join(str(n) for n in sorted({int(effects["n_seeds"].min()), int(effects["n_seeds"].max())}))
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(f"n = {seeds} seeds x {queries} queries; filled: interval excludes 0, uncorrected")
+    axis.set_title(f"n = {seeds} seeds x {queries} queries\nfilled: interval excludes 0, uncorrected")
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )
