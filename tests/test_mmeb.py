@@ -183,9 +183,10 @@ def test_several_shards_and_a_changed_file_are_read_as_they_are(tmp_path):
 
 def test_the_hub_is_the_same_code_with_another_root(tmp_path, monkeypatch):
     asked, local = [], datasets.Dataset.from_list(make_rows(ONE[0], 4))
-    monkeypatch.setattr(datasets.Dataset, "from_parquet", lambda files, split: asked.append((files, split)) or local)
+    record = lambda files, split, cache_dir: asked.append((files, split, cache_dir)) or local  # noqa: E731
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", record)
     rows = mmeb.load_eval("TIGER-Lab/MMEB-eval", "DocVQA", revision="abc", n_candidates=3)
-    assert asked == [({"test": "hf://datasets/TIGER-Lab/MMEB-eval@abc/DocVQA/test-*.parquet"}, "test")]
+    assert asked == [({"test": "hf://datasets/TIGER-Lab/MMEB-eval@abc/DocVQA/test-*.parquet"}, "test", None)]
     assert len(rows) == 4
     with pytest.raises(ValueError, match="image_root"):
         mmeb.evaluate(Embedder(random_vector), "TIGER-Lab/MMEB-eval")

@@ -234,7 +234,7 @@ def go_as(name, home, out):
     stage, more = SHARDED[name]
     with pytest.MonkeyPatch.context() as patch:
         if name == "pictures":
-            rows = corpus.captions(home / "world")
+            rows = corpus.captions(home / "world")[:]
             rows[::2] = [row | {"image": None, "text": "what is there"} for row in rows[::2]]
             patch.setattr(corpus, "captions", lambda data: rows)
         go(home, stage, out, **more)
