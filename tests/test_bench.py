@@ -53,6 +53,9 @@ def test_the_docs_say_what_smaller_vectors_cost():
         cells = "{form} | {bytes:.0f} | {p@1:.1f} | {difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(**row)
         assert f"| {cells} |" in docs, cells
         assert row["n_seeds"] == 3 and row["n_queries"] == 6000 and row["arm"] in docs
+    assert list(others.loc[others["p_holm"] < 0.05, "form"]) == ["1 bit"]  # "the only form whose loss is certain"
+    assert (others.set_index("form").loc[["float16", "int8"], "low"] < 0).all()
+    assert (others.set_index("form").loc[["float16", "int8"], "high"] > 0).all()
 
 
 def test_a_ratio_is_taken_within_each_round():
