@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,13 @@ class CheckpointError(RuntimeError):
 
 
 def file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_hash(paths: Iterable[Path]) -> str:
+    """sha256 over the hashes of files, in the order given."""
+    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
 
 
 def weights_hash(folder: Path) -> str:
@@ -48,7 +51,7 @@ def weights_hash(folder: Path) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; the checkpoint is missing or incomplete")
-    return hashlib.sha256("".join(file_hash(path) for path in files).encode()).hexdigest()
+    return files_hash(files)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
@@ -43,8 +42,9 @@ def fingerprint(data: Path) -> str:
     return hashlib.sha256(listing.encode()).hexdigest()
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list.
+class Rows(Sequence):
+    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list of
+    rows, where `Dataset.with_transform` gives columns.
 
     `convert` is a function of a module, so that workers which are not forked can have the rows too.
     """
@@ -149,7 +149,6 @@ def _item(text: str | None, image: str | None, images: Path, no_image: str | Non
 def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]:
     """Query -> positive text of each subset whose positives are text, for stage 2: {text, image, target}."""
     images, found = data / "images", {}
-
     for name in subsets(data):
         table = _pairs(data, name, max_per_subset)
         has_text, has_image = (
@@ -162,23 +161,19 @@ def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]
 
 def pairs(data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False) -> tuple[Dataset, list[int]]:
     """All contrastive pairs: a dataset with columns anchor, positive (, negative) of {text, image}; rows a subset."""
+    images, parts = data / "images", []
     columns = {"anchor": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
     if hard_negatives:
         columns["negative"] = ("neg_text", "neg_image_path")
 
-    def convert(table: dict[str, list[str]], images: Path) -> dict[str, list[dict[str, str]]]:
+    def convert(table: dict[str, list[str]]) -> dict[str, list[dict[str, str]]]:
         return {
             side: [_item(text, image, images) for text, image in zip(table[texts], table[pictures], strict=True)]
             for side, (texts, pictures) in columns.items()
         }
 
-    parts = []
     for name in subsets(data):
         table = _pairs(data, name, max_per_subset)
         with mmeb.quiet():  # the result is a file in the cache of `datasets`, memory-mapped like its source
-            parts.append(
-                table.map(
-                    convert, batched=True, remove_columns=table.column_names, fn_kwargs={"images": data / "images"}
-                )
-            )
+            parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
     return concatenate_datasets(parts), [len(part) for part in parts]

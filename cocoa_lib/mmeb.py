@@ -197,7 +197,9 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
         # `datasets` takes paths for patterns, and its search does not follow a linked folder. It knows a file again by path
         # and time; a cache for each content cannot give the rows of a file that was put in another's place.
         pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
-        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / _digest(files))
+        from .checkpoint import files_hash  # here, since it brings torch along
+
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / files_hash(files)[:16])
     try:
         with quiet():
             # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
@@ -212,14 +214,6 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
         if getattr(kind, "dtype", None) == "null":  # a column without any value has no type of its own
             rows = rows.cast_column(name, datasets.Value("string"))
     return rows
-
-
-def _digest(files: Sequence[Path]) -> str:
-    whole = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()[:16]
 
 
 @contextmanager

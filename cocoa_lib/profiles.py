@@ -54,6 +54,12 @@ def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, 
     return profile
 
 
+def profile_of(run: Path) -> dict[str, Any]:
+    """The profile that a run or report folder is named after, NAME or NAME-PAIRS; {} where there is none."""
+    name = run.name.partition("-")[0]
+    return load_profile(name) if (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file() else {}
+
+
 def declared_parameters(notebook: Path) -> dict[str, str]:
     """Name -> default, as written, of the notebook's `parameters` cell."""
     import papermill

@@ -29,11 +29,8 @@ FORMS = {  # name -> share of the dimensions, numbers as
 def stored(vectors: np.ndarray, dim: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Candidates (N, H) as they would be stored, and as `search` reads them, (N, dim) float32."""
     cut = smaller(vectors, dim, "float32", None)
-    if kind in ("float32", "float16"):
-        kept = cut.astype(kind)
-        return kept, kept.astype(np.float32)
     ranges = np.stack([cut.min(axis=0), cut.max(axis=0)])
-    kept = smaller(cut, None, kind, ranges)
+    kept = cut.astype(kind) if kind.startswith("float") else smaller(cut, None, kind, ranges)
     return kept, as_floats(kept, dim, ranges)
 
 

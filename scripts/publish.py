@@ -29,7 +29,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbconvert import HTMLExporter
 
 from cocoa_lib import analysis
-from cocoa_lib.profiles import NOTEBOOKS, load_profile, read_arms
+from cocoa_lib.profiles import profile_of, read_arms
 
 KEPT = ("results.csv", "averages.csv", "per_query.parquet", "provenance.json", "probe.csv")  # of those that are there
 TEMPLATES = Path(__file__).resolve().parent / "site"
@@ -166,17 +166,13 @@ def provenance(run: Path) -> dict[str, str]:
     }
 
 
-def _seed(notebook: Path) -> str:
-    """The one seed that a notebook shows, from its parameters; "" where it shows several or none."""
-    given = nbformat.read(notebook, as_version=4).metadata.get("papermill", {}).get("parameters", {})
-    named = re.search(r"seed(\d+)", str(given.get("model", "")))
-    return str(given["seed"]) if "seed" in given else named[1] if named else ""
-
-
-def _executed(notebook: Path) -> str:
-    """The day a notebook was executed, as papermill recorded it."""
+def _executed(notebook: Path) -> dict[str, str]:
+    """date: the day a notebook was executed, seed: the one that it shows ("" for several or none), as papermill recorded."""
     record = nbformat.read(notebook, as_version=4).metadata.get("papermill", {})
-    return str(record.get("end_time") or "")[:10] or "not recorded"
+    given = record.get("parameters", {})
+    named = re.search(r"seed(\d+)", str(given.get("model", "")))  # notebook 04 is given a checkpoint of it
+    seed = str(given["seed"]) if "seed" in given else named[1] if named else ""
+    return {"date": str(record.get("end_time") or "")[:10] or "not recorded", "seed": seed}
 
 
 def _templates() -> Environment:
@@ -208,8 +204,7 @@ def _pages(notebooks: list[Path], run: Path, aside: Path) -> tuple[list[dict[str
         title = body.h1.get_text() if body.h1 else notebook.stem
         found.append({
             "file": f"{notebook.stem}.html", "title": title, "sentence": sentence, "body": str(body),
-            "headings": headings(body), "picture": stands[0] if stands else None, "date": _executed(notebook),
-            "seed": _seed(notebook),
+            "headings": headings(body), "picture": stands[0] if stands else None, **_executed(notebook),
         })  # fmt: skip
     return found, css
 
@@ -273,7 +268,7 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
 BUDGETS = {
     "the same pairs and contrastive steps": {"cocoa": 1, "contrastive": -1},
     "more contrastive steps, as many in both": {"cocoa_longer": 1, "contrastive_longer": -1},
-    "the same training time, for contrastive training alone": {"cocoa": 1, "contrastive_longer": -1},
+    "about the same training time, all of it contrastive": {"cocoa": 1, "contrastive_longer": -1},
 }
 
 
@@ -291,12 +286,11 @@ def answers(run: Path) -> list[dict[str, str]]:
 
 def recipe(run: Path) -> str:
     """The steps of the run's profile in words; "" for a run of no profile."""
-    name = run.name.split("-")[0]
-    if not (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file():
+    if not (profile := profile_of(run)):
         return ""
-    stages = {n: load_profile(name)[f"stage{n}"] for n in (1, 2, 3)}
+    stages = {n: profile[f"stage{n}"] for n in (1, 2, 3)}
     steps = [f"stage {n} {each['steps']:,} steps of {each['batch_size']}" for n, each in stages.items()]
-    return f"Profile {name}: {', '.join(steps)}"
+    return f"Profile {run.name}: {', '.join(steps)}"
 
 
 def _scores_and_effects(run: Path, baseline: str, arms: list[str]):

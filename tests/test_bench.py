@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 RECORDS = {line["name"]: line for path in FILES for line in json.loads(path.read_text(encoding="utf-8"))["results"]}
 KEYS = {"name", "compared", "ratio", "n", "lowest", "highest", "machine", "commit"}
@@ -56,6 +56,23 @@ def test_the_docs_say_what_smaller_vectors_cost():
     assert list(others.loc[others["p_holm"] < 0.05, "form"]) == ["1 bit"]  # "the only form whose loss is certain"
     assert (others.set_index("form").loc[["float16", "int8"], "low"] < 0).all()
     assert (others.set_index("form").loc[["float16", "int8"], "high"] > 0).all()
+
+
+@pytest.mark.parametrize("form", ["float32", "float16", "int8", "1 bit", "half the dimensions, int8"])
+def test_a_stored_form_is_compared_as_search_compares_it(form):
+    from precision import FORMS, stored
+
+    from cocoa_lib.embedder import search, smaller
+
+    vectors = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    share, kind = FORMS[form]
+    dim = 16 // share
+    kept, read = stored(vectors, dim, kind)
+    cut = smaller(vectors, dim, "float32", None)
+    assert kept.nbytes == 60 * dim * {"float32": 32, "float16": 16, "int8": 8, "ubinary": 1}[kind] / 8
+    scores, rows = search(cut[:5], kept, k=60, ranges=np.stack([cut.min(axis=0), cut.max(axis=0)]))
+    np.testing.assert_allclose(scores, np.take_along_axis(cut[:5] @ read.T, rows, axis=1), atol=1e-6)
 
 
 def test_a_ratio_is_taken_within_each_round():

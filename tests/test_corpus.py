@@ -98,6 +98,21 @@ def test_a_path_that_leaves_is_named_with_its_row(tmp_path):
             read(tmp_path)
 
 
+def test_a_row_beyond_the_first_block_keeps_its_number(tmp_path):
+    n = 5000  # `mmeb.blocks` holds 4096
+    write(
+        tmp_path,
+        "corpus/train",
+        {"image_path": [""] * (n - 1) + ["../a.png"], "kind": "qa", "question": "", "answer": ""},
+    )
+    with pytest.raises(InputError, match="row 4999, column image_path"):
+        corpus.questions(tmp_path)
+    texts = ["q"] * 4500 + [""] + ["q"] * 499
+    write(tmp_path, "train/T/original-0", {"qry": texts, "qry_image_path": "", "pos_text": "p", "pos_image_path": ""})
+    with pytest.raises(ValueError, match="row 4500, column qry/qry_image_path: neither text nor image"):
+        corpus.pairs(tmp_path)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
 def test_many_rows_need_little_memory(tmp_path):
     """60 MB of text a column, of which each reader may hold 20 at most; pages of a mapped file do not count as held."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 
 from cocoa_lib.profiles import read_arms
 
@@ -99,6 +100,15 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     vqa = [analysis.contrast(per_query, {full: 1, alone: -1}, group="vqa") for full, alone in ends]
     assert "VQA is lower on every budget, and in five of seven its interval excludes zero" in README
     assert all(row["difference"] < 0 for row in vqa) and sum(row["high"] < 0 for row in vqa) == 5
+
+
+def test_the_readme_says_what_notebook_02_found():
+    page = BeautifulSoup((ROOT / "reports" / "site" / "02_reconstruction_pretraining.html").read_text(), "html.parser")
+    words, readme = re.sub(r"\s+", " ", page.get_text(" ")), re.sub(r"\s+", " ", README)
+    gain, low, high = re.search(r"After stage 2, \+([\d.]+) \[\+([\d.]+), \+([\d.]+)\] points", words).groups()
+    assert f"What differs, {gain} points [{low}, {high}] over captions, has passed through EOS" in readme
+    errors = re.search(r"held-out scenes: ([\d.]+) by the decoder, ([\d.]+) by the average patch", words).groups()
+    assert "squared error {} against {}, notebook 02".format(*errors) in readme
 
 
 def test_the_readmes_emoji_table_is_the_reports():
