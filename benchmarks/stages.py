@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.utils.data import ConcatDataset
 
 from cocoa_lib import corpus, world
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch, stage2_batch
+from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
@@ -55,7 +56,7 @@ def contrastive(data: Path, inputs: Inputs) -> Callable[[], None]:
     recipe = make_recipe("stage3", load_profile(PROFILE)["stage3"])
     rows, sizes = corpus.pairs(data)
     plan = index_plan(sizes, recipe.batch_size, seed=0, block=recipe.same_task_block)
-    batch = PairCollator(preprocess_fn=inputs.collate)([rows[int(i)] for i in plan])
+    batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))([rows[int(i)] for i in plan])
     module = EosEmbedding(open_backbone(BACKBONE, bidirectional=True), inputs).train()
     loss = CachedInfoNCE(module, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size)
     sides = ("anchor_", "positive_")

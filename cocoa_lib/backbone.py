@@ -164,17 +164,26 @@ def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
     Raises ValueError for flash-attention with a layout it cannot express.
     """
     own = "bidirectional" if is_bidirectional(model) else "causal"
-    implementation = language_model(model).config._attn_implementation
-    samples = batch.get("sample_ids")  # of packed rows, where the 2-D mask says too little
-    if layout in (None, own) and samples is None and implementation != "flex_attention":
+    flex = language_model(model).config._attn_implementation == "flex_attention"
+    if layout in (None, own) and "sample_ids" not in batch and not flex:
         return batch["attention_mask"]
+    return layout_mask(model, batch, layout or own)
+
+
+def layout_mask(model: PreTrainedModel, batch: Batch, layout: str):
+    """The layout in the form that the model's attention functions take: bool, additive or BlockMask, each (B, 1, L, L)."""
+    implementation = language_model(model).config._attn_implementation
+    segments, samples = (
+        batch["segment_ids"],
+        batch.get("sample_ids"),
+    )  # of packed rows, where the 2-D mask says too little
     if implementation == "flex_attention":
-        return block_mask(layout or own, batch["segment_ids"], samples)
+        return block_mask(layout, segments, samples)
     if implementation.startswith("flash_attention"):
         raise ValueError(
             f"{implementation} cannot express the layout {layout!r}, or packed rows; use sdpa or flex_attention"
         )
-    mask = dense_mask(layout or own, batch["segment_ids"], samples)
+    mask = dense_mask(layout, segments, samples)
     return additive(mask, model.dtype) if implementation == "eager" else mask
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
 from .attention import A, B
 from .corruption import IGNORE, mask_cells, mask_text, maskable, patch_noise
@@ -70,10 +69,9 @@ def causal_batch(rows: list[dict[str, Any]], inputs: Inputs) -> Batch:
     batch = inputs.collate(items)
     labels = torch.full_like(batch["input_ids"], IGNORE)
     for i, row in enumerate(pieces):
-        learned = [flag for text, flag in row for _ in inputs.text_ids(text)] + [True]
-        end = int(batch["attention_mask"][i].sum())
-        span = torch.arange(max(1, end - len(learned)), end)
-        keep = span[torch.tensor(learned[-len(span) :])]
+        learned = [flag for text, flag in row for _ in inputs.text_ids(text)]
+        at = inputs.text_places(batch["input_ids"][i, : batch["attention_mask"][i].sum()].tolist())  # and EOS's
+        keep = torch.tensor([k for k, flag in zip(at, [*learned[: len(at) - 1], True], strict=True) if flag and k])
         labels[i, keep] = batch["input_ids"][i, keep]
     return batch | {"labels": labels}
 
@@ -138,24 +136,16 @@ def _masked(batch: Batch, rows: list[dict[str, Any]], inputs: Inputs, rate: floa
 
 
 def mask_token_id(inputs: Inputs) -> int:
-    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), or, for Qwen's, which has none, the unused
-    `<|video_pad|>`'s neighbour `<|object_ref_start|>`: no new row in the embedding table is then needed (ours)."""
+    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), or, for Qwen's, which has none,
+    `<|vision_pad|>`, of which no processor makes use: no new row in the embedding table is then needed (ours)."""
     if inputs.tokenizer.mask_token_id is not None:
         return inputs.tokenizer.mask_token_id
-    return inputs.tokenizer.convert_tokens_to_ids("<|object_ref_start|>")
+    return inputs.tokenizer.convert_tokens_to_ids("<|vision_pad|>")
 
 
-class PairCollator(SentenceTransformerDataCollator):
-    """(anchor, positive, negative?) items -> one feature dict a column, each with the `key` of its items."""
-
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
-        for column in ("anchor", "positive", "negative"):
-            if column in features[0]:
-                items = [row[column] for row in features]
-                collated = self.preprocess_fn(items) | {"key": torch.tensor([item_key(item) for item in items])}
-                batch |= {f"{column}_{name}": value for name, value in collated.items()}
-        return batch
+def pair_features(items: list[dict[str, Any]], inputs: Inputs, **_) -> Batch:
+    """One column of (anchor, positive, negative?) items -> its features, and the `key` of each item."""
+    return inputs.collate(items) | {"key": torch.tensor([item_key(item) for item in items])}
 
 
 def item_key(item: dict[str, Any]) -> int:

@@ -136,8 +136,8 @@ def subsets(data: Path) -> list[str]:
     return names
 
 
-def _pairs(data: Path, name: str, n: int | None) -> Dataset:
-    table = mmeb.load_train(str(data), name, n=n)
+def _pairs(data: Path, name: str, n: int | None, negatives: bool = False) -> Dataset:
+    table = mmeb.load_train(str(data), name, n=n, negatives=negatives)
     _check_paths(table, f"{data}, {name}", ("qry_image_path", "pos_image_path", "neg_image_path"), data / "images")
     return table
 
@@ -173,7 +173,7 @@ def pairs(data: Path, max_per_subset: int | None = None, *, hard_negatives: bool
         }
 
     for name in subsets(data):
-        table = _pairs(data, name, max_per_subset)
+        table = _pairs(data, name, max_per_subset, hard_negatives)
         with mmeb.quiet():  # the result is a file in the cache of `datasets`, memory-mapped like its source
             parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
     return concatenate_datasets(parts), [len(part) for part in parts]

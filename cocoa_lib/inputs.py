@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -71,6 +72,11 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it"
         )
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, of which `convert` would clip all above 255 to white
+        grey = np.asarray(image)
+        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+    if image.mode == "F":
+        raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -145,6 +151,15 @@ class Inputs:
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
+    def limit_images(self, n_tokens: int) -> None:
+        """Shrink pictures that would take more than `n_tokens` of the language model; a checkpoint keeps this."""
+        processor = self.image_processor
+        area = n_tokens * (processor.patch_size * processor.merge_size) ** 2
+        if processor.size["longest_edge"] > area:
+            processor.size = replace(
+                processor.size, longest_edge=area, shortest_edge=min(processor.size["shortest_edge"], area)
+            )
+
     def text_ids(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens typed by a user stay text."""
         if not text:
@@ -176,17 +191,18 @@ class Inputs:
                 ids += self.text_ids(piece)
         return ids
 
-    def _text_at(self, ids: list[int]) -> list[int]:
+    def text_places(self, ids: list[int]) -> list[int]:
+        """Where an input's ids are not a picture's."""
         vision = (self.vision_start_id, self.image_pad_id, self.vision_end_id)
         return [i for i, token in enumerate(ids) if token not in vision]
 
     def cut_text(self, ids: list[int], n_drop: int) -> list[int]:
         """Drop the last `n_drop` text tokens of an input; image tokens stay. Raises InputError if there are too few."""
-        text_at = self._text_at(ids)
+        text_at = self.text_places(ids)
         if n_drop > len(text_at):
             raise InputError(
                 f"the images alone need {len(ids) - len(text_at)} tokens, more than max_length={self.max_length} leaves; "
-                "raise max_length or lower the image processor's longest_edge"
+                "raise max_length or lower image_tokens in the recipe (longest_edge of the image processor)"
             )
         dropped = set(text_at[len(text_at) - n_drop :])
         return [token for i, token in enumerate(ids) if i not in dropped]
@@ -237,7 +253,7 @@ class Inputs:
         ids_b = ids_b or []
         over = len(ids_a) + len(middle) + len(ids_b) - self.max_length
         if over > 0:
-            text_a, text_b = len(self._text_at(ids_a)), len(self._text_at(ids_b))
+            text_a, text_b = len(self.text_places(ids_a)), len(self.text_places(ids_b))
             room = text_a + text_b - over  # text tokens that fit, A and B together
             keep_b = min(text_b, max(room // 2, room - text_a, 1))
             ids_a = self.cut_text(ids_a, over - (text_b - keep_b))

@@ -145,12 +145,14 @@ def load_eval(
 
 
 def load_train(
-    root: str, subset: str, *, split: str = "original", n: int | None = None, revision: str | None = None
-) -> datasets.Dataset:
+    root: str, subset: str, *, split: str = "original", n: int | None = None, revision: str | None = None,
+    negatives: bool = False,
+) -> datasets.Dataset:  # fmt: skip
     """The first `n` rows of a training subset: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path.
 
     `root` is a hub name or a folder that holds <Subset>/<split>-*.parquet, itself or under train/; the two neg columns
-    are filled with "" where the files have none. Raises ValueError naming file, row and column.
+    are filled with "" where the files have none, which `negatives` does not let pass. Raises ValueError naming file, row
+    and column.
     """
     rows, where = _load(root, "train", subset, split, revision)
     rows = rows.select(range(min(len(rows), n))) if n is not None else rows
@@ -162,6 +164,8 @@ def load_train(
     for start, table in blocks(rows):
         _check_filled(table, where, *pair[:2], start)
         _check_filled(table, where, *pair[2:], start)
+        if negatives:
+            _check_filled(table, where, "neg_text", "neg_image_path", start)
     return rows
 
 

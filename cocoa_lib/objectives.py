@@ -18,8 +18,7 @@ from sentence_transformers.util import all_gather, get_rank
 from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
-from .attention import additive, dense_mask
-from .backbone import hidden_states, language_model, needed_elsewhere, position_ids
+from .backbone import hidden_states, language_model, layout_mask, needed_elsewhere, position_ids
 from .checkpoint import DECODER
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
@@ -89,8 +88,9 @@ class PatchDecoder(nn.Module):
     def forward(self, hidden: Tensor, model: PreTrainedModel, batch: Batch, layout: str) -> Tensor:
         """hidden (B, L, H) -> predicted pixels of every vision token, in batch order."""
         text = language_model(model)
-        mask = dense_mask(layout, batch["segment_ids"], batch.get("sample_ids"))
-        mask = additive(mask, hidden.dtype) if text.config._attn_implementation == "eager" else mask
+        # Flash kernels take the 2-D mask, and no layout but the model's own.
+        flash = text.config._attn_implementation.startswith("flash")
+        mask = batch["attention_mask"] if flash else layout_mask(model, batch, layout)
         rotary = text.rotary_emb(hidden, position_ids(model, batch))
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)

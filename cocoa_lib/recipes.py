@@ -10,7 +10,7 @@ import difflib
 import math
 import reprlib
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class RecipeError(ValueError):
@@ -29,7 +29,10 @@ class Recipe:
     max_grad_norm: float = 1.0  # transformers' default; MoCa clips at 5
     weight_decay: float = 0.0  # not set in the scripts
     max_length: int = 4096  # script
-    layout: str = "bidirectional"  # attention layout of the forward pass
+    image_tokens: int = (
+        1280  # of one picture at most, and half of max_length; larger ones are shrunk (script: 256 to 1280)
+    )
+    layout: Literal["bidirectional", "causal"] = "bidirectional"  # attention layout of the forward pass
     bf16: bool = False  # script: on; needs a GPU
     attn_implementation: str = "sdpa"
     lora_r: int = 0  # 0: train all weights; script: 8, alpha 64, dropout 0.1, DoRA
@@ -42,6 +45,9 @@ class Recipe:
     logging_steps: int = 10
 
     def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
+                raise unknown_name(str(getattr(self, name)), list(get_args(hint)), f"{type(self).__name__}.{name}")
         for name, low in (
             ("steps", 1),
             ("batch_size", 1),
@@ -49,6 +55,9 @@ class Recipe:
             ("warmup_steps", 0),
             ("workers", 0),
             ("max_length", 8),
+            ("image_tokens", 1),
+            ("save_steps", 1),
+            ("logging_steps", 1),
         ):
             if getattr(self, name) < low:
                 raise RecipeError(f"{type(self).__name__}.{name} must be at least {low}, got {getattr(self, name)}")
@@ -58,7 +67,7 @@ class Recipe:
 class CausalRecipe(Recipe):
     """Next-token prediction of captions and answers: only for the small backbone of this project."""
 
-    layout: str = "causal"
+    layout: Literal["causal"] = "causal"
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,11 @@ class Stage1Recipe(Recipe):
     patch_mask_rate: float = 0.3  # script; figure and MoCa 0.5
     image_weight: float = 0.5  # script; MoCa 0.1
     text_weight: float = 1.0  # 0: patches only, an ablation (ours)
-    objective: str = "mntp"  # figure: shifted; MoCa: "mlm"
+    objective: Literal["mntp", "mlm"] = "mntp"  # figure: shifted; MoCa: "mlm"
     mask_token: str = (
         ""  # "": the tokenizer's own, or an unused one; else one of the vocabulary, or added (MoCa: <|mask|>)
     )
-    patch_fill: str = "noise"  # MoCa: one Gaussian vector; or "zero", "learned"
+    patch_fill: Literal["noise", "zero", "learned"] = "noise"  # MoCa: one Gaussian vector
     normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss
     packing: bool = False  # several samples in a row instead of padding; the loss is the same (ours)
     decoder_layers: int = 1  # MoCa; 0: linear map only
@@ -84,14 +93,17 @@ class Stage2Recipe(Recipe):
     """EOS-bridged reconstruction by attention truncation."""
 
     batch_size: int = 64  # script: 8 x 8 GPUs (for 2 epochs)
-    layout: str = "eos_bridged"  # figure; "eos_bridged_strict" is ours, "bidirectional" and "causal" are controls
+    # figure; "eos_bridged_strict" is ours, the other two are controls
+    layout: Literal["eos_bridged", "eos_bridged_strict", "bidirectional", "causal"] = "eos_bridged"
     text_mask_rate: float = 0.7  # script
-    objective: str = "mntp"
+    objective: Literal["mntp", "mlm"] = "mntp"
     mask_token: str = ""  # as in stage 1, whose checkpoint keeps its token
-    sources: str = "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
+    sources: Literal["captions", "pairs", "both"] = (
+        "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
+    )
     image_weight: float = 0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
     patch_mask_rate: float = 0.7  # of that picture; the rate of the text (ours)
-    patch_fill: str = "noise"  # as in stage 1
+    patch_fill: Literal["noise", "zero", "learned"] = "noise"  # as in stage 1
     packing: bool = False  # as in stage 1
 
 
@@ -104,7 +116,7 @@ class Stage3Recipe(Recipe):
     warmup_steps: int = 200  # script
     temperature: float = 0.02  # script; MoCa 0.03
     mini_batch_size: int = 8  # GradCache chunk, script
-    pooling: str = "eos"  # script; MoCa pools the mean when bidirectional
+    pooling: Literal["eos", "mean"] = "eos"  # script; MoCa pools the mean when bidirectional
     hard_negatives: bool = False  # script: none; MoCa 2 a query
     max_per_subset: int = 100_000  # script: rows taken from each training subset, from the first
     same_task_block: int = 0  # rows of one subset that stand together in a batch; 0: fully mixed (script)

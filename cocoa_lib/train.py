@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, ConcatDataset, SequentialSampler
 from tqdm.auto import tqdm
@@ -45,13 +47,23 @@ from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
 from .backbone import add_adapter, language_model, merge_adapter, new_backbone, open_backbone, set_mask_token
-from .batches import PairCollator, Planned, causal_batch, index_plan, stage1_batch, stage2_batch
-from .checkpoint import META, CheckpointError, file_hash, load_inputs, read_json, read_meta, save_checkpoint, write_json
+from .batches import Planned, causal_batch, index_plan, pair_features, stage1_batch, stage2_batch
+from .checkpoint import (
+    META,
+    CheckpointError,
+    file_hash,
+    load_inputs,
+    read_json,
+    read_meta,
+    save_checkpoint,
+    weights_hash,
+    write_json,
+)
 from .embedder import EosEmbedding
 from .inputs import Inputs
 from .lock import locked
 from .objectives import CachedInfoNCE, Reconstruction, gathered
-from .recipes import RECIPES, CausalRecipe, Recipe, Stage1Recipe, Stage2Recipe, Stage3Recipe, as_dict, make_recipe
+from .recipes import RECIPES, CausalRecipe, Recipe, Stage3Recipe, as_dict, make_recipe
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
@@ -278,7 +290,7 @@ def join_processes() -> PartialState:
 
 
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
-    """A recipe as the trainers' arguments; `batch_size` is divided over the processes."""
+    """A recipe as the trainers' arguments; `batch_size` is divided over the processes, each with one GPU at most."""
     args = cls(
         output_dir=str(work),
         max_steps=recipe.steps,
@@ -302,6 +314,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
     )
+    args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut pictures apart and multiply the batch
     share, rest = divmod(recipe.batch_size, args.world_size)
     if rest:
         raise TrainingError(f"batch_size {recipe.batch_size} does not divide over {args.world_size} processes")
@@ -348,7 +361,8 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
             raise CheckpointError(f"{parent}: no config.json; not a model folder")
         if Path(parent).is_absolute() and not Path(parent).exists():
             raise CheckpointError(f"{parent}: no such folder")
-        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": 4096, "weights_sha256": str(parent)}
+        digest = weights_hash(Path(parent)) if Path(parent).is_dir() else str(parent)  # of the hub: its name
+        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": 4096, "weights_sha256": digest}
     else:
         meta = read_meta(parent)
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
@@ -413,6 +427,7 @@ def _run(
 
     set_seed(seed)
     inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
+    inputs.limit_images(min(recipe.image_tokens, max(1, inputs.max_length // 2)))
     model = open_backbone(
         parent, bidirectional=recipe.layout != "causal", attn_implementation=recipe.attn_implementation
     )
@@ -522,61 +537,29 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
         )
 
 
-def _reconstruction_trainer(
-    module, inputs, rows, sizes, collate: Callable, recipe, work, seed, show_progress
+def _reconstruction(
+    stage: str, model, inputs: Inputs, recipe: Recipe, data: Path, work: Path, seed: int, show_progress: bool
 ) -> Trainer:
-    plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed)
+    """Stages "causal", 1 and 2: what they read, how it is corrupted, and a `Reconstruction` with the recipe's values."""
+    parts: list[Sequence] = []
+    if stage == "causal":
+        parts, collate = [corpus.conversations(data)], partial(causal_batch, inputs=inputs)
+    else:
+        sources = getattr(recipe, "sources", "captions")
+        if sources in ("captions", "both"):
+            parts.append(corpus.captions(data))
+        if sources in ("pairs", "both"):
+            parts += corpus.text_pairs(data).values()
+        set_mask_token(model, inputs, recipe.mask_token)
+        batch = {"stage1": stage1_batch, "stage2": stage2_batch}[stage]
+        collate = partial(batch, inputs=inputs, recipe=recipe, seed=seed)
+    learned = getattr(recipe, "patch_fill", "") == "learned"
+    wanted = as_dict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
+    module = Reconstruction(model, learned_fill=learned, **{name: getattr(recipe, name) for name in wanted})
+    rows, plan = ConcatDataset(parts), index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=seed)
     corpus.check_images(rows[i]["image"] for i in set(plan.tolist()))
-    return ReconstructionTrainer(
-        model=module,
-        args=training_arguments(TrainingArguments, recipe, work, seed, show_progress),
-        train_dataset=Planned(rows, plan),
-        data_collator=collate,
-    )
-
-
-def _causal(
-    model, inputs: Inputs, recipe: CausalRecipe, data: Path, work: Path, seed: int, show_progress: bool
-) -> Trainer:
-    rows = corpus.conversations(data)
-    module = Reconstruction(model, layout="causal")
-    return _reconstruction_trainer(
-        module, inputs, rows, [len(rows)], partial(causal_batch, inputs=inputs), recipe, work, seed, show_progress
-    )
-
-
-def _stage1(
-    model, inputs: Inputs, recipe: Stage1Recipe, data: Path, work: Path, seed: int, show_progress: bool
-) -> Trainer:
-    rows = corpus.captions(data)
-    set_mask_token(model, inputs, recipe.mask_token)
-    module = Reconstruction(
-        model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
-        text_weight=recipe.text_weight, decoder_layers=recipe.decoder_layers, normalise_patches=recipe.normalise_patches,
-        learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
-    )  # fmt: skip
-    collate = partial(stage1_batch, inputs=inputs, recipe=recipe, seed=seed)
-    return _reconstruction_trainer(module, inputs, rows, [len(rows)], collate, recipe, work, seed, show_progress)
-
-
-def _stage2(
-    model, inputs: Inputs, recipe: Stage2Recipe, data: Path, work: Path, seed: int, show_progress: bool
-) -> Trainer:
-    parts = []
-    if recipe.sources in ("captions", "both"):
-        parts.append(corpus.captions(data))
-    if recipe.sources in ("pairs", "both"):
-        parts += list(corpus.text_pairs(data).values())
-    rows = ConcatDataset(parts)
-    set_mask_token(model, inputs, recipe.mask_token)
-    module = Reconstruction(
-        model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight,
-        learned_fill=recipe.patch_fill == "learned", packing=recipe.packing,
-    )  # fmt: skip
-    collate = partial(stage2_batch, inputs=inputs, recipe=recipe, seed=seed)
-    return _reconstruction_trainer(
-        module, inputs, rows, [len(part) for part in parts], collate, recipe, work, seed, show_progress
-    )
+    args = training_arguments(TrainingArguments, recipe, work, seed, show_progress)
+    return ReconstructionTrainer(model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate)
 
 
 def _stage3(
@@ -596,7 +579,7 @@ def _stage3(
         args=training_arguments(SentenceTransformerTrainingArguments, recipe, work, seed, show_progress),
         train_dataset=rows.select(plan),
         loss=CachedInfoNCE(embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size),
-        data_collator=PairCollator(preprocess_fn=inputs.collate),
+        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs)),
     )
 
 
@@ -617,7 +600,7 @@ def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalR
     return run_stage("causal", recipe, parent=init, data=data, out=out, seed=seed)
 
 
-BUILDERS = {"causal": _causal, "stage1": _stage1, "stage2": _stage2, "stage3": _stage3}
+BUILDERS = {stage: partial(_reconstruction, stage) for stage in ("causal", "stage1", "stage2")} | {"stage3": _stage3}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -32,9 +34,9 @@ from cocoa_lib.backbone import (
     probe_attention,
     set_bidirectional,
 )
-from cocoa_lib.batches import PairCollator, stage1_batch, stage2_batch
+from cocoa_lib.batches import pair_features, stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
+from cocoa_lib.objectives import CachedInfoNCE, PatchDecoder, Reconstruction
 from cocoa_lib.recipes import make_recipe
 
 pytestmark = [
@@ -202,7 +204,7 @@ def test_one_step_of_all_three_stages(family, picture):
     embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs)])
     embedder.train()
     loss = CachedInfoNCE(embedder, temperature=0.1, mini_batch_size=3)
-    batch = PairCollator(preprocess_fn=inputs.collate)(pairs(picture))
+    batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))(pairs(picture))
     columns = [
         {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)} for c in ("anchor", "positive")
     ]
@@ -320,10 +322,17 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex, sid
     batch = flex_batch(inputs, picture)
     inputs.padding_side = "right"
     real = batch["attention_mask"].bool()
+    config._attn_implementation = "flex_attention"
+    fused = PatchDecoder(model).eval()  # has a layer of the model, and its implementation
+    config._attn_implementation = "sdpa"
+    plain = PatchDecoder(model).eval()
+    plain.load_state_dict(fused.state_dict())
     for layout in (None, *LAYOUTS):
         dense = hidden_states(model, batch, layout)
+        pixels = plain(dense, model, batch, layout or "bidirectional")
         config._attn_implementation = "flex_attention"
         assert torch.allclose(hidden_states(model, batch, layout)[real], dense[real], atol=1e-5), layout
+        assert torch.allclose(fused(dense, model, batch, layout or "bidirectional"), pixels, atol=1e-5), layout
         config._attn_implementation = "sdpa"
     config._attn_implementation = "flex_attention"
     probe_attention(model, True)

@@ -51,6 +51,10 @@ def test_rows_of_the_corpus(tmp_path):
 
 def test_rows_of_pairs(tmp_path):
     write(tmp_path, "train/T/original-0", PAIRS)
+    assert corpus.pairs(tmp_path)[0].column_names == ["anchor", "positive"]
+    with pytest.raises(ValueError, match="original-0.parquet, row 0, column neg_text/neg_image_path: neither text nor"):
+        corpus.pairs(tmp_path, hard_negatives=True)
+    write(tmp_path, "train/T/original-0", PAIRS | {"neg_text": ["n0", "n1", ""], "neg_image_path": ["", "", "a/1.png"]})
     images = tmp_path / "images"
     rows, sizes = corpus.pairs(tmp_path, hard_negatives=True)
     assert sizes == [3] and rows.column_names == ["anchor", "positive", "negative"]
@@ -60,7 +64,7 @@ def test_rows_of_pairs(tmp_path):
     assert rows[2] == {
         "anchor": {"text": "q2", "image": ""},
         "positive": {"text": "", "image": str(images / "a/2.png")},
-        "negative": {"text": "", "image": ""},
+        "negative": {"text": "", "image": str(images / "a/1.png")},
     }
     texts = corpus.text_pairs(tmp_path)  # only the first has a text and no picture as its answer
     assert list(texts["T"]) == [{"text": "q0", "image": str(images / "a/0.png"), "target": "p0"}]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -235,6 +238,35 @@ def test_embedding_under_gradient_checkpointing(small, picture):
 
 
 # --- pictures as people have them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
+def test_16_bits_are_scaled_and_not_clipped(tmp_path, suffix):
+    wide = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(wide).save(tmp_path / f"wide{suffix}")
+    assert np.array_equal(np.asarray(load_image(tmp_path / f"wide{suffix}"))[:, :, 0], wide >> 8)
+
+
+def test_whole_and_floating_point_pixels():
+    assert load_image(Image.new("I", (4, 4), 90)).getpixel((0, 0)) == (90, 90, 90), "8 bits in a wide form"
+    with pytest.raises(InputError, match="floating-point pixels have no agreed range"):
+        load_image(Image.new("F", (4, 4), 0.5))
+
+
+@pytest.mark.parametrize("size", [(1800, 1800), (1000, 5000), (4000, 3000)])
+def test_a_large_picture_is_shrunk_to_a_number_of_tokens_and_a_checkpoint_keeps_that(qwen, picture, tmp_path, size):
+    item = {"text": "x", "image": picture(*size)}
+    with pytest.raises(InputError, match="raise max_length or lower image_tokens"):
+        replace(qwen, max_length=4000).collate([item])
+    inputs = Inputs(qwen.tokenizer, copy.deepcopy(qwen.image_processor), max_length=4000)
+    inputs.limit_images(1280)
+    inputs.save(tmp_path)
+    for one in (inputs, Inputs.load(tmp_path, max_length=4000)):
+        batch = one.collate([item])
+        assert 1200 < batch["mm_token_type_ids"].sum() <= 1280
+    before = inputs.image_processor.size
+    inputs.limit_images(2000)
+    assert inputs.image_processor.size == before, "only ever fewer"
 
 
 def test_odd_pictures(tmp_path):

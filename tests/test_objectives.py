@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 
 from cocoa_lib.attention import EOS, LAYOUTS, A, B
 from cocoa_lib.backbone import hidden_states, set_bidirectional
-from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.batches import causal_batch, stage1_batch, stage2_batch
 from cocoa_lib.corruption import IGNORE, hide_cells, mask_cells, mask_text, maskable, patch_noise
 from cocoa_lib.objectives import (
     CachedInfoNCE,
@@ -345,3 +346,18 @@ def test_same_draw_same_noise():
     assert torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=3))
     assert not torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=4))
     assert np.isclose(patch_noise(10_000, seed=0).std(), 1.0, atol=0.05)
+
+
+def test_next_token_prediction_learns_answers_where_the_text_is_cut_too(small, picture):
+    """Cut text loses its end; what is left of an answer is learnt, EOS as well, a question or a picture never."""
+    _, inputs = small
+    rows = [{"image": picture(), "turns": [("What color?", "red red red"), ("And the circle?", "blue")]}]
+    whole = causal_batch(rows, inputs)
+    learnt = whole["labels"][0] != IGNORE
+    ids = whole["input_ids"][0]
+    assert inputs.tokenizer.decode(ids[learnt]) == " red red red\n blue" + inputs.eos_token
+    for length in range(len(ids) - 1, int(whole["mm_token_type_ids"].sum()) + 4, -1):
+        cut = causal_batch(rows, replace(inputs, max_length=length))
+        n = length - 1  # what stands before EOS is the same
+        assert torch.equal(cut["input_ids"][0, :n], ids[:n]) and cut["input_ids"][0, n] == inputs.eos_id
+        assert torch.equal(cut["labels"][0, :n], whole["labels"][0, :n]) and cut["labels"][0, n] == inputs.eos_id

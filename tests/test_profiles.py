@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import nbformat
 import pytest
 
+from cocoa_lib.attention import LAYOUTS
 from cocoa_lib.profiles import (
     NOTEBOOKS,
     declared_parameters,
@@ -16,7 +18,7 @@ from cocoa_lib.profiles import (
     read_arms,
     tidy_notebook,
 )
-from cocoa_lib.recipes import RecipeError, make_recipe
+from cocoa_lib.recipes import RECIPES, RecipeError, make_recipe
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -65,6 +67,28 @@ def test_the_paper_profile_is_the_published_recipe():
             64,
             True,
         )
+
+
+@pytest.mark.parametrize(
+    "stage, values, message",
+    [
+        ("stage1", {"patch_fill": "gaussian"}, "Stage1Recipe.patch_fill: unknown name 'gaussian' Known: noise, zero, learned"),
+        ("stage1", {"objective": "nmtp"}, "objective: unknown name 'nmtp'; did you mean 'mntp'"),
+        ("stage2", {"sources": "caption"}, "sources: unknown name 'caption'; did you mean 'captions'"),
+        ("stage3", {"layout": "casual"}, "layout: unknown name 'casual'; did you mean 'causal'"),
+        ("stage3", {"layout": "eos_bridged"}, "Stage3Recipe.layout: unknown name 'eos_bridged'"),
+        ("stage3", {"pooling": "max"}, "pooling: unknown name 'max'"),
+        ("causal", {"layout": "bidirectional"}, "CausalRecipe.layout: unknown name"),
+        ("stage3", {"save_steps": 0}, "save_steps must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_a_word_that_no_stage_knows_does_not_train_as_something_else(stage, values, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(stage, values)
+
+
+def test_recipes_know_the_layouts_that_attention_has():
+    assert set(get_args(get_type_hints(RECIPES["stage2"])["layout"])) == set(LAYOUTS)
 
 
 def test_unknown_names_are_errors_that_help(tmp_path):

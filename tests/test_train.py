@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -26,13 +27,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.nn.parallel import DistributedDataParallel
 
 from cocoa_lib import batches, corpus, embedder, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
-from cocoa_lib.batches import PairCollator, Planned, index_plan, stage1_batch
+from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
 from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.inputs import InputError
@@ -164,6 +167,51 @@ def test_a_checkpoint_from_before_an_option_existed_is_still_the_same_run(home, 
     assert go(home, "stage2", out) == out
     with pytest.raises(CheckpointError, match="different: recipe"):
         go(home, "stage2", out, tiny("stage2", image_weight=0.5))
+
+
+def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
+    """transformers would wrap the model in DataParallel, which cuts pictures apart, and take a batch for each GPU."""
+
+    class OnTwo(transformers.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    recipe = tiny("stage1")
+    args = train.training_arguments(OnTwo, recipe, tmp_path, 0, False)
+    assert args.train_batch_size == recipe.batch_size
+
+
+def test_a_large_picture_does_not_end_a_run(home, tmp_path):
+    """The processor would let it take more than max_length; `image_tokens` is what the recipe lets it."""
+    folder = shutil.copytree(home / "causal", tmp_path / "causal")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings["size"]["longest_edge"] *= 100
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    (folder / "cocoa.json").unlink()  # which would have seen that; as a model from elsewhere has none
+    data = shutil.copytree(home / "world", tmp_path / "world")
+    for file in (data / "images").rglob("*.png"):
+        Image.open(file).resize((640, 640)).save(file)
+    out = go(home, "stage1", tmp_path / "out", tiny("stage1", image_tokens=9), parent=folder, data=data)
+    grid = load_inputs(out, read_meta(out)).process_images([Image.new("RGB", (640, 640))])[1]
+    assert grid.prod() == 9 * 4
+    go(
+        home, "stage1", tmp_path / "half", tiny("stage1", steps=1), parent=folder, data=data
+    )  # 1280, but half of 128 at most
+
+
+def test_a_parent_without_our_record_is_told_by_its_weights(home, tmp_path):
+    for name in ("one", "two"):
+        folder = shutil.copytree(home / "causal", tmp_path / name)
+        (folder / "cocoa.json").unlink()
+    one, two = (train.check_parent("stage1", tmp_path / name, False) for name in ("one", "two"))
+    assert one == two and one["weights_sha256"] == read_meta(home / "causal")["weights_sha256"]
+    save_file(weights(home / "stage1"), tmp_path / "two" / "model.safetensors", {"format": "pt"})
+    assert train.check_parent("stage1", tmp_path / "two", False) != one
+    assert (
+        train.check_parent("stage1", "Qwen/Qwen2-VL-2B-Instruct", False)["weights_sha256"]
+        == "Qwen/Qwen2-VL-2B-Instruct"
+    )
 
 
 def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
@@ -537,7 +585,7 @@ def contrastive_gradients(home, mine, wrap):
     folder = home / "stage3"
     inputs = load_inputs(folder, read_meta(folder))
     model = SentenceTransformer(modules=[EosEmbedding(open_backbone(folder, bidirectional=True), inputs)], device="cpu")
-    batch = PairCollator(preprocess_fn=inputs.collate)(pairs(home)[mine])
+    batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))(pairs(home)[mine])
     columns = [
         {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)} for c in ("anchor", "positive")
     ]
