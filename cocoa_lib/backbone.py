@@ -75,7 +75,7 @@ def open_backbone(
     supported although its attention takes any registered function, so it is enabled on the language model's config
     only; the vision tower stays on SDPA. Where Flex does not run forward and backward (there is no backward pass on a
     CPU, and nothing at all without a compiler), SDPA takes its place with a warning. safetensors only, never remote
-    code. Raises RuntimeError if the probe fails.
+    code. The model comes back on the CPU. Raises RuntimeError if the probe fails.
     """
     flex = attn_implementation == "flex_attention"
     model = AutoModelForImageTextToText.from_pretrained(
@@ -86,14 +86,18 @@ def open_backbone(
         trust_remote_code=False,
     )
     set_bidirectional(model, bidirectional)
+    flash = attn_implementation.startswith("flash")
+    if (flex or flash) and torch.accelerator.is_available():  # their kernels are there and not on the CPU
+        model.to(torch.accelerator.current_accelerator())
     if flex:
         language_model(model).config._attn_implementation = "flex_attention"
         if (reason := _flex_failure(model)) is not None:
             language_model(model).config._attn_implementation = "sdpa"
             logger.warning("flex_attention is not available here (%s); using sdpa, which gives the same", reason)
     if probe:
-        probe_attention(model, bidirectional)
-    return model.eval()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
+            probe_attention(model, bidirectional)
+    return model.to("cpu").eval()
 
 
 def _flex_failure(model: PreTrainedModel) -> str | None:
@@ -101,11 +105,12 @@ def _flex_failure(model: PreTrainedModel) -> str | None:
     ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
     try:
         with torch.enable_grad():
-            hidden_states(model, _text_batch(ids, torch.full_like(ids, A))).sum().backward()
+            hidden = hidden_states(model, _text_batch(ids, torch.full_like(ids, A)))
+            torch.autograd.grad(
+                hidden.sum(), language_model(model).embed_tokens.weight
+            )  # no room for all gradients needed
     except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    finally:
-        model.zero_grad()
     return None
 
 

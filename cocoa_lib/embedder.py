@@ -162,6 +162,8 @@ class CocoaEmbedder:
             module.inputs.max_length,
             module.pooling,
             str(dtype),
+            module.meta.get("layout"),
+            module.meta.get("files_sha256", {}).get("preprocessor_config.json", "")[:16],
         ]
         return cls(module, "-".join(map(str, seen)))  # all that an embedding depends on, besides the item
 

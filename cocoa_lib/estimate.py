@@ -83,9 +83,9 @@ def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float
     patches = pixels / vision.patch_size**2
     cells = patches / vision.spatial_merge_size**2
     length, width = text + cells + 3, 2 if recipe.bf16 else 4  # 3: the picture's two marks, EOS
-    gated = hasattr(vision, "out_hidden_size")  # Qwen2.5-VL: gated MLP, attention in windows
-    tower = vision.hidden_size if gated else vision.embed_dim
-    inner = 3 * vision.intermediate_size if gated else 2 * vision.mlp_ratio * tower
+    gated = hasattr(vision, "fullatt_block_indexes")  # Qwen2.5-VL: gated MLP, attention in windows
+    tower = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's own name
+    inner = (2 + gated) * getattr(vision, "intermediate_size", getattr(vision, "mlp_ratio", 0) * tower)
     forward = repeated = backward = kept = 0.0
     saved: dict[str, float] = defaultdict(float)  # by layer
     for name, part in module.named_modules():
@@ -143,7 +143,8 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     pairs, bf16, saving = stage == "stage3", recipe.bf16, recipe.gradient_checkpointing
     text = data.text * (2 if stage == "stage2" else 1)  # A's query and B
     masked = 0.0 if pairs else data.text * getattr(recipe, "text_mask_rate", 1.0)
-    fits = max(0.0, recipe.max_length - text - 3) * (vision.patch_size * vision.spatial_merge_size) ** 2
+    room = min(recipe.image_tokens, recipe.max_length // 2, recipe.max_length - text - 3)  # of a picture, in tokens
+    fits = max(0.0, room) * (vision.patch_size * vision.spatial_merge_size) ** 2
     largest, share = min(data.largest, fits), data.share if pairs else 1.0
     worst, mean, bare = (item_cost(module, recipe, text, x, masked) for x in (largest, min(data.pixels, fits), 0.0))
     items = recipe.batch_size * (2 + recipe.hard_negatives if pairs else 1)

@@ -217,6 +217,8 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
     for name, kind in rows.features.items():
         if getattr(kind, "dtype", None) == "null":  # a column without any value has no type of its own
             rows = rows.cast_column(name, datasets.Value("string"))
+        elif getattr(getattr(kind, "feature", None), "dtype", None) == "null":  # lists of nothing but nothing
+            rows = rows.cast_column(name, datasets.List(datasets.Value("string")))
     return rows
 
 
@@ -534,10 +536,12 @@ def evaluate(
         raise ValueError("this embedder has no `fingerprint`, so stored embeddings of two models would mix; set one")
     evaluator = f"cocoa_lib mmeb, ties {'against the answer' if ties == 'against' else 'as in the public argmax'}"
     encoding = {"cache_dir": cache_dir, "fingerprint": fingerprint, "batch_size": batch_size, **processes}
-    results, per_query = [], []
-    for task in tqdm(tasks, desc="MMEB", unit="task", disable=not show_progress):
+    loaded = []  # memory-mapped; all are checked before anything is encoded
+    for task in tasks:
         expected = task.n_candidates if task in TASKS else None  # other folders may be small builds of theirs
-        rows = load_eval(root, task.name, revision=revision, n_candidates=expected, duplicates=duplicates)
+        loaded.append(load_eval(root, task.name, revision=revision, n_candidates=expected, duplicates=duplicates))
+    results, per_query = [], []
+    for task, rows in zip(tqdm(tasks, desc="MMEB", unit="task", disable=not show_progress), loaded, strict=True):
         chosen = np.arange(len(rows))
         if n_queries is not None and n_queries < len(rows):
             chosen = np.sort(np.random.default_rng(seed).choice(len(rows), n_queries, replace=False))
@@ -734,7 +738,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from .checkpoint import META, add_scores, provenance
     from .embedder import CocoaEmbedder
 
-    if not Path(args.root).is_dir():  # a branch moves, a commit does not: resolve once, use and record that
+    # Of the hub: a branch moves, a commit does not: resolve once, use and record that.
+    if not Path(args.root).is_dir() and len(Path(args.root).parts) == 2:
         from huggingface_hub import HfApi
 
         args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
@@ -748,8 +753,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if state.is_main_process:
         write_results(results, per_query, args.out, {**vars(args), "fingerprint": embedder.fingerprint, **provenance()})
-        scores = results[results["metric"] == "p@1"].set_index("task")["value"].to_dict()
-        missing = averages(scores, choose_tasks(["all"], args.root)).get("missing", [])
+        missing = [task.name for task in choose_tasks(["all"], args.root) if task.name not in set(results["task"])]
         table = average_intervals(per_query, tasks).dropna()
         for row in table.itertuples():
             print(f"{row.average:15s} {row.value:5.1f} [{row.low:.1f}, {row.high:.1f}]")  # noqa: T201

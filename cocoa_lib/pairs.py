@@ -105,15 +105,22 @@ def find_image_root(path: Path, first_image: str) -> Path:
     """Where relative image paths start: the table's folder, or the one folder below it that holds the first image."""
     if path.is_dir() or os.path.isfile(path.parent / first_image):  # False for a name too long, too
         return path if path.is_dir() else path.parent
-    for found in sorted(path.parent.rglob("*")) if Path(first_image).name else ():
-        if found.as_posix().endswith(first_image):
-            return Path(found.as_posix()[: -len(first_image)])
+    parts = Path(first_image).parts
+    for found in sorted(path.parent.rglob("*")) if parts else ():
+        if found.parts[-len(parts) :] == parts:
+            return found.parents[len(parts) - 1]
     return path.parent
 
 
 def concept(text: str) -> str:
     """A text without what only varies it: what follows a colon, gender and age words, case and spaces."""
     return " ".join(VARIANT_WORDS.sub(" ", text.lower().split(":")[0]).split()) or text.lower()
+
+
+def _label(row: dict[str, Any], class_name: str | None) -> str:
+    """The row's class as a string, "" where it has none: 0 is a class."""
+    value = row.get(class_name) if class_name else None
+    return "" if value is None else str(value).strip()
 
 
 def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, root: Path, progress: bool):
@@ -136,9 +143,12 @@ def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, 
             bad.append(f"row {number}: not valid Unicode ({error.reason})")
             continue
         try:
-            good.append({**row, "_row": number, "_text": text, "_image": load_image(root / name)})
+            image = load_image(root / name)
         except InputError as error:
             bad.append(f"row {number}: {error}")
+            continue
+        digest = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
+        good.append({**row, "_text": text, "_path": root / name, "_hash": digest})  # not the pixels of all pictures
     return good, bad
 
 
@@ -176,7 +186,7 @@ def build_pairs(
         raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
     settings = {"source": path.name, "source_sha256": source_hash(path),
                 "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
-                "max_side": max_side, "seed": seed}  # fmt: skip
+                "max_side": max_side, "seed": seed, **({"image_root": str(image_root)} if image_root else {})}  # fmt: skip
     manifest_path = root / "manifest.json"
     if manifest_path.is_file():
         manifest = read_manifest(root)
@@ -204,14 +214,14 @@ def build_pairs(
     if len(good) < 10:
         raise InputError(f"{path}: {len(good)} usable rows; at least 10 are needed to train and to hold some out")
 
+    seen, unseen, training = _split(good, n_eval, seed)
     images = root / "images"
     images.mkdir(parents=True)
     for i, row in enumerate(good):
-        row["_hash"] = hashlib.sha256(row["_image"].tobytes() + str(row["_image"].size).encode()).hexdigest()
-        row["_image"].thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        image = load_image(row["_path"])
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
         row["_file"] = f"{i:06d}.png"
-        row.pop("_image").save(images / row["_file"])
-    seen, unseen, training = _split(good, n_eval, seed)
+        image.save(images / row["_file"])
     tasks = _write_eval(root, {"Seen": seen, "Unseen": unseen}, good, class_name)
     _write_training(root, training, unseen, class_name)
     (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
@@ -230,7 +240,12 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
     groups = group_concepts(rows)
     rng = np.random.default_rng([seed, 3])
     order = rng.permutation(groups.max() + 1)
-    n_out = min(n_eval, max(1, len(order) // 5))
+    n_out = min(n_eval, max(2, len(order) // 5))
+    if min(n_out, len(order) - n_out) < 2:  # one candidate is always right
+        raise InputError(
+            f"{len(order)} concepts (texts without what follows a colon, gender and age): at least 2 are held out and 2 "
+            f"trained on; use more of them, or an n_eval of at least 2 (found {n_eval})"
+        )
     held_out = set(order[:n_out].tolist())
     first = {int(group): i for i, group in reversed(list(enumerate(groups)))}
     training = [row for row, group in zip(rows, groups, strict=True) if int(group) not in held_out]
@@ -241,7 +256,7 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
 
 def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None) -> list[list]:
     tasks = []
-    classes = sorted({str(row[class_name]) for row in rows if row.get(class_name)}) if class_name else []
+    classes = sorted({_label(row, class_name) for row in rows} - {""})
     for name, part in parts.items():
         files, texts, n, seen = (
             [row["_file"] for row in part],
@@ -254,12 +269,11 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
         tasks += [_eval_task(root, f"TextToImage{name}", "retrieval", seen, text_task)]
         tasks += [_eval_task(root, f"ImageToText{name}", "retrieval", seen, image_task)]
         if len(classes) > 1:
-            class_task = []
-            for row in part:
-                if own := str(row.get(class_name) or ""):
-                    labels = [own, *(label for label in classes if label != own)]
-                    class_task.append(("", row["_file"], labels, [""] * len(labels)))
-            tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)]
+            class_task = [
+                ("", row["_file"], [own, *(label for label in classes if label != own)], [""] * len(classes))
+                for row in part if (own := _label(row, class_name))
+            ]  # fmt: skip
+            tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)] if class_task else []
     return tasks
 
 
@@ -277,10 +291,8 @@ def _write_training(root: Path, training: list[dict], unseen: list[dict], class_
         "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
         "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],
     }
-    if class_name and any(row.get(class_name) for row in training):
-        subsets["Class"] = [
-            ("", row["_file"], str(row[class_name]), "", "", "") for row in training if row.get(class_name)
-        ]
+    if classed := [("", row["_file"], own, "", "", "") for row in training if (own := _label(row, class_name))]:
+        subsets["Class"] = classed
     for name, rows in subsets.items():
         folder = root / "train" / name
         folder.mkdir(parents=True)

@@ -373,6 +373,23 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
     assert all(p.grad is None for p in opened.parameters())
 
 
+def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch):
+    """FlexAttention and flash-attention have no (whole) kernel on a CPU: tried there, they would never be taken."""
+    model, _ = small
+    model.save_pretrained(tmp_path)
+    moves, move = [], torch.nn.Module.to
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu:0"))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moves.append(str(device)) or move(self, "cpu"))
+    monkeypatch.setattr(backbone, "_flex_failure", lambda model: moves.append("tried"))
+    monkeypatch.setattr(backbone, "probe_attention", lambda *args: moves.append("probed"))
+    open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
+    assert moves == ["cpu:0", "tried", "probed", "cpu"]
+    moves.clear()
+    open_backbone(tmp_path, bidirectional=True)
+    assert moves == ["probed", "cpu"]
+
+
 def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_flex):
     model, inputs = small
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from cocoa_lib import mmeb
 from cocoa_lib.backbone import set_bidirectional
 from cocoa_lib.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, build_index, mteb_model, search, sentence_transformer
-from cocoa_lib.inputs import InputError
+from cocoa_lib.inputs import InputError, Inputs
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}]'
@@ -69,6 +70,23 @@ def test_one_item_a_generator_nothing_and_plain_values(embedder, picture):
 def test_many_windows_equal_one(embedder, picture):
     some = items(picture, 200)
     assert np.allclose(embedder.encode(iter(some), batch_size=1), embedder.encode(some, batch_size=64), atol=1e-5)
+
+
+def test_the_fingerprint_tells_apart_what_gives_other_vectors(small, embedder, tmp_path):
+    """Stored embeddings are found by it; the weights are the same in all of these."""
+    model, inputs = small
+    shrunk = Inputs(inputs.tokenizer, copy.deepcopy(inputs.image_processor), max_length=inputs.max_length)
+    shrunk.limit_images(4)
+    seen = []
+    for name, layout, used in (
+        ("one", "bidirectional", inputs),
+        ("two", "causal", inputs),
+        ("three", "bidirectional", shrunk),
+    ):
+        save_checkpoint(tmp_path / name, model, used, {"stage": "stage3", "layout": layout, "pooling": "eos"})
+        seen.append(CocoaEmbedder.load(tmp_path / name).fingerprint)
+    assert len(set(seen)) == 3
+    assert CocoaEmbedder.load(tmp_path / "one").fingerprint == seen[0]
 
 
 def test_truncated_dimension_is_normalised_again(embedder):

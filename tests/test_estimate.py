@@ -6,11 +6,13 @@ nothing that depends on values (the head on masked places only, rotary positions
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 from cocoa_lib import backbone, estimate, world
 from cocoa_lib.attention import A, dense_mask
@@ -53,7 +55,24 @@ def small(tmp_path_factory):
         config.save_pretrained(folder)
         return folder
 
-    return {name: narrow(name) for name in ("2B", "3B")}
+    def qwen3(text, vision):
+        """Of the same widths; its vision tower hands states of two layers to the language model besides."""
+        values = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                             "num_key_value_heads", "vocab_size")}  # fmt: skip
+        tower = {"depth": 4, "num_heads": 4, "hidden_size": 128, "intermediate_size": 320, "out_hidden_size": 256,
+                 "patch_size": vision["patch_size"], "deepstack_visual_indexes": [1, 2]}  # fmt: skip
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        marks = {name: 990 + i for i, name in enumerate(names)}
+        config = Qwen3VLConfig(
+            text_config=values | {"head_dim": 64}, vision_config=tower, tie_word_embeddings=True, **marks
+        )
+        folder = tmp_path_factory.mktemp("qwen3")
+        config.save_pretrained(folder)
+        return folder
+
+    folders = {name: narrow(name) for name in ("2B", "3B")}
+    parts = json.loads((folders["3B"] / "config.json").read_text())
+    return folders | {"Qwen3": qwen3(parts["text_config"], parts["vision_config"])}
 
 
 def batch_of(model):
@@ -94,7 +113,7 @@ FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
 @pytest.mark.parametrize(
     "values", [FULL, DORA, CHECKPOINTING, DORA | CHECKPOINTING], ids=["full", "dora", "ckpt", "both"]
 )
-@pytest.mark.parametrize("name", ["2B", "3B"])
+@pytest.mark.parametrize("name", ["2B", "3B", "Qwen3"])
 def test_flops_are_those_that_torch_counts(small, name, values):
     """Stage 1 with image decoder and head, to 2 %; DoRA to 5 %: each pass puts an identity matrix through its adapters, which
     is much beside one short item and little beside a batch."""

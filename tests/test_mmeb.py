@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import threading
 from dataclasses import replace
@@ -295,6 +296,25 @@ def test_a_path_that_escapes_names_its_row(column, tmp_path):
     with pytest.raises(ValueError, match=f"DocVQA, row 3, column {column}: image path '../x.png'"):
         run(embedder, tmp_path, ONE)
     assert embedder.calls == 0
+
+
+def test_a_bad_row_of_the_last_task_is_found_before_anything_is_encoded(all_tasks, tmp_path):
+    tasks = SMALL[:2]
+    for task in tasks:
+        shutil.copytree(all_tasks / task.name, tmp_path / task.name)
+    (tmp_path / "images").mkdir()
+    last = tasks[-1]
+    write_task(tmp_path, last.name, edit(3, qry_text="", qry_img_path="")(make_rows(last)))
+    embedder = Embedder(random_vector)
+    with pytest.raises(ValueError, match=f"{last.name}.*row 3, column qry_text/qry_img_path: neither"):
+        run(embedder, tmp_path, tasks)
+    assert embedder.calls == 0
+
+
+def test_lists_of_nothing_but_nothing_are_empty_paths(tmp_path):
+    rows = make_rows(ONE[0], 5)
+    write_task(tmp_path, "DocVQA", [{**row, "tgt_img_path": [None] * len(row["tgt_text"])} for row in rows])
+    assert len(mmeb.load_eval(str(tmp_path), "DocVQA")) == 5
 
 
 # Scores
@@ -634,11 +654,12 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     assert facts["evaluator"] == "cocoa_lib mmeb, ties against the answer" and facts["fingerprint"] == "the-model"
     assert len(pd.read_parquet(out / "per_query.parquet")) == 24
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-    with pytest.warns(UserWarning, match="missing: N24News"):
-        mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
+    mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
     assert "MISSING: N24News" in capsys.readouterr().out
     card = (tmp_path / "the-model" / "README.md").read_text(encoding="utf-8")
     assert "5a5a" in card and "| overall | 1 | 100.0 | 100.0 to 100.0 |" in card and "Missing tasks: N24News" in card
     assert f"on `{tmp_path.name}/data`, 1 tasks, 40 queries" in card and card.count("## Scores") == 1
     with pytest.raises(ValueError, match="unknown task.*GQA"):
         mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "GQA"])
+    with pytest.raises(FileNotFoundError, match="runs/lap/data: no such folder, and not a hub name"):
+        mmeb.main(["the-model", "--root", "runs/lap/data", "--image-root", ".", "--out", str(out)])

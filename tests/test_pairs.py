@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from cocoa_lib import corpus, mmeb
 from cocoa_lib.inputs import InputError
-from cocoa_lib.pairs import build_pairs, concept, group_concepts
+from cocoa_lib.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "grey", "black", "pink", "brown"]
 
@@ -121,17 +122,72 @@ def test_wrong_settings_say_what_is_known(table, tmp_path, change, message):
 
 
 def test_a_folder_of_named_folders(tmp_path, picture):
-    for kind, name in (("Fruit", "Red-Apple"), ("Fruit", "Pear"), ("Drink", "Oat_Milk")):
+    for kind, name in (("Fruit", "Red-Apple"), ("Fruit", "Pear"), ("Drink", "Oat_Milk"), ("Drink", "Tea")):
         (tmp_path / "in" / kind / name).mkdir(parents=True)
         for i in range(4):
             picture(seed=len(name) * 10 + i).save(tmp_path / "in" / kind / name / f"{i}.jpg")
     manifest = build_pairs(tmp_path / "in", tmp_path / "data", progress=False)
-    assert manifest["used"] == 12
+    assert manifest["used"] == 16
     texts = set(pd.read_parquet(tmp_path / "data" / "corpus" / "train.parquet")["answer"])
-    assert texts < {"Red Apple", "Pear", "Oat Milk"} and len(texts) == 2
+    assert texts < {"Red Apple", "Pear", "Oat Milk", "Tea"} and len(texts) == 2
+    for task in mmeb.choose_tasks(["all"], str(tmp_path / "data")):
+        assert task.n_candidates == 2, "one candidate would always be right"
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pictures in named folders"):
         build_pairs(tmp_path / "empty", tmp_path / "other", progress=False)
+
+
+def test_too_few_concepts_are_said_before_anything_is_written(tmp_path, picture):
+    for name in ("Apple", "Pear", "Tea"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(9):
+            picture(seed=len(name) * 10 + i).save(tmp_path / "in" / name / f"{i}.jpg")
+    with pytest.raises(InputError, match="3 concepts .*at least 2 are held out and 2 trained on"):
+        build_pairs(tmp_path / "in", tmp_path / "data", progress=False)
+    assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
+
+
+def test_a_class_may_be_0_and_blanks_are_none(table, tmp_path):
+    path, rows = table
+    for i, row in enumerate(rows):
+        row["group"] = [0, 1, 2, " "][i // 2 % 4]  # both variants of a concept
+    rewrite(path, rows)
+    build_pairs(path, tmp_path / "data", n_eval=6, progress=False)
+    shown = [row for part in ("Seen", "Unseen") for row in mmeb.load_eval(str(tmp_path / "data"), f"Class{part}")]
+    assert {text for row in shown for text in row["tgt_text"]} == {"0", "1", "2"}
+    assert {row["tgt_text"][0] for row in shown} == {"0", "1", "2"}
+    trained = pd.read_parquet(next((tmp_path / "data" / "train" / "Class").glob("*.parquet")))
+    assert set(trained["pos_text"]) == {"0", "1", "2"}
+
+
+def test_a_class_that_few_rows_have(table, tmp_path):
+    path, rows = table
+    for i, row in enumerate(rows):
+        row["group"] = {0: "warm", 1: "cold"}.get(i, "")
+    rewrite(path, rows)
+    build_pairs(path, tmp_path / "data", n_eval=2, progress=False)
+    assert len(mmeb.choose_tasks(["all"], str(tmp_path / "data"))) < 6, "a part without such a row has no such task"
+
+
+def test_the_folder_of_pictures_is_found_by_whole_names(table, tmp_path):
+    path, rows = table
+    (path.parent / "png" / "1red-man.png").write_bytes((path.parent / "png" / "red-man.png").read_bytes())
+    assert rows[0]["file"] == "red-man.png" and find_image_root(path, "red-man.png") == path.parent / "png"
+    assert find_image_root(path, "./red-man.png") == path.parent / "png"
+
+
+def test_another_folder_of_pictures_is_another_setting(table, tmp_path):
+    path, _ = table
+    shutil.copytree(path.parent / "png", tmp_path / "other")
+    build_pairs(path, tmp_path / "data", image_root=path.parent / "png", progress=False)
+    with pytest.raises(InputError, match="other settings"):
+        build_pairs(path, tmp_path / "data", image_root=tmp_path / "other", progress=False)
+
+
+def test_pictures_are_not_all_held_at_once(table):
+    path, rows = table
+    good, bad = check_rows(rows, "file", "name", path.parent / "png", False)
+    assert not bad and not any(isinstance(value, Image.Image) for row in good for value in row.values())
 
 
 def test_the_grocery_photos_of_the_real_data(shared_data, tmp_path):
