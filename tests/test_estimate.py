@@ -107,6 +107,19 @@ def expected(folder, recipe):
     return item_cost(module, recipe, TEXT, (SIDE * 14) ** 2, masked=12)
 
 
+def test_the_table_in_the_docs_is_the_estimate():
+    text, profile = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), load_profile("paper")
+    for name, label in (("2B", "Qwen2-VL-2B"), ("3B", "Qwen2.5-VL-3B"), ("7B", "Qwen2.5-VL-7B")):
+        cells = []
+        for stage in ("stage1", "stage2", "stage3"):
+            found = estimate.estimate(
+                CONFIGS / SHAPES[name], stage, make_recipe(stage, profile[stage]), Data(), devices=8
+            )
+            memory, hours = found["memory"] / 1e9, found["hours"]
+            cells.append(f"{memory:.0f} / {hours:.{0 if hours > 9.9 else 1}f}")
+        assert f"| {label} | {' | '.join(cells)} |" in text
+
+
 FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
 
 
