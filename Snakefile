@@ -10,6 +10,7 @@ or recipe that changed makes what depends on it stale; what is finished is not m
 
 import json
 import os
+import re
 import shlex
 import sys
 from contextlib import ExitStack
@@ -20,15 +21,21 @@ from snakemake.exceptions import WorkflowError
 sys.path.insert(0, str(Path(workflow.basedir)))
 from cocoa_lib.lock import locked
 from cocoa_lib.profiles import load_profile, read_arms
+from cocoa_lib.recipes import unknown_name
 
 PROFILE = config.get("profile", "laptop")
 PAIRS = config.get("pairs", "")
 PAIR_OPTIONS = {name: config[name] for name in ("image_column", "text_column", "class_column", "image_root", "on_bad_row") if config.get(name)}
 P = load_profile(PROFILE)
-NAME = PROFILE + ("-" + Path(PAIRS).stem if PAIRS else "")
+NAME = PROFILE + ("-" + re.sub(r"[^\w.-]+", "_", Path(PAIRS).stem) if PAIRS else "")  # names folders, stands in commands
 RUN = f"runs/{NAME}"
 SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()] or P["seeds"]
 SEEDS_OF = {arm: SEEDS for arm in P["arms"]} | {arm: SEEDS[:3] for arm in P.get("sweeps", [])}  # of an arm
+for name in SEEDS_OF:
+    if name not in read_arms():
+        raise unknown_name(name, list(read_arms()), f"profile {PROFILE}, arms and sweeps")
+if lost := {"cocoa", "contrastive"} - set(SEEDS_OF):
+    raise WorkflowError(f"profile {PROFILE}: arms must hold {' and '.join(sorted(lost))}, which the notebooks need")
 ARMS = {name: arm for name, arm in read_arms().items() if name in SEEDS_OF}
 MAIN, SEED = "cocoa", SEEDS[0]
 DATA = f"{RUN}/benchmark"

@@ -31,7 +31,7 @@ from .batches import stage1_batch, stage2_batch
 from .corruption import IGNORE, hide_cells
 from .figures import COLOURS
 from .inputs import Batch, InputError, Inputs, item_images, load_image
-from .mmeb import META_TASKS, resolve_image
+from .mmeb import META_TASKS, row_items
 from .recipes import make_recipe
 
 DIRECT, INDIRECT, NEVER = COLOURS[0], COLOURS[1], "#eeeeee"
@@ -564,14 +564,8 @@ def retrieval_explorer(
     query = _slider(0, 0, last[task.value], "query")
     task.observe(lambda change: setattr(query, "max", last[change["new"]]), "value")
 
-    def items(texts: Sequence[str], images: Sequence[str]) -> list[dict[str, Any]]:
-        paths = (resolve_image(Path(image_root), image) if image else None for image in images)
-        return [{"text": text, "image": path} for text, path in zip(texts, paths, strict=True)]
-
     def answer(task: str, query: int, k: int) -> dict[str, str]:
-        row = task_rows[task][query]
-        own = items([row["qry_text"]], [row["qry_img_path"]])[0]
-        found = items(row["tgt_text"], row["tgt_img_path"])
-        return {"retrieval": retrieval_html(own, found, scores[task][query], 0, k)}  # MMEB: the right one comes first
+        items = row_items(task_rows[task][query], image_root)
+        return {"retrieval": retrieval_html(*items, scores[task][query], 0, k)}  # MMEB: the right one comes first
 
     return _explorer({"task": task, "query": query, "k": _slider(k, 1, 10, "candidates")}, answer, ["retrieval"])

@@ -19,8 +19,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's palette, ordered so that neighbours differ in lightness too.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+# Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777", "#000000")
 STYLE = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
@@ -183,7 +183,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     figure, axis = new(width=6.5, height=0.42 * len(effects) + 1.2)
     y = np.arange(len(effects))
     for i, row in enumerate(effects.itertuples()):
-        clear = row.low > 0 or row.high < 0
+        clear = row.n_seeds > 1 and (row.low > 0 or row.high < 0)  # one seed says nothing of others
         axis.plot([row.low, row.high], [i, i], color=COLOURS[0] if clear else "grey", linewidth=2)
         axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6,
                   markerfacecolor=COLOURS[0] if clear else "white")  # fmt: skip
@@ -205,6 +205,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
 
 def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
     """Scores by meta-task: columns label, meta_task, value and optionally low, high; one group a meta-task."""
+    table = table.dropna(subset="value")  # a meta-task without tasks
     labels, groups = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["meta_task"]))
     figure, axis = new(width=6.5, height=3.0)
     width = 0.8 / len(labels)
@@ -216,7 +217,8 @@ def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
             errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
             axis.errorbar(x, part["value"], yerr=errors, fmt="none", color="black", linewidth=1)
         for position, value in zip(x, part["value"], strict=True):
-            axis.annotate(f"{value:.0f}", (position, 1), ha="center", va="bottom", fontsize=7, color="white")
+            if not np.isnan(value):
+                axis.annotate(f"{value:.0f}", (position, 1), ha="center", va="bottom", fontsize=7, color="white")
     axis.set_xticks(range(len(groups)), groups)
     axis.set_ylim(0, 100)
     axis.set_ylabel("precision@1, %")
@@ -381,7 +383,7 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     axis.set_title(f"difference to '{baseline}', {unit}")
-    axis.set_xlabel("bold: the 95 % interval excludes 0")
+    axis.set_xlabel("bold: the 95 % interval excludes 0, uncorrected")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 

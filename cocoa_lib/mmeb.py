@@ -563,6 +563,14 @@ def evaluate(
     return pd.DataFrame(results), pd.concat(per_query, ignore_index=True)
 
 
+def row_items(row: Mapping[str, Any], image_root: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A row of `load_eval` as items to encode: (query, candidates). Raises what `resolve_image` raises."""
+    texts, names = [row["qry_text"], *row["tgt_text"]], [row["qry_img_path"], *row["tgt_img_path"]]
+    paths = [str(resolve_image(Path(image_root), name)) if name else None for name in names]
+    query, *candidates = [{"text": text, "image": path} for text, path in zip(texts, paths, strict=True)]
+    return query, candidates
+
+
 def task_items(
     rows: datasets.Dataset, where: str, numbers: np.ndarray, image_root: Path
 ) -> tuple[list[dict[str, Any]], list[np.ndarray], Callable[[int], str]]:

@@ -73,7 +73,7 @@ class PatchDecoder(nn.Module):
     only. Output: (vision tokens, merge_size**2 * patch numbers).
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, layers: int = 1, learned_fill: bool = False) -> None:
         super().__init__()
         text, vision = language_model(model), model.config.vision_config
         channels = getattr(vision, "in_channels", getattr(vision, "in_chans", 3))
@@ -84,6 +84,7 @@ class PatchDecoder(nn.Module):
         self.project = nn.Linear(text.config.hidden_size, self.merge_size**2 * patch_numbers)
         nn.init.normal_(self.project.weight, std=0.02)
         nn.init.zeros_(self.project.bias)
+        self.fill = nn.Parameter(torch.zeros(patch_numbers)) if learned_fill else None  # what stands in hidden cells
 
     def forward(self, hidden: Tensor, model: PreTrainedModel, batch: Batch, layout: str) -> Tensor:
         """hidden (B, L, H) -> predicted pixels of every vision token, in batch order."""
@@ -102,8 +103,10 @@ def load_decoder(folder: str | Path, model: PreTrainedModel) -> PatchDecoder:
     path = Path(folder) / DECODER
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no image decoder; stage 1 leaves one when image_weight is above 0")
-    n_layers = len({name.split(".")[1] for name in load_file(path) if name.startswith("layers.")})
-    decoder = PatchDecoder(model, n_layers)
+    names = load_file(path).keys()
+    decoder = PatchDecoder(
+        model, len({name.split(".")[1] for name in names if name.startswith("layers.")}), "fill" in names
+    )
     load_model(decoder, str(path))
     return decoder.eval()
 
@@ -128,11 +131,7 @@ class Reconstruction(nn.Module):
         self.model, self.layout, self.packing = model, layout, packing
         self.text_loss = TEXT_LOSSES[objective]
         self.text_weight, self.image_weight, self.normalise_patches = text_weight, image_weight, normalise_patches
-        self.decoder = PatchDecoder(model, decoder_layers) if image_weight > 0 else None
-        patch_numbers = (
-            None if self.decoder is None else self.decoder.project.out_features // self.decoder.merge_size**2
-        )
-        self.fill = nn.Parameter(torch.zeros(patch_numbers)) if learned_fill and self.decoder is not None else None
+        self.decoder = PatchDecoder(model, decoder_layers, learned_fill) if image_weight > 0 else None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
         if self.packing:
@@ -141,7 +140,7 @@ class Reconstruction(nn.Module):
         visible = dict(batch)
         hide = self.decoder is not None and "hidden_cells" in batch
         if hide:
-            fill = batch["patch_fill"] if self.fill is None else self.fill
+            fill = batch["patch_fill"] if self.decoder.fill is None else self.decoder.fill
             visible["pixel_values"] = hide_cells(
                 batch["pixel_values"], batch["hidden_cells"], fill, self.decoder.merge_size
             )
@@ -153,7 +152,7 @@ class Reconstruction(nn.Module):
         image = self.image_loss(hidden, batch) if hide else zero
         if elsewhere:
             image = 0.0 * self.decoder(hidden, self.model, batch, self.layout).sum()
-            image = image if self.fill is None else image + 0.0 * self.fill.sum()
+            image = image if self.decoder.fill is None else image + 0.0 * self.decoder.fill.sum()
         if self.training:
             cells = batch["hidden_cells"].sum() if hide else labels.new_zeros(())
             text_share, image_share = share_of_mean(torch.stack([(labels != IGNORE).sum(), cells]))

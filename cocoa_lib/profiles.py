@@ -55,9 +55,10 @@ def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, 
 
 
 def profile_of(run: Path) -> dict[str, Any]:
-    """The profile that a run or report folder is named after, NAME or NAME-PAIRS; {} where there is none."""
-    name = run.name.partition("-")[0]
-    return load_profile(name) if (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file() else {}
+    """The profile that a run or report folder is named after, NAME or NAME-PAIRS, the longest; {} where there is none."""
+    parts = run.name.split("-")
+    names = ("-".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((load_profile(name) for name in names if (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file()), {})
 
 
 def declared_parameters(notebook: Path) -> dict[str, str]:
@@ -157,7 +158,7 @@ def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
     """The table of arms by name; each changed value is checked. Raises RecipeError naming the row and column."""
     arms = {}
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             rows, columns = list(reader), reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:

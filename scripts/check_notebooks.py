@@ -20,7 +20,9 @@ MAX_BYTES = 3_000_000
 ROOT = Path(__file__).resolve().parent.parent
 # Where a path of a particular machine begins: not inside a web address or a longer path.
 START = r"(?:(?<![\w./:~-])|(?<=file://))"
-HOME_LIKE = re.compile(START + r"(?:/home/\w+|/Users/\w+|/root\b|/tmp/\w+|/private/\w+)|\b[A-Za-z]:\\+Users\\+\w+")
+HOME_LIKE = re.compile(
+    START + r"(?:/home/\w+|/Users/\w+|/root\b|/tmp/\w+|/private/\w+|/var/folders/\w+)|\b[A-Za-z]:\\+Users\\+\w+"
+)
 
 
 def find_notebooks(paths: list[str]) -> list[Path]:

@@ -340,6 +340,9 @@ def _replace(aside: Path, target: Path) -> None:
 
 def publish(run: Path, target: Path, tables_only: bool = False) -> None:
     """Figures, result tables and their summary of a run; and, where pictures may be shown, the pages beside it."""
+    for folder, own in ((target, "summary.md"), (target.parent / "site", "index.html")):
+        if folder.exists() and any(folder.iterdir()) and not (folder / own).is_file():
+            raise SystemExit(f"{folder}: exists and was not made by this script (no {own}); choose another target")
     aside = _aside(target)
     if (run / "figures").is_dir() and not tables_only:
         shutil.copytree(run / "figures", aside / "figures")

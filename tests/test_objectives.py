@@ -175,7 +175,7 @@ def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
     assert torch.allclose(out["loss"], out["text_loss"] + recipe.image_weight * out["image_loss"])
     out["loss"].backward()
     if fill == "learned":
-        assert module.fill.grad.abs().sum() > 0
+        assert module.decoder.fill.grad.abs().sum() > 0
     model.zero_grad()
     set_bidirectional(model, False)
 

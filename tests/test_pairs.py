@@ -13,6 +13,7 @@ from PIL import Image
 from cocoa_lib import corpus, mmeb
 from cocoa_lib.inputs import InputError
 from cocoa_lib.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
+from cocoa_lib.profiles import NOTEBOOKS, run_notebook
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "grey", "black", "pink", "brown"]
 
@@ -188,6 +189,30 @@ def test_pictures_are_not_all_held_at_once(table):
     path, rows = table
     good, bad = check_rows(rows, "file", "name", path.parent / "png", False)
     assert not bad and not any(isinstance(value, Image.Image) for row in good for value in row.values())
+
+
+def test_the_notebooks_run_on_few_pairs_of_ones_own(table, tmp_path):
+    """No scenes to probe, meta-tasks without tasks, fewer queries than the pictures of the built-in benchmark show."""
+    path, _ = table
+    build_pairs(path, tmp_path / "data", progress=False)
+    folders = {name: str(tmp_path / "run" / name) for name in ("stage1", "stage2", "stage3")}
+    common = {"data": str(tmp_path / "data"), "figures_folder": str(tmp_path / "figures")}
+    results = tmp_path / "run" / "results"
+    outs = {f"{stage}_out": folder for stage, folder in folders.items()}
+    for name, values in (
+        (
+            "02_reconstruction_pretraining",
+            common | {k: v for k, v in outs.items() if k != "stage3_out"} | {"n_probe": 4},
+        ),
+        ("03_contrastive_training", common | outs),
+        ("04_mmeb_evaluation", common | {"model": folders["stage3"], "results": str(results / "cocoa" / "seed0")}),
+        ("05_ablations", {"run": str(tmp_path / "run"), "n_boot": 100}),
+    ):
+        if name == "05_ablations":
+            shutil.copytree(results / "cocoa", results / "contrastive")
+        run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.ipynb", "smoke", values, progress=False)
+    assert "nan" not in (tmp_path / "figures" / "meta_tasks.txt").read_text()
+    assert not (tmp_path / "figures" / "probe_stages.png").exists()
 
 
 def test_the_grocery_photos_of_the_real_data(shared_data, tmp_path):

@@ -39,7 +39,7 @@ from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
 from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.inputs import InputError
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
+from cocoa_lib.objectives import CachedInfoNCE, Reconstruction, load_decoder
 from cocoa_lib.recipes import RECIPES, make_recipe
 from cocoa_lib.train import TrainingError, last_whole_checkpoint, main, run_stage
 
@@ -212,6 +212,13 @@ def test_a_parent_without_our_record_is_told_by_its_weights(home, tmp_path):
         train.check_parent("stage1", "Qwen/Qwen2-VL-2B-Instruct", False)["weights_sha256"]
         == "Qwen/Qwen2-VL-2B-Instruct"
     )
+
+
+def test_a_learned_fill_stays_with_the_decoder(home, tmp_path):
+    out = go(home, "stage1", tmp_path / "out", tiny("stage1", patch_fill="learned"))
+    model = open_backbone(out, bidirectional=True)
+    assert load_decoder(out, model).fill.abs().sum() > 0
+    assert load_decoder(home / "stage1", model).fill is None
 
 
 def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
