@@ -12,6 +12,8 @@ ON_BAD_ROW   ?=
 # More seeds than the profile's, e.g. SEEDS="0 1 2": those that are there are not trained again.
 SEEDS        ?=
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# NVIDIA GPUs of this machine: as many trainings and evaluations at a time, one on each. Without any, CORES says how many.
+GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c "^GPU")
 PYTHON  ?=
 SNAKEFLAGS ?=
 LABFLAGS   ?=
@@ -37,7 +39,8 @@ help: ## this list
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
 	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
-		--config profile=$(call quote,$(PROFILE)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
+		$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) \
+		--config profile=$(call quote,$(PROFILE)) $(if $(filter-out 0,$(GPUS)),gpus=$(GPUS)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
 		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
 		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
 		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW))) $(if $(SEEDS),seeds=$(call quote,$(SEEDS)))

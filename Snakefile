@@ -49,7 +49,10 @@ if workflow.is_main_process and not workflow.dryrun:
     ALONE = ExitStack()
     ALONE.enter_context(locked(Path(RUN), WorkflowError))
 
-shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; ")
+# Several GPUs (`make` counts them): each step takes the first that no other step of this run has; `gpu` keeps them to one each.
+GPUS = int(config.get("gpus", 0))
+SLOT = f"for g in $(seq 0 {GPUS - 1}); do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
+shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; " + SLOT)
 
 
 def stage_dir(stage, arm, seed):
@@ -137,6 +140,8 @@ rule shape:
         name="00_data_and_backbone",
         out=f"{RUN}/backbones/{{shape}}",
         backbone=lambda w: shlex.quote("backbone=" + json.dumps(SHAPES[w.shape])),
+    resources:
+        gpu=1,
     shell:
         NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone} {PAIRS_PARAMETER}"
 
@@ -183,6 +188,8 @@ rule pretraining:
         name="02_reconstruction_pretraining",
         stage1_out=stage_dir("stage1", MAIN, SEED),
         stage2_out=stage_dir("stage2", MAIN, SEED),
+    resources:
+        gpu=1,
     shell:
         NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
         " stage1_out={params.stage1_out} stage2_out={params.stage2_out}"
@@ -202,6 +209,8 @@ rule contrastive:
         stage1_out=stage_dir("stage1", MAIN, SEED),
         stage2_out=stage_dir("stage2", MAIN, SEED),
         out=stage_dir("stage3", MAIN, SEED),
+    resources:
+        gpu=1,
     shell:
         NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
         " stage1_out={params.stage1_out} stage2_out={params.stage2_out} stage3_out={params.out}"
@@ -218,6 +227,8 @@ rule stage:
         parent=lambda w: parent_dir(w.stage, step_of(w), w.seed),
         out=lambda w: f"{RUN}/seed{w.seed}/{w.stage}/{w.key}",
         recipe=lambda w: shlex.quote(step_recipe(w)),
+    resources:
+        gpu=1,
     log:
         f"{RUN}/logs/{{stage}}-{{key}}-seed{{seed}}.log",
     shell:
@@ -235,6 +246,8 @@ rule evaluate:
     params:
         model=lambda w: stage_dir("stage3", w.arm, w.seed),
         out=f"{RUN}/results/{{arm}}/seed{{seed}}",
+    resources:
+        gpu=1,
     log:
         f"{RUN}/logs/evaluate-{{arm}}-seed{{seed}}.log",
     shell:
@@ -251,6 +264,8 @@ rule probe:
         f"{RUN}/results/{{arm}}/seed{{seed}}/probe.csv",
     params:
         model=lambda w: stage_dir("stage3", w.arm, w.seed),
+    resources:
+        gpu=1,
     log:
         f"{RUN}/logs/probe-{{arm}}-seed{{seed}}.log",
     shell:

@@ -74,6 +74,7 @@ def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path 
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )
+    machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     for line in records:
         line |= {key: float(f"{line[key]:.4g}") for key in ("ratio", "lowest", "highest")}
         line |= {"machine": machine, "commit": commit}

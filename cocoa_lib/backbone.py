@@ -154,13 +154,12 @@ def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
     brings its own."""
     if "position_ids" in batch:
         return batch["position_ids"]
+    # On the CPU: it goes row by row through thousands of small operations, each of which would stop a GPU.
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     positions, _ = model.model.get_rope_index(
-        batch["input_ids"],
-        mm_token_type_ids=batch["mm_token_type_ids"],
-        image_grid_thw=batch.get("image_grid_thw"),
-        attention_mask=batch["attention_mask"],
+        **{"image_grid_thw": None} | {n: batch[n].cpu() for n in names if n in batch}
     )
-    return positions
+    return positions.to(batch["input_ids"].device)
 
 
 def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):

@@ -100,12 +100,15 @@ def provenance() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
+    import torch  # here: not all that read a checkpoint need it
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
     return {
         "commit": commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "versions": versions,
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",
     }
 
 

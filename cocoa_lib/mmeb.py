@@ -325,12 +325,14 @@ def encode_distinct(
     process_index: int = 0,
     num_processes: int = 1,
     wait: Callable[[], Any] | None = None,
+    workers: int = 0,
 ) -> np.ndarray:
     """Items {text, image path or None} -> (N, H) float32; each distinct one is encoded once, short ones first.
 
-    Items are sorted by length and cut into shards of 4 batches. A finished shard is a file below cache_dir, in a folder
-    of the embedder's fingerprint: an interrupted run goes on from there, a second one encodes nothing. Of several
-    processes with one `cache_dir`, each encodes every n-th shard, calls `wait` (a barrier) and reads the others'.
+    Items are sorted by length and cut into shards of 4 batches, with several processes of 1, or some would get no pictures.
+    A finished shard is a file below cache_dir, in a folder of the embedder's fingerprint: an interrupted run goes on from
+    there, a second one encodes nothing. Of several processes with one `cache_dir`, each encodes every n-th shard, calls
+    `wait` (a barrier) and reads the others'. `workers` goes to the embedder's own `encode`, where it is not 0.
     Raises ValueError for embeddings that are not finite or not of length 1, RuntimeError if a share is missing; an error of
     the embedder that has `.item` (as `inputs.InputError`) leaves with the place among these items.
     """
@@ -340,7 +342,9 @@ def encode_distinct(
     by_key = dict(zip(keys, items, strict=True))
     order = sorted(by_key, key=lambda key: (by_key[key]["image"] is not None, len(by_key[key]["text"]), key))
     # Cut before looking at what is stored, so that all processes cut alike whenever each of them looks.
-    shards = [order[start : start + 4 * batch_size] for start in range(0, len(order), 4 * batch_size)]
+    size = batch_size * (4 if num_processes == 1 else 1)
+    shards = [order[start : start + size] for start in range(0, len(order), size)]
+    ahead = {"workers": workers} if workers else {}  # other embedders need not know of it
     mine = shards[process_index::num_processes]
     with TemporaryDirectory() if cache_dir is None else nullcontext(cache_dir) as base:
         folder = Path(base) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -351,7 +355,7 @@ def encode_distinct(
                 if todo := [key for key in shard if key not in stored]:
                     chosen = [by_key[key] for key in todo]
                     try:
-                        vectors = embedder.encode(chosen, batch_size=batch_size, show_progress=False)
+                        vectors = embedder.encode(chosen, batch_size=batch_size, show_progress=False, **ahead)
                     except ValueError as error:
                         if (at := getattr(error, "item", None)) is not None:
                             error.item = keys.index(todo[at])
@@ -733,6 +737,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=["all"], help="names, 'all', or 'world' (the built-in benchmark)")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and stored embeddings")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: a GPU's fast kernels"
+    )
+    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead of the model")
     parser.add_argument("--n-queries", type=int, help="queries a task, drawn by the seed (default: all)")
     parser.add_argument("--ties", choices=("against", "public"), default="against")
     parser.add_argument("--duplicates", choices=("error", "once"), default="error")
@@ -752,12 +760,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
     state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives each process its own GPU
-    tasks, embedder = choose_tasks(args.tasks, args.root), CocoaEmbedder.load(args.model)
+    tasks, embedder = (
+        choose_tasks(args.tasks, args.root),
+        CocoaEmbedder.load(args.model, dtype=getattr(torch, args.dtype)),
+    )
     results, per_query = evaluate(
         embedder, args.root, args.image_root, tasks=tasks, n_queries=args.n_queries, batch_size=args.batch_size,
         cache_dir=args.out / "embeddings", ties=args.ties, seed=args.seed, show_progress=state.is_main_process,
         revision=args.revision, duplicates=args.duplicates, process_index=state.process_index,
-        num_processes=state.num_processes, wait=state.wait_for_everyone,
+        num_processes=state.num_processes, wait=state.wait_for_everyone, workers=args.workers,
     )  # fmt: skip
     if state.is_main_process:
         write_results(results, per_query, args.out, {**vars(args), "fingerprint": embedder.fingerprint, **provenance()})

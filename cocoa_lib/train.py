@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import inspect
 import json
 import logging
@@ -337,6 +338,9 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
             "fsdp_cpu_ram_efficient_loading: false; take notebooks/profiles/accelerate/fsdp_1x8.yaml"
         )
     plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
+    if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
+        # bf16 inside the layers only: accelerate's would round losses, embeddings and the sums of gradients to it as well.
+        plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None, reduce_dtype=torch.float32)
     whole = copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
     if adapter is not None:
         # Else a text's first layer gets its gradients after all others, a picture's in its turn: two orders of exchange.
@@ -573,7 +577,9 @@ def _stage3(
     plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed, block=recipe.same_task_block)
     chosen = rows.select(sorted(set(plan.tolist())))
     corpus.check_images(item["image"] for column in chosen.column_names for item in chosen[column])
-    embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)])
+    embedder = SentenceTransformer(
+        modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)], device="cpu"
+    )  # the trainer moves it
     return ContrastiveTrainer(
         model=embedder,
         args=training_arguments(SentenceTransformerTrainingArguments, recipe, work, seed, show_progress),

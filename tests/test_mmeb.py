@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -516,6 +517,23 @@ def test_two_processes_share_the_work_and_give_the_same_table(all_tasks, tmp_pat
     assert not set(first) & set(second) and min(len(first), len(second)) > 0.3 * len(first + second)
 
 
+def test_every_process_has_its_share_of_the_pictures(tmp_path):
+    """They are last in the order by length, and what takes the time: 60 of them among 120 texts, batches of 4."""
+    for i in range(60):
+        (tmp_path / f"{i}.png").write_bytes(bytes([i]))
+    items = [{"text": f"{i}", "image": None} for i in range(120)]
+    items += [{"text": "", "image": tmp_path / f"{i}.png"} for i in range(60)]
+    counts = []
+    for i in range(4):
+        seen = []
+        spy = SimpleNamespace(encode=lambda some, seen=seen, **_: seen.extend(some) or np.ones((len(some), 1)))
+        with contextlib.suppress(RuntimeError):  # the others' shares are missing
+            mmeb.encode_distinct(spy, items, cache_dir=tmp_path / str(i), process_index=i, num_processes=4, batch_size=4,
+                                 wait=lambda: None, show_progress=False)  # fmt: skip
+        counts.append(sum(item["image"] is not None for item in seen))
+    assert sum(counts) == 60 and max(counts) - min(counts) <= 4, counts
+
+
 def test_a_share_that_is_missing_is_reported(tmp_path):
     items = [{"text": f"{i}", "image": None} for i in range(100)]
     share = {"process_index": 0, "num_processes": 2, "wait": lambda: None, "batch_size": 4, "show_progress": False}
@@ -636,7 +654,7 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
         (folder / "eval" / task.name).symlink_to(all_tasks / task.name)
     fields = [[t.name, t.meta_task, t.in_distribution, t.n_candidates] for t in SMALL[:2]]
     (folder / "manifest.json").write_text(json.dumps({"generator": "pairs", "tasks": fields}))
-    model = SimpleNamespace(load=lambda path: Embedder(oracle_vector, fingerprint=path))
+    model = SimpleNamespace(load=lambda path, dtype: Embedder(oracle_vector, fingerprint=path))
     monkeypatch.setitem(sys.modules, "cocoa_lib.embedder", SimpleNamespace(CocoaEmbedder=model))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "the-model").mkdir()

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.version import Version
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cocoa_lib import corpus, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
@@ -338,6 +340,19 @@ def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
     assert kept is not module and kept.model is model, "whole, and its own weights"
 
 
+def test_only_the_layers_are_in_bf16_when_sharded(home):
+    """accelerate's own policy casts what the module returns, so losses would be read off a grid of 0.03."""
+    ours = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
+    plugin = Namespace(**ours, mixed_precision_policy=policy)
+    module = Reconstruction(open_backbone(home / "init", bidirectional=False), layout="causal")
+    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
+    trainer.is_world_process_zero = lambda: False
+    train.shard(trainer, module.model, None)
+    asked = plugin.mixed_precision_policy
+    assert (asked.param_dtype, asked.reduce_dtype, asked.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
 # --- launch files -------------------------------------------------------------------------------------------------------
 
 
@@ -417,3 +432,63 @@ def test_resources_are_set_for_rules_that_exist(cluster_jobs):
     rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
     assert set(profile["set-resources"]) <= rules
     assert rules - set(profile["set-resources"]) <= {"all", "masks"}, "every other step says what it needs"
+
+
+def test_each_gpu_has_one_step_at_a_time(tmp_path):
+    """What the graph puts before each step where `make` counts several GPUs; tried without any."""
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    loop = re.search(r'SLOT = f"(.*?)" if', text)[1].replace("{GPUS - 1}", "2").replace("{RUN}", str(tmp_path))
+    steps = [subprocess.Popen(["bash", "-c", f"{loop} echo $CUDA_VISIBLE_DEVICES; sleep 2"], stdout=subprocess.PIPE, text=True)
+             for _ in range(3)]  # fmt: skip
+    assert sorted(step.communicate()[0].strip() for step in steps) == ["0", "1", "2"]
+
+
+def test_every_step_that_trains_or_encodes_waits_for_a_gpu():
+    rules = re.split(r"^rule ", (ROOT / "Snakefile").read_text(encoding="utf-8"), flags=re.M)[1:]
+    on_gpu = {rule.partition(":")[0] for rule in rules if "gpu=1" in rule}
+    assert on_gpu == {"shape", "pretraining", "contrastive", "stage", "evaluate", "probe"}
+
+
+@pytest.mark.parametrize(
+    "arms, message",
+    [
+        (
+            "[contrastive, cocoa, cocao_strict]",
+            "arms and sweeps: unknown name 'cocao_strict'; did you mean 'cocoa_strict'",
+        ),
+        ("[contrastive, stage1_only]", "arms must hold cocoa"),
+    ],
+)
+def test_a_profile_with_arms_that_cannot_run_is_refused(tmp_path, arms, message):
+    for name in ("Snakefile", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("cocoa_lib", "notebooks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    smoke = (NOTEBOOKS / "profiles" / "smoke.yaml").read_text(encoding="utf-8")
+    (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_text(re.sub(r"(?m)^arms: .*", f"arms: {arms}", smoke))
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "profile=mine"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
+    )
+    assert done.returncode != 0 and message in done.stdout + done.stderr
+
+
+def test_a_file_of_pairs_with_a_space_in_its_name(tmp_path):
+    for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my pairs (1); x.csv").touch()
+    command = [
+        sys.executable,
+        "-m",
+        "snakemake",
+        "-n",
+        "-p",
+        "--cores",
+        "1",
+        "--config",
+        "profile=smoke",
+        "pairs=my pairs (1); x.csv",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--out runs/smoke-my_pairs_1_x/notebooks/00_data_and_backbone.ipynb" in done.stdout
