@@ -47,6 +47,12 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa": 1, "mlm": -1}, True),
         ({"cocoa": 1, "image_from_eos": -1}, True),
         ({"stage1_longer": 1, "stage1_only": -1}, True),
+        ({"stage1_longer": 1, "longer_mntp_only": -1}, True),
+        ({"longer_words_60": 1, "stage1_longer": -1}, True),
+        ({"longer_patches_70": 1, "stage1_longer": -1}, True),
+        *(({f"temperature_{value}": 1, "cocoa": -1}, True) for value in ("0_02", "0_1")),
+        *(({f"contrastive_{value}": 1, "contrastive": -1}, True) for value in ("0_02", "0_1")),
+        *(({f"temperature_{value}": 1, f"contrastive_{value}": -1}, True) for value in ("0_02", "0_1")),
         *(({f"mask_{rate}": 1, "cocoa": -1}, True) for rate in (10, 30, 50, 90)),
         ({name: -factor for name, factor in few.items()}, False),
         (few | {"cocoa": -1, "contrastive": 1}, True),
@@ -72,6 +78,14 @@ def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classificatio
     masks = [f"mask_{rate}" for rate in (10, 30, 50, 90)]
     assert "corrected for these rows none is certain" in re.sub(r"\s+", " ", README)
     assert min(analysis.holm(analysis.contrast(per_query, {arm: 1, "cocoa": -1})["p"] for arm in masks)) > 0.05
+    settings = [(arm, "cocoa") for arm in (*masks, "mntp_only", "temperature_0_02", "temperature_0_1")]
+    settings += [(arm, "stage1_longer") for arm in ("longer_mntp_only", "longer_words_60", "longer_patches_70")]
+    settings += [(arm, "contrastive") for arm in ("contrastive_0_02", "contrastive_0_1")]
+    assert (
+        f"Corrected for the {'twelve' if len(settings) == 12 else '?'} rows of notebook 05's table of settings"
+        in README
+    )
+    assert min(analysis.holm(analysis.contrast(per_query, {arm: 1, base: -1})["p"] for arm, base in settings)) > 0.05
     scores = analysis.arm_scores(results)
     rates = scores[scores["seed"] < 3].groupby("arm")["overall"].mean()[[*masks, "cocoa"]]
     assert (rates.idxmax(), rates.idxmin()) == ("mask_50", "mask_90")
@@ -97,8 +111,9 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     ends = [("cocoa", "contrastive")] + [
         (f"cocoa_{end}", f"contrastive_{end}") for end in ("longer", "4k", "2k", "few", "mean", "causal")
     ]
+    ends += [(f"temperature_{value}", f"contrastive_{value}") for value in ("0_02", "0_1")]
     vqa = [analysis.contrast(per_query, {full: 1, alone: -1}, group="vqa") for full, alone in ends]
-    assert "VQA is lower on every budget, and in five of seven its interval excludes zero" in README
+    assert "VQA is lower on every budget, and in five of nine its interval excludes zero" in README
     assert all(row["difference"] < 0 for row in vqa) and sum(row["high"] < 0 for row in vqa) == 5
 
 
