@@ -17,7 +17,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
@@ -422,12 +421,9 @@ def curves(
         part = part.sort_values("x")
         errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
         axis.errorbar(part["x"], part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
-                      linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5,
-                      transform=axis.transData + ScaledTranslation(i / 18, 0, figure.dpi_scale_trans))  # fmt: skip
+                      linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5)  # fmt: skip
         last = part.iloc[-1]
-        axis.annotate(
-            label, (last.x, last.value), xytext=(8 + 4 * i, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        axis.annotate(label, (last.x, last.value), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])

@@ -275,7 +275,12 @@ def test_cost_score_draws_minutes_against_points():
 
 
 def test_curves_join_points_in_the_order_of_x_and_name_each_line():
-    axis = CASES["curves"]().axes[0]
+    figure = CASES["curves"]()
+    axis = figure.axes[0]
+    figure.canvas.draw()
+    (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+    assert left < SWEEP["x"].min() and SWEEP["x"].max() < right, "all that is drawn lies inside the axes"
+    assert bottom < SWEEP["low"].min() and SWEEP["high"].max() < top
     assert [line.get_xydata().tolist() for line, *_ in axis.containers] == [
         [[1000, 30], [2000, 20]],
         [[1000, 24], [2000, 25]],
