@@ -151,8 +151,8 @@ def paired_effects(
        are rather too wide; drawing cells by both at once (Owen's pigeonhole bootstrap, 2007) would count it three times.
     2. The mean of n resampled seeds spreads too little if n is small: with 5, a nominal 95 % holds some 85 % where seeds
        dominate. Its deviation is multiplied by sqrt(n / chi2(n - 1)), drawn anew each time, which mends the variance and
-       gives the tails of Student's t: with seeds alone this is `mean_interval`,
-       an eighth narrower for two seeds. One seed: only queries are resampled.
+       gives the tails of Student's t: with seeds alone this is `mean_interval`, an eighth narrower for two seeds. One seed:
+       only queries are resampled.
 
     Raises ValueError for an unknown baseline or group, a repeated query, runs on different queries or candidates.
     """

@@ -106,9 +106,8 @@ def _flex_failure(model: PreTrainedModel) -> str | None:
     try:
         with torch.enable_grad():
             hidden = hidden_states(model, _text_batch(ids, torch.full_like(ids, A)))
-            torch.autograd.grad(
-                hidden.sum(), language_model(model).embed_tokens.weight
-            )  # no room for all gradients needed
+            # Through all layers, without room for the gradients of all weights.
+            torch.autograd.grad(hidden.sum(), language_model(model).embed_tokens.weight)
     except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
@@ -177,10 +176,7 @@ def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
 def layout_mask(model: PreTrainedModel, batch: Batch, layout: str):
     """The layout in the form that the model's attention functions take: bool, additive or BlockMask, each (B, 1, L, L)."""
     implementation = language_model(model).config._attn_implementation
-    segments, samples = (
-        batch["segment_ids"],
-        batch.get("sample_ids"),
-    )  # of packed rows, where the 2-D mask says too little
+    segments, samples = batch["segment_ids"], batch.get("sample_ids")  # samples: of packed rows
     if implementation == "flex_attention":
         return block_mask(layout, segments, samples)
     if implementation.startswith("flash_attention"):

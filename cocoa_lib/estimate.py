@@ -143,7 +143,7 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     pairs, bf16, saving = stage == "stage3", recipe.bf16, recipe.gradient_checkpointing
     text = data.text * (2 if stage == "stage2" else 1)  # A's query and B
     masked = 0.0 if pairs else data.text * getattr(recipe, "text_mask_rate", 1.0)
-    room = min(recipe.image_tokens, recipe.max_length // 2, recipe.max_length - text - 3)  # of a picture, in tokens
+    room = min(recipe.image_limit(recipe.max_length), recipe.max_length - text - 3)  # of a picture, in tokens
     fits = max(0.0, room) * (vision.patch_size * vision.spatial_merge_size) ** 2
     largest, share = min(data.largest, fits), data.share if pairs else 1.0
     worst, mean, bare = (item_cost(module, recipe, text, x, masked) for x in (largest, min(data.pixels, fits), 0.0))

@@ -760,10 +760,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
     state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives each process its own GPU
-    tasks, embedder = (
-        choose_tasks(args.tasks, args.root),
-        CocoaEmbedder.load(args.model, dtype=getattr(torch, args.dtype)),
-    )
+    tasks = choose_tasks(args.tasks, args.root)
+    embedder = CocoaEmbedder.load(args.model, dtype=getattr(torch, args.dtype))
     results, per_query = evaluate(
         embedder, args.root, args.image_root, tasks=tasks, n_queries=args.n_queries, batch_size=args.batch_size,
         cache_dir=args.out / "embeddings", ties=args.ties, seed=args.seed, show_progress=state.is_main_process,

@@ -44,6 +44,10 @@ class Recipe:
     save_steps: int = 500  # at most this many steps of work can be lost
     logging_steps: int = 10
 
+    def image_limit(self, max_length: int) -> int:
+        """Most tokens of one picture in inputs of `max_length`: `image_tokens`, and half of the input."""
+        return max(1, min(self.image_tokens, max_length // 2))
+
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):

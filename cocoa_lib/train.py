@@ -431,7 +431,7 @@ def _run(
 
     set_seed(seed)
     inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
-    inputs.limit_images(min(recipe.image_tokens, max(1, inputs.max_length // 2)))
+    inputs.limit_images(recipe.image_limit(inputs.max_length))
     model = open_backbone(
         parent, bidirectional=recipe.layout != "causal", attn_implementation=recipe.attn_implementation
     )

@@ -93,6 +93,7 @@ def test_error_output(faults):
         "/home/ada/cocoa/data",
         "'/root/x'",
         "in /Users/ada",
+        "/var/folders/zz/T/ipykernel_12/3.py",
         r"C:\Users\ada",
         "/tmp/tmpa1b2/x",
         "file:///home/ada/x",

@@ -274,6 +274,19 @@ def test_cost_score_draws_minutes_against_points():
     assert [text.get_text() for text in axis.texts] == ["a", "b"]
 
 
+def test_an_interval_of_one_seed_is_not_drawn_as_certain():
+    row = {"arm": "a", "difference": -2, "low": -3, "high": -1, "n_queries": 9}
+    figure = figures.forest(pd.DataFrame([row | {"n_seeds": 1}, row | {"n_seeds": 3}]), baseline="b")
+    marks = [line.get_marker() for line in figure.axes[0].lines if line.get_marker() in ("o", "D")]
+    assert marks == ["D", "o"]
+
+
+def test_a_meta_task_without_tasks_is_left_out():
+    table = pd.DataFrame({"label": "m", "meta_task": ["retrieval", "vqa"], "value": [50.0, np.nan]})
+    figure = figures.meta_task_bars(table, title="t")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["retrieval"] and "nan" not in figure.alt
+
+
 def test_curves_join_points_in_the_order_of_x_and_name_each_line():
     figure = CASES["curves"]()
     axis = figure.axes[0]

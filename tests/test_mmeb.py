@@ -518,7 +518,7 @@ def test_two_processes_share_the_work_and_give_the_same_table(all_tasks, tmp_pat
 
 
 def test_every_process_has_its_share_of_the_pictures(tmp_path):
-    """They are last in the order by length, and what takes the time: 60 of them among 120 texts, batches of 4."""
+    """They are last in the order by length, and what takes the time: 60 of them among 120 texts, batches of 8."""
     for i in range(60):
         (tmp_path / f"{i}.png").write_bytes(bytes([i]))
     items = [{"text": f"{i}", "image": None} for i in range(120)]
@@ -528,10 +528,10 @@ def test_every_process_has_its_share_of_the_pictures(tmp_path):
         seen = []
         spy = SimpleNamespace(encode=lambda some, seen=seen, **_: seen.extend(some) or np.ones((len(some), 1)))
         with contextlib.suppress(RuntimeError):  # the others' shares are missing
-            mmeb.encode_distinct(spy, items, cache_dir=tmp_path / str(i), process_index=i, num_processes=4, batch_size=4,
+            mmeb.encode_distinct(spy, items, cache_dir=tmp_path / str(i), process_index=i, num_processes=4, batch_size=8,
                                  wait=lambda: None, show_progress=False)  # fmt: skip
         counts.append(sum(item["image"] is not None for item in seen))
-    assert sum(counts) == 60 and max(counts) - min(counts) <= 4, counts
+    assert sum(counts) == 60 and max(counts) - min(counts) <= 8, counts
 
 
 def test_a_share_that_is_missing_is_reported(tmp_path):

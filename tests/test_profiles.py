@@ -9,12 +9,14 @@ from typing import get_args, get_type_hints
 import nbformat
 import pytest
 
+from cocoa_lib import profiles
 from cocoa_lib.attention import LAYOUTS
 from cocoa_lib.profiles import (
     NOTEBOOKS,
     declared_parameters,
     load_profile,
     notebook_parameters,
+    profile_of,
     read_arms,
     tidy_notebook,
 )
@@ -174,3 +176,24 @@ def test_tidy_notebook_drops_progress_bars_only(tmp_path):
     tidy_notebook(path)
     tidied = nbformat.read(path, as_version=4)
     assert [o.data["text/plain"] for o in tidied.cells[0].outputs] == texts[1:] and "widgets" not in tidied.metadata
+
+
+def test_a_run_is_of_the_longest_profile_that_its_name_begins_with(monkeypatch, tmp_path):
+    (tmp_path / "profiles").mkdir()
+    for name, temperature in (("laptop", 0.05), ("laptop-mine", 0.1)):
+        (tmp_path / "profiles" / f"{name}.yaml").write_text(f"stage3: {{temperature: {temperature}}}")
+    monkeypatch.setattr(profiles, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(profiles, "load_profile", lambda name: load_profile(name, tmp_path / "profiles"))
+    found = {
+        name: profile_of(Path("runs") / name) for name in ("laptop-emoji", "laptop-mine", "laptop-mine-emoji", "other")
+    }
+    temperatures = [
+        found[name]["stage3"]["temperature"] for name in ("laptop-emoji", "laptop-mine", "laptop-mine-emoji")
+    ]
+    assert temperatures == [0.05, 0.1, 0.1] and found["other"] == {}
+
+
+def test_a_table_of_arms_saved_by_a_spreadsheet(tmp_path):
+    path = tmp_path / "arms.csv"
+    path.write_text("arm,stage1,stage2,stage3,hypothesis\nx,-,-,{},none\n", encoding="utf-8-sig")
+    assert list(read_arms(path)) == ["x"]

@@ -477,18 +477,8 @@ def test_a_file_of_pairs_with_a_space_in_its_name(tmp_path):
     for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my pairs (1); x.csv").touch()
-    command = [
-        sys.executable,
-        "-m",
-        "snakemake",
-        "-n",
-        "-p",
-        "--cores",
-        "1",
-        "--config",
-        "profile=smoke",
-        "pairs=my pairs (1); x.csv",
-    ]
+    options = "-m snakemake -n -p --cores 1 --config profile=smoke".split()
+    command = [sys.executable, *options, "pairs=my pairs (1); x.csv"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--out runs/smoke-my_pairs_1_x/notebooks/00_data_and_backbone.ipynb" in done.stdout

@@ -206,3 +206,14 @@ def test_the_index_compares_arms_on_the_same_budget_only():
     assert {"contrastive", "cocoa", "contrastive_longer"} <= set(names) and not {"cocoa_longer", "cocoa_few"} & set(
         names
     )
+
+
+@pytest.mark.parametrize("place", ["reports/tiny", "reports/site"])
+def test_a_folder_that_publishing_did_not_make_is_not_replaced(tmp_path, place):
+    from publish import publish
+
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="was not made by this script"):
+        publish(make_run(tmp_path), tmp_path / "reports" / "tiny")
+    assert (tmp_path / place / "thesis.tex").exists()
