@@ -11,8 +11,9 @@ from PIL import Image
 from cocoa_lib.embedder import EosEmbedding, load_module
 from cocoa_lib.objectives import CachedInfoNCE, info_nce
 
-CHUNK = 64  # the laptop profile's mini_batch_size
+CHUNK = 32  # rows
 SIZES = (64, 256, 1024)
+SHAPE = "picture + question against 12 words, committed backbone"
 
 
 def columns(module: EosEmbedding, batch: int) -> list[dict]:
@@ -24,19 +25,22 @@ def columns(module: EosEmbedding, batch: int) -> list[dict]:
     return [module.inputs.collate(queries), module.inputs.collate(positives)]
 
 
-def setup(cached: bool, batch: int) -> Callable[[], float]:
-    """One step, forward and backward: in chunks of CHUNK, or the full batch at once."""
+def setup(way: str, batch: int) -> Callable[[], float]:
+    """One step, forward and backward. way: "chunks" of CHUNK rows; "full", the batch at once without our loss; "one chunk",
+    as large as the batch; "cached", the same chunk through GradCache all the same, as sentence-transformers' losses do."""
     torch.manual_seed(0)
     module = load_module(BACKBONE).train()
-    loss_in_chunks = CachedInfoNCE(module, mini_batch_size=CHUNK)
+    objective = CachedInfoNCE(module, mini_batch_size=CHUNK if way == "chunks" else batch)
+    objective._keys = [None, None]
 
     def step(features: list[dict]) -> float:
         module.zero_grad()
-        if cached:
-            loss = loss_in_chunks([dict(column) for column in features])
-        else:
+        if way == "full":
             query, positive = [module(dict(column))["sentence_embedding"] for column in features]
-            loss = info_nce(query, positive, torch.arange(len(query)), temperature=loss_in_chunks.temperature)
+            loss = info_nce(query, positive, torch.arange(len(query)), temperature=objective.temperature)
+        else:
+            embed = objective.forward_cached if way == "cached" else objective
+            loss = embed([dict(column) for column in features])
         loss.backward()
         return float(loss.detach())
 
@@ -50,40 +54,55 @@ def setup(cached: bool, batch: int) -> Callable[[], float]:
 def first_pass(batch: int) -> Callable[[], None]:
     """What GradCache cannot do without: all embeddings once, without gradients."""
     module = load_module(BACKBONE).train()
-    features = columns(module, batch)
+    objective, features = CachedInfoNCE(module, mini_batch_size=CHUNK), columns(module, batch)
 
     @torch.no_grad()
     def run() -> None:
-        for column in features:
-            module(dict(column))
+        objective([dict(column) for column in features])
 
     return run
 
 
-def main() -> None:
-    sides = {"cached": setup(True, 64), "full": setup(False, 64)}
-    forward = first_pass(64)
-    losses = {name: side() for name, side in sides.items()}
-    assert abs(losses["cached"] - losses["full"]) < 1e-4, losses
+def compare(records: list[dict], ways: tuple[str, str], batch: int, name: str, words: str, **more: Callable) -> None:
+    """Adds the time of one way over the other's, equal loss and gradients first, and of what `more` names over the other's."""
+    sides = {way: setup(way, batch) for way in ways}
+    losses = [side() for side in sides.values()]
+    assert abs(losses[0] - losses[1]) < 1e-4, losses
     for a, b in zip(*(side.module.parameters() for side in sides.values()), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
-    shape = f"chunks of {CHUNK}, picture + question against 12 words, committed backbone"
-    forward()
-    seconds = in_turn(sides | {"forward": forward}, warm=True)
-    least = [first + step for first, step in zip(seconds["forward"], seconds["full"], strict=True)]
-    records = [record("GradCache, time, batch 64", f"step time, GradCache / full batch; {shape}",
-                      seconds["cached"], seconds["full"]),
-               record("GradCache, time, least possible", "full batch and one more forward pass without gradients / full batch",
-                      least, seconds["full"])]  # fmt: skip
-    memory = peaks(setup, [*((True, size) for size in SIZES), (False, 256)])
+    for side in more.values():
+        side()
+    seconds = in_turn(sides | more, warm=True)
+    records.append(record(f"GradCache, {name}", f"step time, {words}; {SHAPE}", seconds[ways[0]], seconds[ways[1]]))
+    for side in more:
+        least = [first + step for first, step in zip(seconds[side], seconds[ways[1]], strict=True)]
+        text = f"full batch and one more forward pass without gradients / full batch of {batch}; {SHAPE}"
+        records.append(record(f"GradCache, time, {side} possible", text, least, seconds[ways[1]]))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    records: list[dict] = []
+    chunks = f"GradCache in chunks of {CHUNK} / full batch of"
+    compare(records, ("chunks", "full"), 256, "time, batch 256", f"{chunks} 256")
+    compare(records, ("chunks", "full"), 64, "time, batch 64", f"{chunks} 64", least=first_pass(64))
+    compare(
+        records,
+        ("cached", "one chunk"),
+        64,
+        "time, one chunk",
+        "GradCache's two passes / one pass, batch 64 in one chunk",
+    )
+    memory = peaks(setup, [*(("chunks", size) for size in SIZES), ("full", 256)])
     for size in SIZES[1:]:
-        records.append(record(f"GradCache, memory, batch {size}", f"peak of a step, batch {size} / batch 64; {shape}",
-                              memory[True, size], memory[True, 64]))  # fmt: skip
-    kept = peaks(setup, [(True, 64), (True, 1024)], in_use=False)
+        text = f"peak of a step, batch {size} / batch 64; chunks of {CHUNK}; {SHAPE}"
+        records.append(record(f"GradCache, memory, batch {size}", text,
+                              memory["chunks", size], memory["chunks", 64]))  # fmt: skip
+    kept = peaks(setup, [("chunks", 64), ("chunks", 1024)], in_use=False)
     records.append(record("GradCache, resident memory, batch 1024", "the same with what glibc keeps of freed blocks",
-                          kept[True, 1024], kept[True, 64]))  # fmt: skip
-    records.append(record("GradCache, memory saved, batch 256", f"peak of a step, full batch / GradCache; {shape}",
-                          memory[False, 256], memory[True, 256]))  # fmt: skip
+                          kept["chunks", 1024], kept["chunks", 64]))  # fmt: skip
+    records.append(record("GradCache, memory saved, batch 256", f"peak of a step, full batch / chunks of {CHUNK}; {SHAPE}",
+                          memory["full", 256], memory["chunks", 256]))  # fmt: skip
     save(
         "gradcache",
         records,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -77,6 +77,12 @@ def _done(figure: Figure, alt: str) -> Figure:
     figure.alt = alt
     plt.close(figure)  # shown by the notebook as a value, not a second time by pyplot
     return figure
+
+
+def span(counts: Iterable[int]) -> str:
+    """Counts for a title: "500" where all are equal, else "3 to 5"."""
+    counts = [int(count) for count in counts]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
 
 
 def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
@@ -194,7 +200,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.invert_yaxis()
     axis.set_ylim(len(effects) - 0.4, -0.6)
     axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
-    seeds = " to ".join(str(n) for n in sorted({int(effects["n_seeds"].min()), int(effects["n_seeds"].max())}))
+    seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
     axis.set_title(f"n = {seeds} seeds x {queries} queries\nfilled: interval excludes 0, uncorrected")
     listing = "; ".join(

@@ -198,6 +198,9 @@ def share_of_mean(counts: Tensor) -> Tensor:
 class CachedInfoNCE(CachedLossMixin, nn.Module):
     """InfoNCE with sentence-transformers' GradCache, gathered over devices, copies of the positive left out.
 
+    A batch of at most `mini_batch_size` rows is one chunk: it is embedded once, with its graph, and nothing is cached. Loss
+    and gradients are the same; with two columns to the bit (three are added up in another order).
+
     Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
     integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
     another row, is no negative. (The library's own loss leaves duplicates to its batch sampler, which starves on
@@ -211,6 +214,10 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     def forward(self, sentence_features, labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
         self._keys = [features.get("key") for features in sentence_features]
+        if len(sentence_features[0]["input_ids"]) <= self.mini_batch_size:
+            return self.calculate_loss(
+                [[self.model(dict(column))["sentence_embedding"]] for column in sentence_features]
+            )
         return self.forward_cached(sentence_features, labels)
 
     def calculate_loss(self, reps, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:

@@ -193,7 +193,7 @@ def test_weights_gradients_and_adam_are_the_bytes_that_a_step_holds(small):
 
 def test_what_more_devices_sharding_and_smaller_chunks_change(small):
     def need(stage="stage3", devices=1, sharded=False, **values):
-        recipe = make_recipe(stage, {"batch_size": 64, "bf16": True} | values)
+        recipe = make_recipe(stage, {"batch_size": 128, "bf16": True} | values)
         return estimate.estimate(small["2B"], stage, recipe, Data(), devices, sharded=sharded)
 
     one, eight, shards = need(), need(devices=8), need(devices=8, sharded=True)
@@ -207,6 +207,9 @@ def test_what_more_devices_sharding_and_smaller_chunks_change(small):
     assert eight["hours"] == pytest.approx(one["hours"] / 8) and eight["flops"] == one["flops"]
     assert eight["activations"] == one["activations"], "GradCache: the chunk decides, not the batch"
     assert need(mini_batch_size=4)["activations"] == one["activations"] / 2
+    whole_batch = need(devices=8, mini_batch_size=16)  # as many rows as a device has: no GradCache
+    assert whole_batch["activations"] == 2 * 2 * eight["activations"], "the graphs of both sides are held at once"
+    assert whole_batch["flops"] < eight["flops"], "one forward pass less"
     stage1 = need("stage1"), need("stage1", devices=8)
     assert stage1[0]["activations"] == 8 * stage1[1]["activations"] and stage1[0]["logits"] > 0 == one["logits"]
     assert need(gradient_checkpointing=True)["activations"] < one["activations"] / 3

@@ -331,11 +331,31 @@ def test_gradcache_equals_the_full_batch_with_dropout(chunk):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_keys_reach_the_loss_through_the_cache():
+def test_a_batch_of_one_chunk_is_embedded_once_and_pairs_have_gradcaches_gradients_to_the_bit():
+    torch.manual_seed(0)
+    model, rows = Toy().train(), []
+    model.register_forward_hook(lambda module, args, out: rows.append(len(out["sentence_embedding"])))
+    found = {}
+    for name in ("forward", "forward_cached"):
+        objective, features = CachedInfoNCE(model, temperature=0.1, mini_batch_size=10), columns(n_columns=2)
+        objective._keys = [None] * 2
+        torch.manual_seed(7)
+        loss = getattr(objective, name)(features)
+        loss.backward()
+        found[name] = (loss.detach(), *(p.grad.clone() for p in model.parameters()), rows.copy())
+        model.zero_grad()
+        rows.clear()
+    plain, cached = found["forward"], found["forward_cached"]
+    assert (plain[-1], cached[-1]) == ([10] * 2, [10] * 4)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain[:-1], cached[:-1], strict=True))
+
+
+@pytest.mark.parametrize("chunk", [4, 10])
+def test_keys_reach_the_loss(chunk):
     model = Toy().eval()
     keys = [torch.arange(10), torch.zeros(10).long(), torch.arange(100, 110)]
     features = columns(keys=keys)
-    loss = CachedInfoNCE(model, temperature=0.1, mini_batch_size=4)(features)
+    loss = CachedInfoNCE(model, temperature=0.1, mini_batch_size=chunk)(features)
     embedded = [model(f)["sentence_embedding"] for f in features]
     exclude = torch.cat([torch.ones(10, 10).bool(), torch.zeros(10, 10).bool()], dim=1)
     expected = info_nce(embedded[0], torch.cat(embedded[1:]), torch.arange(10), temperature=0.1, exclude=exclude)
