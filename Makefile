@@ -34,7 +34,7 @@ quote = '$(subst ','\'',$(1))'
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|laptop|gpu|paper] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
+	@echo "make TARGET [PROFILE=smoke|laptop|long|pairs|gpu|paper] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE

@@ -130,13 +130,13 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     language model, and all that is not in its layers.
     activations of a layer: w x width for each matrix's input; for norms, attention and MLP L (16 H + w (4 H + 3 I)), N (16 E +
     w (4 E + 2 F, gated 3 F)); for each adapted matrix with dropout 5 x in (DoRA: and 2 w x out) a row. With gradient
-    checkpointing: the input of each layer and one whole layer. Times batch_size / devices; stage 3: mini_batch_size, or both
-    sides of the device's batch where it is no larger.
+    checkpointing: the input of each layer and one whole layer. Times batch_size / devices; stage 3: mini_batch_size, or, on
+    one device, both sides of a batch that is no larger.
     logits: masked places x vocabulary x (w + 12). inputs: the device's whole batch of pixels, float32.
     flops: forward 2 x weight x rows for each matrix (twice under DoRA with dropout), 4 L^2 H and 4 N^2 E (or windows) for
-    attention; backward once for the input and once for a trained weight, attention twice; GradCache of several chunks: one
-    forward more; gradient checkpointing: the layers' once more, but for a last matrix without adapter. hours: steps x flops /
-    (devices x peak x utilisation).
+    attention; backward once for the input and once for a trained weight, attention twice; GradCache, which such a batch does
+    without: one forward more; gradient checkpointing: the layers' once more, but for a last matrix without adapter. hours:
+    steps x flops / (devices x peak x utilisation).
     Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time.
     """
     module = build(source, stage, recipe)
@@ -150,7 +150,7 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     worst, mean, bare = (item_cost(module, recipe, text, x, masked) for x in (largest, min(data.pixels, fits), 0.0))
     sides = 2 + recipe.hard_negatives if pairs else 1
     items, local = recipe.batch_size * sides, recipe.batch_size / devices
-    chunked = pairs and local > recipe.mini_batch_size
+    chunked = pairs and (devices > 1 or local > recipe.mini_batch_size)
     passes = [(1 + chunked) * cost.forward + saving * cost.repeated + cost.backward for cost in (mean, bare)]
     flops = items * (share * passes[0] + (1 - share) * passes[1])
     total = sum(p.numel() for p in module.parameters())
@@ -167,10 +167,11 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     copies = bf16 * (2 * trained + frozen) + 4 * trained * (devices > 1)
     if sharded:
         copies = (2 if bf16 else 4) * whole * (1 + trained / total)
+    held = min(local, recipe.mini_batch_size) if chunked else sides * local  # items whose graph exists at a time
     needs = {
         "weights": 4 * total / parts, "gradients": 4 * trained / parts, "optimiser": 8 * trained / parts,
         "copies": copies,
-        "activations": (recipe.mini_batch_size if chunked else sides * local) * (worst.checkpointed if saving else worst.saved),
+        "activations": held * (worst.checkpointed if saving else worst.saved),
         "logits": local * masked * words.vocab_size * ((2 if bf16 else 4) + 12),
         "inputs": items / devices * 12 * vision.temporal_patch_size * largest,
     }  # fmt: skip

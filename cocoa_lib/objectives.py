@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, load_model
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
-from sentence_transformers.util import all_gather, get_rank
+from sentence_transformers.util import all_gather, get_rank, get_world_size
 from torch import LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
@@ -183,9 +183,7 @@ def info_nce(
 
 def gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
     """(n, ...) of every process, concatenated in rank order; the tensor itself where there is one process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return tensor
-    return all_gather(tensor, with_grad=with_grad)
+    return all_gather(tensor, with_grad=with_grad) if get_world_size() > 1 else tensor
 
 
 def share_of_mean(counts: Tensor) -> Tensor:
@@ -198,8 +196,9 @@ def share_of_mean(counts: Tensor) -> Tensor:
 class CachedInfoNCE(CachedLossMixin, nn.Module):
     """InfoNCE with sentence-transformers' GradCache, gathered over devices, copies of the positive left out.
 
-    A batch of at most `mini_batch_size` rows is one chunk: it is embedded once, with its graph, and nothing is cached. Loss
-    and gradients are the same; with two columns to the bit (three are added up in another order).
+    On one process a batch of at most `mini_batch_size` rows is embedded once, with its graph, and nothing is cached. Loss and
+    gradients are the same; with two columns to the bit (three are added up in another order). On several processes DDP
+    takes only one forward pass a step where columns use other parameters (texts, no vision tower), so GradCache stays.
 
     Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
     integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
@@ -214,7 +213,7 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     def forward(self, sentence_features, labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
         self._keys = [features.get("key") for features in sentence_features]
-        if len(sentence_features[0]["input_ids"]) <= self.mini_batch_size:
+        if get_world_size() == 1 and len(sentence_features[0]["input_ids"]) <= self.mini_batch_size:
             return self.calculate_loss(
                 [[self.model(dict(column))["sentence_embedding"]] for column in sentence_features]
             )

@@ -615,7 +615,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parent", required=True, help="checkpoint folder or hub name to start from")
     parser.add_argument("--data", required=True, help="folder of the benchmark or of MMEB-train")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--profile", help="take the recipe of this profile (smoke, laptop, gpu, paper)")
+    parser.add_argument("--profile", help="take the recipe of notebooks/profiles/NAME.yaml")
     parser.add_argument("--recipe", default="{}", help="recipe values as JSON, e.g. '{\"steps\": 200}'")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--allow-parent", action="store_true", help="accept a parent of another stage (ablations)")

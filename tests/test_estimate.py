@@ -207,9 +207,10 @@ def test_what_more_devices_sharding_and_smaller_chunks_change(small):
     assert eight["hours"] == pytest.approx(one["hours"] / 8) and eight["flops"] == one["flops"]
     assert eight["activations"] == one["activations"], "GradCache: the chunk decides, not the batch"
     assert need(mini_batch_size=4)["activations"] == one["activations"] / 2
-    whole_batch = need(devices=8, mini_batch_size=16)  # as many rows as a device has: no GradCache
-    assert whole_batch["activations"] == 2 * 2 * eight["activations"], "the graphs of both sides are held at once"
-    assert whole_batch["flops"] < eight["flops"], "one forward pass less"
+    whole_batch = need(mini_batch_size=128)  # one device, one chunk: no GradCache
+    assert whole_batch["activations"] == 2 * 128 / 8 * one["activations"], "the graphs of both sides are held at once"
+    assert whole_batch["flops"] < one["flops"] == need(mini_batch_size=127)["flops"], "one forward pass less"
+    assert need(devices=8, mini_batch_size=128)["activations"] == 2 * eight["activations"], "not with DDP"
     stage1 = need("stage1"), need("stage1", devices=8)
     assert stage1[0]["activations"] == 8 * stage1[1]["activations"] and stage1[0]["logits"] > 0 == one["logits"]
     assert need(gradient_checkpointing=True)["activations"] < one["activations"] / 3
