@@ -34,10 +34,10 @@ quote = '$(subst ','\'',$(1))'
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|laptop|long|pairs|gpu|paper] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
+	@echo "make TARGET [PROFILE=smoke|laptop|long|pairs|gpu] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
-reproduce: check-arguments $(STAMP) ## the whole road: benchmark, backbone, three stages, evaluation, figures -> runs/PROFILE
+reproduce: check-arguments $(STAMP) ## the whole road from the committed backbone: benchmark, three stages, evaluation, figures -> runs/PROFILE
 	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
 		$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) \
 		--config profile=$(call quote,$(PROFILE)) $(if $(filter-out 0,$(GPUS)),gpus=$(GPUS)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
@@ -136,6 +136,8 @@ check-arguments:
 	@test -f notebooks/profiles/$(call quote,$(PROFILE)).yaml || { \
 		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
 		exit 2; }
+	@! test $(call quote,$(PROFILE)) = paper || { \
+		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.train (README)." >&2; exit 2; }
 	@test -z $(call quote,$(PAIRS)) || test -e $(call quote,$(PAIRS)) || { \
 		echo "PAIRS: no such file or folder: $(PAIRS)" >&2; exit 2; }
 

@@ -139,7 +139,7 @@ def as_item(value: Any) -> dict[str, Any]:
 class CocoaEmbedder:
     """Load a checkpoint folder and embed items.
 
-    Example: `CocoaEmbedder.load("runs/laptop/cocoa").encode([{"text": "a cat", "image": None}])`
+    Example: `CocoaEmbedder.load("runs/laptop/seed0/stage3/cocoa").encode([{"text": "a cat", "image": None}])`
     """
 
     def __init__(self, module: EosEmbedding, fingerprint: str = "") -> None:
@@ -154,6 +154,10 @@ class CocoaEmbedder:
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
     ) -> CocoaEmbedder:
+        """A checkpoint folder -> embedder on `device` (default: a GPU if there is one). dtype: of the weights.
+
+        Raises CheckpointError for a folder with a missing, damaged or altered file.
+        """
         module = load_module(folder, dtype=dtype, attn_implementation=attn_implementation)
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         seen = [
@@ -178,7 +182,8 @@ class CocoaEmbedder:
         workers: int = 0,
         on_bad_item: str = "stop",
     ) -> np.ndarray:
-        """Items ({text, image} dicts, strings or pictures; a list, a generator, or one alone) -> (N, H) float32.
+        """Items (a list, a generator, or one alone) -> (N, H) float32. An item is a dict {text, image}, a string, which is
+        always text, or a picture: a PIL image or a `Path`.
 
         Vectors have length 1 and stand in the order given; one item alone gives (H,). Items are taken in windows of
         64 * batch_size and batched by tokens (`token_batches`): memory is that of `batch_size` of the longest items, and

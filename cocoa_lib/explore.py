@@ -242,7 +242,7 @@ def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping
             colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
             was = "" if hit else f"<s>{escape(inputs.tokenizer.decode([label]))}</s>"
             text = escape(inputs.tokenizer.decode([guess]))
-            words.append(f'<span style="border-bottom:3px solid {colour}">{mark}<b>{text}</b>{was}</span>')
+            words.append(f'<span style="border-bottom:3px solid {colour}"><b>{text}</b>{was}{mark}</span>')
         elif token == inputs.eos_id:
             words.append(" [EOS] ")
         elif token not in special:
@@ -390,7 +390,7 @@ def attention_html(found: EosAttention, inputs: Inputs, *, layer: int, head: int
     return (
         f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{pictures}</div>'
         f'<div style="columns:240px;font-size:12px;max-width:960px">{bars}</div>'
-        f'<p aria-live="polite">Layer {layer}, {which}. {sentence} The largest square or bar is {top:.1%}; hover a cell '
+        f'<p aria-live="polite">Layer {layer}, {which}. {sentence} The largest square or bar is {top:.1%}; hover or hold a cell '
         "to read it.</p>"
     )
 
@@ -463,7 +463,7 @@ def ablation_html(effects: pd.DataFrame, scores: pd.Series, *, baseline: str, me
     return (
         f'<img src="{_png_uri(figures.show(figure).data)}" alt="{escape(figure.alt)}" style="max-width:100%">'
         f"{table.to_html(index=False, border=0)}<p>Baseline {escape(baseline)}: {scores[baseline]:.1f} %. Corrected for "
-        "all arms of the run, not for trying metrics and groups: what is clear only in one of many is a hint.</p>"
+        "all arms that this panel was given, not for trying metrics and groups: what is clear only in one of many is a hint.</p>"
     )
 
 

@@ -7,6 +7,7 @@ Each function takes a table or tensors and returns a matplotlib Figure whose `al
 from __future__ import annotations
 
 import io
+import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -106,26 +107,33 @@ def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
 def training_curves(
     logs: Mapping[str, pd.DataFrame], columns: Sequence[str], *, smooth: int = 5, chance: float | None = None
 ) -> Figure:
-    """Loss against step. logs: label -> table with `step` and the columns; raw values faint, running mean of `smooth` solid."""
-    figure, axes = new(1, len(columns), width=3.3 * len(columns), height=2.7, squeeze=False)
+    """Loss against step. logs: label -> table with `step` and the columns; raw values faint, centred mean of `smooth` solid.
+
+    chance: the loss of a collapsed model, as a level line.
+    """
+    figure, axes = new(1, len(columns), width=3.5 * len(columns), height=2.7, squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
         for (label, log), colour in zip(logs.items(), COLOURS * 3, strict=False):
             if column not in log:
                 continue
             axis.plot(log["step"], log[column], color=colour, alpha=0.25, linewidth=1)
-            running = log[column].rolling(smooth, min_periods=1).mean()
+            running = log[column].rolling(smooth, min_periods=1, center=True).mean()
             axis.plot(log["step"], running, color=colour, linewidth=1.8)
             axis.annotate(label, (log["step"].iloc[-1], running.iloc[-1]), xytext=(4, 0), textcoords="offset points",
                           color=colour, va="center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-            axis.annotate("chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(2, 2),
-                          textcoords="offset points", color="grey", fontsize=8)  # fmt: skip
+            axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, -3), ha="right",
+                          va="top", textcoords="offset points", color="grey", fontsize=8)  # fmt: skip
         axis.set_xlabel("optimiser step")
+        axis.set_ylabel("mean squared error" if column == "image_loss" else "cross-entropy, nats")
         axis.set_title(f"{column.replace('_', ' ')} (solid: mean of {smooth} log entries)")
         axis.set_xlim(right=axis.get_xlim()[1] * 1.12)
     ends = "; ".join(
-        f"{label} ends at {log[columns[0]].iloc[-1]:.2f}" for label, log in logs.items() if columns[0] in log
+        f"{label}, {column} ends at {log[column].iloc[-1]:.2f}"
+        for label, log in logs.items()
+        for column in columns
+        if column in log
     )
     return _done(figure, f"Training curves of {', '.join(columns)} against step. {ends}.")
 
@@ -163,7 +171,7 @@ def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence) -
 def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel: str = "precision@1, %") -> Figure:
     """Scores by task with intervals: columns task, label, value, low, high (low and high may be missing)."""
     labels = list(dict.fromkeys(table["label"]))
-    figure, axis = new(width=6.5, height=0.36 * len(order) + 1.0)
+    figure, axis = new(width=6.5, height=max(0.36, 0.11 * len(labels)) * len(order) + 1.0)
     markers = "osD^vPX*"
     for i, label in enumerate(labels):
         part = table[table["label"] == label].set_index("task").reindex(order)
@@ -181,7 +189,7 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
     axis.grid(axis="y", color="#eeeeee")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     means = "; ".join(f"{label} {table[table['label'] == label]['value'].mean():.1f}" for label in labels)
-    return _done(figure, f"{title}. Unweighted means over {len(order)} tasks: {means}.")
+    return _done(figure, f"{title}. Unweighted means over the {len(order)} rows: {means}.")
 
 
 def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
@@ -193,8 +201,9 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
         axis.plot([row.low, row.high], [i, i], color=COLOURS[0] if clear else "grey", linewidth=2)
         axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6,
                   markerfacecolor=COLOURS[0] if clear else "white")  # fmt: skip
-        axis.annotate(f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]", (1.02, i), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=8)  # fmt: skip
+        text = f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+        text += f"  {row.n_seeds} seeds" * (effects["n_seeds"].nunique() > 1)
+        axis.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(y, effects["arm"])
     axis.invert_yaxis()
@@ -218,15 +227,18 @@ def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
     for i, label in enumerate(labels):
         part = table[table["label"] == label].set_index("meta_task").reindex(groups)
         x = np.arange(len(groups)) + (i - (len(labels) - 1) / 2) * width
-        axis.bar(x, part["value"], width * 0.92, color=COLOURS[i % 8], label=label, edgecolor="white")
+        hatch = ("", "//", "..", "xx")[i % 4]  # told apart in grey
+        axis.bar(x, part["value"], width * 0.92, color=COLOURS[i % 8], label=label, edgecolor="white", hatch=hatch)
         if "low" in part and part["low"].notna().any():
             errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
             axis.errorbar(x, part["value"], yerr=errors, fmt="none", color="black", linewidth=1)
-        for position, value in zip(x, part["value"], strict=True):
+        tops = part["high"].fillna(part["value"]) if "high" in part else part["value"]
+        for position, value, top in zip(x, part["value"], tops, strict=True):
             if not np.isnan(value):
-                axis.annotate(f"{value:.0f}", (position, 1), ha="center", va="bottom", fontsize=7, color="white")
+                axis.annotate(f"{value:.1f}", (position, top + 1), ha="center", va="bottom", fontsize=7,
+                              rotation=90 if len(labels) > 2 else 0)  # fmt: skip
     axis.set_xticks(range(len(groups)), groups)
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 108)
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
@@ -246,8 +258,21 @@ def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Fi
         axis.set_title(title)
         axis.set_xticks([])
         axis.set_yticks([])
+        axis.set_xlabel("first main axis")
+    axes[0][0].set_ylabel("second main axis")
     axes[0][-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    return _done(figure, f"Maps of {len(groups)} embeddings in two dimensions, coloured by {', '.join(names)}.")
+    return _done(
+        figure,
+        f"Maps of {len(groups)} embeddings in two dimensions, coloured by {', '.join(names)}: {'; '.join(points)}.",
+    )
+
+
+def _runs(names: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Ticks and labels of tokens: three or more of one name in a row, as a picture's, share one in their middle."""
+    runs = [(name, list(each)) for name, each in itertools.groupby(range(len(names)), key=lambda i: names[i])]
+    runs = [part for name, each in runs for part in ([(name, each)] if len(each) > 2 else [(name, [i]) for i in each])]
+    labels = [f"{name} x {len(each)}" if len(each) > 1 else name for name, each in runs]
+    return [float(np.mean(each)) for _, each in runs], labels
 
 
 def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segments: Sequence[str]) -> Figure:
@@ -255,11 +280,12 @@ def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segmen
     rows = -(-len(patterns) // 2)
     figure, axes = new(rows, 2, width=7.4, height=3.9 * rows, squeeze=False)
     starts = [i for i in range(len(segments)) if i == 0 or segments[i] != segments[i - 1]]
+    ticks, labels = _runs(names)
     for axis, (title, pattern) in zip(axes.flat, patterns.items(), strict=False):
         axis.imshow(pattern, cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
         axis.set_title(f"{title}: {np.mean(pattern):.0%} of pairs", fontsize=10, loc="left")
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=5.5)
-        axis.set_yticks(range(len(names)), names, fontsize=5.5)
+        axis.set_xticks(ticks, labels, rotation=90, fontsize=6.5)
+        axis.set_yticks(ticks, labels, fontsize=6.5)
         axis.tick_params(length=0, pad=1)
         for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):  # where a segment begins and ends
             axis.axhline(start - 0.5, color="white", linewidth=1.5)
@@ -339,7 +365,8 @@ def cost(table: pd.DataFrame, *, block: int) -> Figure:
         groups = sorted(part.groupby("layout", sort=False), key=lambda group: group[1]["blocks"].iloc[-1])
         for layout, rows in groups:
             colour, marker = looks[layout]
-            axis.plot(rows["length"], 100 * rows["cells"], color=colour, linewidth=1.2)
+            line = {"o": "-", "s": "--", "D": "-."}.get(marker, ":")  # one may lie on another
+            axis.plot(rows["length"], 100 * rows["cells"], color=colour, linewidth=1.4, linestyle=line)
             axis.plot(rows["length"], 100 * rows["blocks"], marker, color=colour, markersize=4, linestyle=":")
             share = 100 * rows["blocks"].iloc[-1]
             above = max(share, above + 8)  # labels keep their distance
@@ -349,13 +376,14 @@ def cost(table: pd.DataFrame, *, block: int) -> Figure:
         axis.set_xscale("log", base=2)
         axis.set_xticks(list(dict.fromkeys(part["length"])), list(dict.fromkeys(part["length"])))
         axis.set_xlabel("sequence length L, tokens")
-    axes[0][0].set_ylabel("pairs computed, % of L x L")
+    axes[0][0].set_ylabel("% of the L x L pairs")
     axes[0][0].set_ylim(0, 112)
     figure.supxlabel(
-        f"line: cells of the mask; dots: {block} x {block} blocks that FlexAttention cannot skip", fontsize=8
+        f"without marks: pairs that the mask allows\ndotted, with marks: in {block} x {block} blocks that FlexAttention computes",
+        fontsize=8,
     )
     last = table[table["length"] == table["length"].max()]
-    return _done(figure, "Share of all pairs that is computed, at the greatest length: " + "; ".join(
+    return _done(figure, "Share of all pairs that FlexAttention computes, at the greatest length: " + "; ".join(
         f"{row.layout}, A:B {row.ratio}: {row.blocks:.0%}" for row in last.itertuples()) + ".")  # fmt: skip
 
 
@@ -367,7 +395,7 @@ def similarity(cosine: np.ndarray) -> Figure:
     axis.set_xlabel("text")
     axis.set_ylabel("picture")
     hits = int((cosine.argmax(1) == np.arange(len(cosine))).sum())
-    axis.set_title(f"{hits} of {len(cosine)} find their own text")
+    axis.set_title(f"{hits} of {len(cosine)} are nearest to their own text")
     return _done(
         figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal."
     )
@@ -388,31 +416,30 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     axis.set_yticks(range(len(arms)), arms)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    axis.set_title(f"difference to '{baseline}', {unit}")
+    seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
+    axis.set_title(f"difference to '{baseline}', {unit}{seeds}")
     axis.set_xlabel("bold: the 95 % interval excludes 0, uncorrected")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
 
-def cost_score(table: pd.DataFrame, *, title: str) -> Figure:
-    """Training time against score, a point an arm: columns arm, seconds, value, low, high (low and high may be nan)."""
+def cost_score(table: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
+    """Cost against score, a point an arm: columns arm, cost, value, low, high (low and high may be nan)."""
     figure, axis = new(width=6.5, height=3.2)
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    axis.errorbar(
-        table["seconds"] / 60, table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1
-    )
-    right, gap = table["seconds"].max() / 60 * 1.1, 0.07 * max(1e-9, table["value"].max() - table["value"].min())
+    axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
+    right, gap = table["cost"].max() * 1.1, 0.07 * max(1e-9, table["value"].max() - table["value"].min())
     place = -np.inf
     for row in table.sort_values("value").itertuples():  # labels in a column, moved apart, each joined to its point
         place = max(row.value, place + gap)
-        axis.annotate(row.arm, (row.seconds / 60, row.value), xytext=(right, place), fontsize=8, va="center",
+        axis.annotate(row.arm, (row.cost, row.value), xytext=(right, place), fontsize=8, va="center",
                       arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0.5)})  # fmt: skip
     axis.set_xlim(0, right * 1.3)
-    axis.set_xlabel("training time of all stages, minutes on one core")
+    axis.set_xlabel(xlabel)
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
-    listing = "; ".join(f"{row.arm}: {row.seconds / 60:.1f} min, {row.value:.1f} %" for row in table.itertuples())
-    return _done(figure, f"{title}. {listing}.")
+    listing = "; ".join(f"{row.arm}: {row.cost:,.4g}, {row.value:.1f} %" for row in table.itertuples())
+    return _done(figure, f"{title}, {xlabel}. {listing}.")
 
 
 def curves(

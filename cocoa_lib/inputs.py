@@ -7,9 +7,9 @@ An item is a dict `{"text": str, "image": None | path | PIL.Image | list of thes
     num_images_per_sample (B,)
 
 The prompt is the one of CoCoA's stages 1 and 2 and of MoCa, `<|vision_start|><|image_pad|>...<|vision_end|>text`, and
-EOS stands exactly once, last of the input. Ids are assembled piece by piece, so that what a user types can never turn
-into a control token. Images always go through the PIL processor, with or without torchvision: training and
-evaluation then see the same pixels everywhere.
+EOS stands exactly once where it is asked for: last of an input, in stage 2 between A and B (stage 1 has none). Ids are
+assembled piece by piece, so that what a user types can never turn into a control token. Images always go through the
+PIL processor, with or without torchvision: training and evaluation then see the same pixels everywhere.
 """
 
 from __future__ import annotations
@@ -121,11 +121,12 @@ def build_prompt(text: str, n_images: int, eos_token: str) -> str:
 
 @dataclass
 class Inputs:
-    """Tokenizer + image processor + the three numbers that decide what the model sees; stored with a checkpoint.
+    """Tokenizer + image processor + the three settings that decide what the model sees; stored with a checkpoint.
 
     eos_token: the sources use both `<|endoftext|>` (151643, which is also Qwen2's padding) and `<|im_end|>` (151645).
         Default `<|im_end|>`: it ends a turn in the generative checkpoint and is never padding (ours).
     max_length: tokens of a sequence, images included; longer text is cut, image tokens and EOS never.
+    padding_side: "right" or "left"; the embeddings are the same.
     """
 
     tokenizer: PreTrainedTokenizerBase

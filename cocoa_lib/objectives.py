@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -43,7 +44,10 @@ def mntp_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
 
 
 def mlm_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
-    """Masked language modelling, no shift: the token masked at i is predicted from the state at i (MoCa)."""
+    """Masked language modelling, no shift: the token masked at i is predicted from the state at i (MoCa). Scalar, float32.
+
+    hidden (B, L, H), labels (B, L) with -100 where not masked. Raises ValueError if nothing is masked.
+    """
     return _cross_entropy_at(hidden, lm_head, labels)
 
 
@@ -210,7 +214,7 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
         super().__init__()
         self.model, self.temperature, self.mini_batch_size = model, temperature, mini_batch_size
 
-    def forward(self, sentence_features, labels: Tensor | None = None) -> Tensor:
+    def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
         self._keys = [features.get("key") for features in sentence_features]
         if get_world_size() == 1 and len(sentence_features[0]["input_ids"]) <= self.mini_batch_size:
@@ -219,7 +223,9 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
             )
         return self.forward_cached(sentence_features, labels)
 
-    def calculate_loss(self, reps, labels: Tensor | None = None, *, with_backward: bool = False) -> Tensor:
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ) -> Tensor:
         columns = [gathered(torch.cat(chunks), with_grad=True) for chunks in reps]
         local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
         mine = torch.arange(local, device=columns[0].device) + get_rank() * local

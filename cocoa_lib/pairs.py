@@ -176,10 +176,10 @@ def build_pairs(
 ) -> dict[str, Any]:  # fmt: skip
     """Write the data folder `root` from the table `path`; returns its manifest.
 
-    At most `n_eval` concepts (and a fifth of all) are held out as unseen; as many are drawn from training as seen; one
-    row a concept is evaluated, since variants of one concept have no single right answer. Pictures are stored as RGB
-    PNG with sides of at most `max_side`. on_bad_row: "stop" (default) raises InputError listing the bad rows before
-    anything is written; "skip" leaves them out, counts and lists them in `skipped.txt`.
+    `n_eval` concepts, at most a fifth of all but two at least, are held out as unseen; as many of the others are evaluated
+    as seen, so that both have the same chance; one row a concept, since its variants have no single right answer. Pictures
+    are stored as RGB PNG with sides of at most `max_side`. on_bad_row: "stop" (default) raises InputError listing the
+    bad rows before anything is written; "skip" leaves them out, counts and lists them in `skipped.txt`.
     """
     path, root = Path(path), Path(root)
     if on_bad_row not in ("stop", "skip"):
@@ -250,7 +250,7 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
     first = {int(group): i for i, group in reversed(list(enumerate(groups)))}
     training = [row for row, group in zip(rows, groups, strict=True) if int(group) not in held_out]
     unseen = [rows[first[int(group)]] for group in order[:n_out]]
-    seen = [rows[first[int(group)]] for group in order[n_out : n_out + n_eval]]
+    seen = [rows[first[int(group)]] for group in order[n_out : 2 * n_out]]
     return seen, unseen, training
 
 

@@ -1,6 +1,7 @@
 """Recipes: every number of a training stage, once, with its source. Profiles override them, nothing else does.
 
-The defaults are the authors' scripts (section "recipe" of the paper's repository), for 8 GPUs. Where sources disagree
+The defaults are the numbers of the authors' scripts (`bi_warmup.sh`, `eos_bridged.sh`, `cl_train.sh`), for 8 GPUs, but for
+`bf16` and the adapter, which are off, and where a comment says "ours". Where sources disagree
 about corruption, `preset` picks one of them whole: `figure`, `script` or `moca`.
 """
 
@@ -41,7 +42,7 @@ class Recipe:
     dora: bool = True
     gradient_checkpointing: bool = False
     workers: int = 0  # processes that decode and tokenise ahead of the device; the batches are the same
-    save_steps: int = 500  # at most this many steps of work can be lost
+    save_steps: int = 500  # at most this many steps of work are lost in a kill
     logging_steps: int = 10
 
     def image_limit(self, max_length: int) -> int:
@@ -96,7 +97,7 @@ class Stage1Recipe(Recipe):
 class Stage2Recipe(Recipe):
     """EOS-bridged reconstruction by attention truncation."""
 
-    batch_size: int = 64  # script: 8 x 8 GPUs (for 2 epochs)
+    batch_size: int = 64  # script: 8 x 8 GPUs, for 2 epochs; the number of steps is ours
     # figure; "eos_bridged_strict" is ours, the other two are controls
     layout: Literal["eos_bridged", "eos_bridged_strict", "bidirectional", "causal"] = "eos_bridged"
     text_mask_rate: float = 0.7  # script

@@ -157,7 +157,10 @@ def provenance(run: Path) -> dict[str, str]:
         key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
     }
     seeds = sorted({int(path.parent.name[4:]) for path in files})
-    said["commit"] += " (+changes: with files not committed)" * ("+changes" in said["commit"])
+    changed = " (+changes: with files not committed)" * ("+changes" in said["commit"])
+    if len(commits := said["commit"].split(", ")) > 3:
+        said["commit"] = f"{len(commits)}, listed in notebook 05"
+    said["commit"] += changed
     return {
         "Profile": run.name,
         "Machine": said["machine"] or "not recorded",
@@ -266,21 +269,25 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
 
 # What the index answers first: a budget in words, and a sum of arms.
 BUDGETS = {
-    "the same pairs and contrastive steps": {"cocoa": 1, "contrastive": -1},
-    "more contrastive steps, as many in both": {"cocoa_longer": 1, "contrastive_longer": -1},
-    "about the same training time, all of it contrastive": {"cocoa": 1, "contrastive_longer": -1},
+    "{few} contrastive steps on both sides": {"cocoa": 1, "contrastive": -1},
+    "{many} contrastive steps on both sides": {"cocoa_longer": 1, "contrastive_longer": -1},
+    "CoCoA with {few}, contrastive training alone with {many}": {"cocoa": 1, "contrastive_longer": -1},
 }
 
 
-def answers(run: Path) -> list[dict[str, str]]:
+def answers(run: Path) -> list[dict[str, Any]]:
     """Full CoCoA less contrastive learning alone on each budget that the run has arms for."""
     _, per_query = analysis.gather_results(run)
+    steps = profile_of(run).get("stage3", {}).get("steps")
+    few = f"{steps:,}" if steps else "the profile's"
+    many = f"{read_arms()['contrastive_longer'].stage3['steps']:,}"
     found = []
     for budget, weights in BUDGETS.items():
         if set(weights) <= set(per_query["arm"]):
             row = analysis.contrast(per_query, weights)
             number = f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-            found.append({"budget": budget, "number": number, "seeds": str(row["n_seeds"])})
+            words = {"budget": budget.format(few=few, many=many), "number": number, "seeds": str(row["n_seeds"])}
+            found.append({**words, "gain": row["low"] > 0})
     return found
 
 

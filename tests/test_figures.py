@@ -50,7 +50,7 @@ COST = pd.DataFrame(
 COSINE = np.array([[0.9, 0.3, 0.2], [0.3, 0.2, 0.8], [0.0, 0.1, 0.7]])
 GROUPS = EFFECTS.assign(group="vqa")
 TIMES = pd.DataFrame(
-    {"arm": ["a", "b"], "seconds": [60.0, 600.0], "value": [20.0, 30.0], "low": [18.0, NAN], "high": [23.0, NAN]}
+    {"arm": ["a", "b"], "cost": [1.0, 10.0], "value": [20.0, 30.0], "low": [18.0, NAN], "high": [23.0, NAN]}
 )
 
 SWEEP = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 2000], "value": [20.0, 30, 24, 25],
@@ -70,7 +70,7 @@ CASES = {
     "cost": lambda: figures.cost(COST, block=128),
     "similarity": lambda: figures.similarity(COSINE),
     "effect_table": lambda: figures.effect_table(GROUPS, baseline="base"),
-    "cost_score": lambda: figures.cost_score(TIMES, title="t"),
+    "cost_score": lambda: figures.cost_score(TIMES, title="t", xlabel="minutes"),
     "curves": lambda: figures.curves(SWEEP, xlabel="pairs", title="t", log=True, reference=("none", 22.0)),
 }  # fmt: skip
 every_figure = pytest.mark.parametrize("name", CASES)
@@ -141,10 +141,10 @@ def test_training_curves_draw_raw_and_smoothed_values():
     assert smooth.get_ydata().tolist() == [4.0, 3.0, 2.5, 2.0] and smooth.get_linewidth() > raw.get_linewidth()
     assert chance.get_ydata() == [3.5, 3.5]
     figure.draw_without_rendering()
-    label = next(text for text in figure.axes[0].texts if text.get_text() == "chance")
-    assert label.get_window_extent().x0 >= figure.axes[0].bbox.x0, "the label stands inside, wherever steps begin"
+    label = next(text for text in figure.axes[0].texts if text.get_text() == "collapsed")
+    assert label.get_window_extent().x1 <= figure.axes[0].bbox.x1, "the label stands inside, wherever steps end"
     assert figure.axes[1].lines[0].get_ydata().tolist() == LOG["image_loss"].tolist()
-    assert "mean of 2" in figure.axes[0].get_title(loc="left") and "one ends at 1.00" in figure.alt
+    assert "mean of 2" in figure.axes[0].get_title(loc="left") and "one, loss ends at 1.00; one, image_loss ends at" in figure.alt
     lacks = figures.training_curves({"one": LOG, "two": LOG.drop(columns="image_loss")}, ["loss", "image_loss"])
     assert [len(axis.lines) for axis in lacks.axes] == [4, 2], "a log without a column has no curve of it"
 
@@ -198,7 +198,7 @@ def test_meta_task_bars_are_as_high_as_the_table_says():
     bars = {c.get_label(): [bar.get_height() for bar in c] for c in axis.containers[::2]}
     assert bars == {"a": [30, 60], "b": [40, 20]}, "rows may stand in any order"
     assert [ends(c, 1) for c in axis.containers[1::2]] == [[[25, 36], [50, 61]], [[38, 41], [10, 27]]]
-    assert [text.get_text() for text in axis.texts] == ["30", "60", "40", "20"]
+    assert [text.get_text() for text in axis.texts] == ["30.0", "60.0", "40.0", "20.0"]
     centres = [bar.get_x() + bar.get_width() / 2 for c in axis.containers[::2] for bar in c]
     assert np.round(centres).tolist() == [0, 1, 0, 1], "each bar stands at its group"
     plain = figures.meta_task_bars(BARS.drop(columns=["low", "high"]), title="t").axes[0]
@@ -221,6 +221,13 @@ def test_token_masks():
         assert f"{pattern.mean():.0%} of pairs" in axis.get_title(loc="left")
         assert {line.get_xdata()[0] for line in axis.lines if line.get_ydata() == [0, 1]} == {-0.5, 1.5, 2.5}
     assert len(figure.axes) == 4 and not figure.axes[3].images and "2 of A, 1 of E, 1 of B" in figure.alt
+
+
+def test_the_tokens_of_a_picture_share_one_label():
+    names = ["start", *["pad"] * 4, "end", "a", "a"]
+    axis = figures.token_masks({"all": np.ones((8, 8), dtype=bool)}, names, "AAAAAAEB").axes[0]
+    assert labels(axis, "x") == ["start", "pad x 4", "end", "a", "a"]
+    assert axis.get_xticks().tolist() == [0, 2.5, 5, 6, 7]
 
 
 def test_reach_grid_shows_what_is_known_by_then():
@@ -266,7 +273,7 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
         figures.effect_table(pd.concat([table, table]), baseline="base")
 
 
-def test_cost_score_draws_minutes_against_points():
+def test_cost_score_draws_cost_against_points():
     axis = CASES["cost_score"]().axes[0]
     line, _, (bars,) = axis.containers[0]
     assert line.get_xydata().tolist() == [[1, 20], [10, 30]]
@@ -315,14 +322,16 @@ def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
             "n_queries": 9,
         }
     )
-    assert figures.forest(table, baseline="x").axes[0].get_title(loc="left").startswith("n = 3 to 5 seeds x 9 queries")
+    axis = figures.forest(table, baseline="x").axes[0]
+    assert axis.get_title(loc="left").startswith("n = 3 to 5 seeds x 9 queries")
+    assert [text.get_text()[-7:] for text in axis.texts] == ["5 seeds", "3 seeds"]
 
 
 def test_similarity_counts_the_rows_that_find_their_own():
     figure = CASES["similarity"]()
     assert (drawn(figure.axes[0]) == COSINE).all() and figure.axes[0].get_title(
         loc="left"
-    ) == "2 of 3 find their own text"
+    ) == "2 of 3 are nearest to their own text"
 
 
 if __name__ == "__main__":
