@@ -231,6 +231,22 @@ def reconstruct(
     return batch, predicted, patches
 
 
+def cell_errors(restored: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], merge_size: int) -> tuple[float, float]:
+    """Mean squared error on hidden cells, in normalised pixels: of the decoder, and of the average patch of these pictures.
+
+    restored: what `reconstruct` returns, with a decoder; merge_size x merge_size patches are a cell.
+    """
+    parts = [
+        (batch["hidden_cells"].repeat_interleave(merge_size**2), each)
+        for batch, _, each in restored
+        if "hidden_cells" in batch
+    ]
+    at = torch.cat([hidden for hidden, _ in parts])
+    truth, guess = (torch.cat([each[title] for _, each in parts]) for title in ("original", "hidden cells predicted"))
+    errors = [((truth - values) ** 2)[at].mean() for values in (guess, truth.mean(0))]
+    return float(errors[0]), float(errors[1])
+
+
 def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs) -> str:
     """Hidden words in place, each with what was predicted, and the first picture: original, seen, predicted."""
     guesses, words, right = iter(predicted), [], 0

@@ -126,6 +126,15 @@ def test_the_readme_says_what_notebook_02_found():
     assert "squared error {} against {}, notebook 02".format(*errors) in readme
 
 
+def test_what_stage_1_restores_is_the_committed_table():
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "stage1_error.csv").set_index("arm").round(3)
+    short, longer = table.loc["cocoa"].iloc[0], table.loc["stage1_longer"]
+    assert f"(squared error {short['decoder']:.3f} against {short['average']:.3f}," in README
+    assert f"{longer['decoder'].min():.3f} to {longer['decoder'].max():.3f} on three seeds" in README
+    assert (table.loc["cocoa", "decoder"] > table.loc["cocoa", "average"]).all(), "no better than an average patch"
+    assert (longer["decoder"] < longer["average"]).all()
+
+
 def test_the_readmes_emoji_table_is_the_reports():
     from cocoa_lib import analysis
 
