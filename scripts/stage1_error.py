@@ -45,7 +45,7 @@ def main(run: Path, out: Path, names: list[str]) -> None:
             errors = measure(folder.parent, run / "benchmark")
             rows.append({"arm": name, "seed": folder.parents[2].name.removeprefix("seed"), **errors, "n": N_PROBE})
     table = pd.DataFrame(rows)
-    table.round(4).to_csv(out, index=False)
+    table.round(5).to_csv(out, index=False)
     print(table.round(3).to_string(index=False))  # noqa: T201
 
 
