@@ -144,7 +144,10 @@ def test_training_curves_draw_raw_and_smoothed_values():
     label = next(text for text in figure.axes[0].texts if text.get_text() == "collapsed")
     assert label.get_window_extent().x1 <= figure.axes[0].bbox.x1, "the label stands inside, wherever steps end"
     assert figure.axes[1].lines[0].get_ydata().tolist() == LOG["image_loss"].tolist()
-    assert "mean of 2" in figure.axes[0].get_title(loc="left") and "one, loss ends at 1.00; one, image_loss ends at" in figure.alt
+    assert (
+        "mean of 2" in figure.axes[0].get_title(loc="left")
+        and "one, loss ends at 1.00; one, image_loss ends at" in figure.alt
+    )
     lacks = figures.training_curves({"one": LOG, "two": LOG.drop(columns="image_loss")}, ["loss", "image_loss"])
     assert [len(axis.lines) for axis in lacks.axes] == [4, 2], "a log without a column has no curve of it"
 
