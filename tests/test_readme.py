@@ -60,6 +60,7 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa_longer": 1, "contrastive_longer": -1}, True),
         ({"contrastive": 1, "contrastive_causal": -1}, True),
         ({"contrastive_mean": 1, "contrastive": -1}, True),
+        ({"cocoa_half": 1, "contrastive_half": -1}, True),
         ({"cocoa_longer": 1, "contrastive_longer": -1}, True, "vqa"),
         ({"cocoa": 1, "contrastive": -1}, True, "classification"),
     ):
@@ -114,7 +115,7 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     ]
     ends += [(f"temperature_{value}", f"contrastive_{value}") for value in ("0_02", "0_1")]
     vqa = [analysis.contrast(per_query, {full: 1, alone: -1}, group="vqa") for full, alone in ends]
-    assert "VQA is lower on every budget, and in five of nine its interval excludes zero" in README
+    assert "At full width VQA is lower on every budget, and in five of nine its interval excludes zero" in README
     assert all(row["difference"] < 0 for row in vqa) and sum(row["high"] < 0 for row in vqa) == 5
 
 
