@@ -417,8 +417,8 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
-    axis.set_title(f"difference to '{baseline}', {unit}{seeds}")
-    axis.set_xlabel("bold: the 95 % interval excludes 0, uncorrected")
+    axis.set_title(f"difference to '{baseline}', {unit}")
+    axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{seeds}")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
