@@ -406,7 +406,7 @@ def attention_html(found: EosAttention, inputs: Inputs, *, layer: int, head: int
     return (
         f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{pictures}</div>'
         f'<div style="columns:240px;font-size:12px;max-width:960px">{bars}</div>'
-        f'<p aria-live="polite">Layer {layer}, {which}. {sentence} The largest square or bar is {top:.1%}; hover or hold a cell '
+        f'<p aria-live="polite">Layer {layer}, {which}. {sentence} The largest square or bar is {top:.1%}; hover a cell '
         "to read it.</p>"
     )
 

@@ -356,16 +356,14 @@ def cost(table: pd.DataFrame, *, block: int) -> Figure:
     """Share of L x L pairs against L: columns layout, ratio, length, cells, blocks (shares of 1)."""
     ratios = list(dict.fromkeys(table["ratio"]))
     figure, axes = new(1, len(ratios), width=3.4 * len(ratios), height=2.9, sharey=True, squeeze=False)
-    looks = dict(
-        zip(dict.fromkeys(table["layout"]), zip(COLOURS, "osD^", strict=False), strict=False)
-    )  # a colour and marker a layout
+    each = zip(COLOURS, "osD^", ("-", "--", "-.", ":"), strict=False)
+    looks = dict(zip(dict.fromkeys(table["layout"]), each, strict=False))  # of a layout; one line may lie on another
     for axis, ratio in zip(axes[0], ratios, strict=True):
         part = table[table["ratio"] == ratio]
         above = 0.0
         groups = sorted(part.groupby("layout", sort=False), key=lambda group: group[1]["blocks"].iloc[-1])
         for layout, rows in groups:
-            colour, marker = looks[layout]
-            line = {"o": "-", "s": "--", "D": "-."}.get(marker, ":")  # one may lie on another
+            colour, marker, line = looks[layout]
             axis.plot(rows["length"], 100 * rows["cells"], color=colour, linewidth=1.4, linestyle=line)
             axis.plot(rows["length"], 100 * rows["blocks"], marker, color=colour, markersize=4, linestyle=":")
             share = 100 * rows["blocks"].iloc[-1]

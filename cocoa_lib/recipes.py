@@ -1,8 +1,8 @@
 """Recipes: every number of a training stage, once, with its source. Profiles override them, nothing else does.
 
 The defaults are the numbers of the authors' scripts (`bi_warmup.sh`, `eos_bridged.sh`, `cl_train.sh`), for 8 GPUs, but for
-`bf16` and the adapter, which are off, and where a comment says "ours". Where sources disagree
-about corruption, `preset` picks one of them whole: `figure`, `script` or `moca`.
+`bf16` and the adapter, which are off, and where a comment says "ours". Where sources disagree about corruption, `preset`
+picks one of them whole: `figure`, `script` or `moca`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from cocoa_lib.explore import (
     ablation_explorer,
     attention_explorer,
     attention_html,
+    cell_errors,
     cells_image,
     eos_attention,
     mask_explorer,
@@ -145,6 +146,26 @@ def test_words_are_predicted_where_they_were_learned(bidirectional, picture, obj
     with torch.no_grad():
         states = hidden_states(model, visible, "bidirectional")[0]
     assert torch.allclose(seen[0], states[hidden_at - shift], atol=1e-5)
+
+
+def test_errors_are_those_of_hidden_cells_alone():
+    """Two pictures of two cells of one patch; the average patch is over all four."""
+    hidden, unread = torch.tensor([True, False]), torch.full((2, 1), 9.0)
+    restored = [
+        (
+            {"hidden_cells": hidden},
+            [],
+            {"original": torch.tensor([[0.0], [2]]), "hidden cells predicted": torch.tensor([[1.0], [7]])},
+        ),
+        (
+            {"hidden_cells": hidden},
+            [],
+            {"original": torch.tensor([[4.0], [6]]), "hidden cells predicted": torch.tensor([[1.0], [7]])},
+        ),
+        ({}, [], {"original": unread}),  # a text without a picture has no cells
+    ]
+    decoder, average = cell_errors(restored, merge_size=1)
+    assert decoder == (1 + 9) / 2 and average == (9 + 1) / 2
 
 
 def test_reconstruction_explorer(bidirectional, picture):

@@ -57,7 +57,7 @@ SWEEP = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 200
                       "low": [18.0, 30, 20, np.nan], "high": [23.0, 31, 26, np.nan]})  # fmt: skip
 CASES = {
     "masks": lambda: figures.masks({"causal": TRIANGLE, "blocks": SQUARE}, NAMES),
-    "training_curves": lambda: figures.training_curves({"one": LOG}, ["loss", "image_loss"], smooth=2, chance=3.5),
+    "training_curves": lambda: figures.training_curves({"one": LOG}, ["loss", "image_loss"], smooth=3, chance=3.5),
     "pictures": lambda: figures.pictures(SCENES[:3], ["first", "second", "third"], columns=2),
     "reconstructions": lambda: figures.reconstructions(SCENES[:2], SCENES[1:3], SCENES[2:]),
     "task_scores": lambda: figures.task_scores(TASKS, order=["Count", "Digits"], title="t"),
@@ -138,14 +138,14 @@ def test_training_curves_draw_raw_and_smoothed_values():
     figure = CASES["training_curves"]()
     raw, smooth, chance = figure.axes[0].lines
     assert raw.get_xydata().tolist() == LOG[["step", "loss"]].to_numpy().tolist()
-    assert smooth.get_ydata().tolist() == [4.0, 3.0, 2.5, 2.0] and smooth.get_linewidth() > raw.get_linewidth()
+    assert smooth.get_ydata().tolist() == [3.0, 3.0, 2.0, 2.0] and smooth.get_linewidth() > raw.get_linewidth()
     assert chance.get_ydata() == [3.5, 3.5]
     figure.draw_without_rendering()
     label = next(text for text in figure.axes[0].texts if text.get_text() == "collapsed")
     assert label.get_window_extent().x1 <= figure.axes[0].bbox.x1, "the label stands inside, wherever steps end"
     assert figure.axes[1].lines[0].get_ydata().tolist() == LOG["image_loss"].tolist()
     assert (
-        "mean of 2" in figure.axes[0].get_title(loc="left")
+        "mean of 3" in figure.axes[0].get_title(loc="left")
         and "one, loss ends at 1.00; one, image_loss ends at" in figure.alt
     )
     lacks = figures.training_curves({"one": LOG, "two": LOG.drop(columns="image_loss")}, ["loss", "image_loss"])

@@ -61,6 +61,7 @@ def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
     ]  # fmt: skip
     unseen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextUnseen")}
     seen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextSeen")}
+    assert len(seen) == len(unseen) == 2, "a fifth of 12 concepts; both have the same chance"
     training = {row["target"] for row in corpus.captions(root)}
     assert seen <= training and not {concept(t) for t in unseen} & {concept(t) for t in training}
     pairs, sizes = corpus.pairs(root)

@@ -62,6 +62,7 @@ def home(tmp_path_factory):
 
 
 def go(home, stage, out, **more):
+    # mini_batch_size: half of the batch, so two chunks on one process and one on each of two
     values = TINY | ({"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {}) | more
     return run_stage(stage, make_recipe(stage, values), parent=home / "init", data=home / "world", out=out,
                      allow_parent=True, show_progress=False)  # fmt: skip

@@ -173,6 +173,18 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
     assert first == "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds)."
 
 
+def test_many_commits_are_counted_not_listed_at_the_top(tmp_path):
+    from publish import provenance
+
+    run = make_run(tmp_path)
+    assert provenance(run)["Commit of the results"] == "abc0, abc1"
+    for i, arm in enumerate(("contrastive", "cocoa")):
+        for seed in (0, 1):
+            facts = {"machine": "m", "commit": f"{i}{seed}+changes"}
+            (run / "results" / arm / f"seed{seed}" / "provenance.json").write_text(json.dumps(facts))
+    assert provenance(run)["Commit of the results"] == "4, listed in notebook 05 (+changes: with files not committed)"
+
+
 def test_a_change_of_the_script_changes_the_policy():
     from publish import policy
 
