@@ -426,7 +426,9 @@ def cost_score(table: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
     figure, axis = new(width=6.5, height=3.2)
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
     axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
-    right, gap = table["cost"].max() * 1.1, 0.07 * max(1e-9, table["value"].max() - table["value"].min())
+    middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
+    axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
+    right, gap = table["cost"].max() * 1.1, 0.07 * max(5.0, table["value"].max() - table["value"].min())
     place = -np.inf
     for row in table.sort_values("value").itertuples():  # labels in a column, moved apart, each joined to its point
         place = max(row.value, place + gap)

@@ -282,6 +282,9 @@ def test_cost_score_draws_cost_against_points():
     assert line.get_xydata().tolist() == [[1, 20], [10, 30]]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[18, 23], [30, 30]]
     assert [text.get_text() for text in axis.texts] == ["a", "b"]
+    close = TIMES.assign(value=[50.0, 50.1], low=NAN, high=NAN)
+    bottom, top = figures.cost_score(close, title="t", xlabel="minutes").axes[0].get_ylim()
+    assert top - bottom == pytest.approx(5), "a tenth of a point does not fill the figure"
 
 
 def test_an_interval_of_one_seed_is_not_drawn_as_certain():
