@@ -81,13 +81,13 @@ def mmeb_like(n: int, n_pictures: int) -> tuple[CocoaEmbedder, list[dict]]:
     return CocoaEmbedder(EosEmbedding(model, inputs)), [rows[i] for i in rng.permutation(n)]
 
 
-def photographs(folder: Path, n: int = 16) -> list[dict]:
-    """JPEG files of 3 megapixels, smooth as photographs are."""
+def photographs(folder: Path, n: int = 16, size: tuple[int, int] = (2000, 1500), kind: str = "jpg") -> list[dict]:
+    """Files of 3 megapixels, smooth as photographs are."""
     rng = np.random.default_rng(0)
     for i in range(n):
-        smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize((2000, 1500))
-        smooth.save(folder / f"{i}.jpg", quality=90)
-    return [{"text": "", "image": folder / f"{i}.jpg"} for i in range(n)]
+        smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize(size)
+        smooth.save(folder / f"{i}.{kind}", quality=90)
+    return [{"text": "", "image": folder / f"{i}.{kind}"} for i in range(n)]
 
 
 def ahead(folder: Path) -> list[dict]:

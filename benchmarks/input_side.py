@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save
+from encode import photographs
 from torch.utils.data import DataLoader
 
 from cocoa_lib import corpus, world
@@ -22,6 +23,7 @@ from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import load_profile
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.train import KEPT_IMAGES
 
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
 
@@ -97,6 +99,29 @@ def stages(data: Path) -> list[dict]:
     return records
 
 
+def keeping(folder: Path) -> list[dict]:
+    """A training step whose pictures, as large as `pairs` stores a user's, are read anew or kept from an earlier step."""
+    recipe = make_recipe("stage1", load_profile("laptop")["stage1"])
+    model = open_backbone(BACKBONE, bidirectional=True)
+    module = Reconstruction(model, layout=recipe.layout, image_weight=recipe.image_weight).train()
+    items = photographs(folder, recipe.batch_size, (512, 384), "png")
+    rows = [
+        {"text": "", "target": "a large red circle", "image": str(item["image"]), "draw": i}
+        for i, item in enumerate(items)
+    ]
+    read, kept = (Inputs.load(BACKBONE, max_length=256) for _ in range(2))
+    kept.keep_images(KEPT_IMAGES)
+    batches = [stage1_batch(rows, inputs, recipe, 0) for inputs in (read, kept, kept)]
+    assert all(torch.equal(batches[0][name], batch[name]) for batch in batches for name in batch)
+    sides = {
+        name: lambda inputs=inputs: module(**stage1_batch(rows, inputs, recipe, 0))["loss"].backward()
+        for name, inputs in {"read": read, "kept": kept}.items()
+    }
+    seconds = in_turn(sides)
+    text = f"time, read / kept; a step of {len(rows)}, laptop's model, PNG files of 512 x 384"
+    return [record("step, pictures kept, photographs", text, seconds["read"], seconds["kept"])]
+
+
 def mmeb_lengths(n: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Stage -> tokens of text and of what stands before it, (n,) each: captions of 20 tokens after pictures of 600 +- 150
     cells; in stage 2 a third of the rows have a question of 20 tokens in the picture's place."""
@@ -115,7 +140,7 @@ def main(argv: Sequence[str] = ()) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = importing() + stages(data)
+        records = importing() + stages(data) + keeping(Path(folder))
     save("input_side", records + mmeb_like(), "imports and shares: n 5; padding is counted")
 
 

@@ -73,11 +73,15 @@ def main() -> None:
         world.build(data, seed=0, n_pairs=800, n_queries=2, n_corpus=500)
         inputs = Inputs.load(BACKBONE, max_length=256)
         sides = {stage: partial(reconstruction, stage)(data, inputs) for stage in ("stage1", "stage2")}
-        picture = {"stage2 with the picture": reconstruction("stage2", data, inputs, image_weight=0.5)}  # arm image_from_eos
+        picture = {
+            "stage2 with the picture": reconstruction("stage2", data, inputs, image_weight=0.5)
+        }  # arm image_from_eos
         seconds = in_turn(sides | picture | {"stage3": contrastive(data, inputs)})
     steps = {stage: load_profile(PROFILE)[stage]["steps"] for stage in ("stage1", "stage2", "stage3")}
     text = f"time of a step, batches of profile {PROFILE}"
-    records = [record(f"step, {stage} / stage 3", text, seconds[stage], seconds["stage3"]) for stage in [*sides, *picture]]
+    records = [
+        record(f"step, {stage} / stage 3", text, seconds[stage], seconds["stage3"]) for stage in [*sides, *picture]
+    ]
     whole = np.sum([steps[stage] * np.array(seconds[stage]) for stage in steps], axis=0)
     text = "time of " + ", ".join(f"{n} steps of {stage}" for stage, n in steps.items()) + " / of one step of stage 3"
     records.append(record("contrastive steps that take as long as CoCoA", text, whole, seconds["stage3"]))

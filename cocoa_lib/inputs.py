@@ -142,6 +142,7 @@ class Inputs:
         self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = ids
         pad = self.tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else pad
+        self.keep_images(0)
 
     @classmethod
     def load(cls, folder: str | Path, **settings) -> Inputs:
@@ -160,6 +161,12 @@ class Inputs:
             processor.size = replace(
                 processor.size, longest_edge=area, shortest_edge=min(processor.size["shortest_edge"], area)
             )
+            self.kept.clear()
+
+    def keep_images(self, n_bytes: int) -> None:
+        """Keep the processed pictures of files in memory, as many as `n_bytes` hold: each is then read once, not every epoch."""
+        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self.room = n_bytes
 
     def text_ids(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens typed by a user stay text."""
@@ -173,13 +180,23 @@ class Inputs:
 
     def process_images(self, images: Sequence) -> tuple[Tensor, Tensor]:
         """Pictures -> pixel_values (patches, D) float32 and image_grid_thw (n, 3)."""
-        loaded = [load_image(image) for image in images]
+        pixel_values, image_grid_thw = zip(*map(self._process_image, images), strict=True)
+        return torch.cat(pixel_values), torch.cat(image_grid_thw)
+
+    def _process_image(self, source: str | Path | Image.Image) -> tuple[Tensor, Tensor]:
+        """One picture, from memory where it is kept. The room is filled once: in a cycle, dropping the oldest finds nothing."""
+        if (name := str(source)) in self.kept:
+            return self.kept[name]
+        image = load_image(source)
         try:
-            out = self.image_processor(loaded, return_tensors="pt")
+            out = self.image_processor([image], return_tensors="pt")
         except ValueError as error:  # transformers refuses an aspect ratio over 200
-            sizes = [image.size for image in loaded]
-            raise InputError(f"cannot resize image(s) of size {sizes}: {error}") from error
-        return out["pixel_values"], out["image_grid_thw"]
+            raise InputError(f"cannot resize an image of size {image.size}: {error}") from error
+        made = out["pixel_values"], out["image_grid_thw"]
+        if isinstance(source, (str, Path)) and made[0].nbytes <= self.room:
+            self.kept[name] = made
+            self.room -= made[0].nbytes
+        return made
 
     def input_ids(self, text: str, n_tokens: Sequence[int]) -> list[int]:
         """Ids of one input without EOS; `n_tokens`: language-model tokens of each picture."""

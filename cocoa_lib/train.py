@@ -71,6 +71,7 @@ PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage
 SPENT = "seconds.json"  # in a Trainer checkpoint: training time so far, of all attempts
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
 KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
+KEPT_IMAGES = 1 << 29  # bytes of processed pictures that a process keeps, all its workers together (ours)
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
 
@@ -432,6 +433,7 @@ def _run(
     set_seed(seed)
     inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
     inputs.limit_images(recipe.image_limit(inputs.max_length))
+    inputs.keep_images(KEPT_IMAGES // max(1, recipe.workers))
     model = open_backbone(
         parent, bidirectional=recipe.layout != "causal", attn_implementation=recipe.attn_implementation
     )

@@ -269,6 +269,29 @@ def test_a_large_picture_is_shrunk_to_a_number_of_tokens_and_a_checkpoint_keeps_
     assert inputs.image_processor.size == before, "only ever fewer"
 
 
+def test_pictures_are_kept_as_far_as_there_is_room(small, picture, tmp_path):
+    inputs = copy.deepcopy(small[1])
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, file in enumerate(files):
+        picture(seed=i).save(file)
+    items = [{"text": "x", "image": file} for file in files]
+    pixels = inputs.collate(items)["pixel_values"]
+    inputs.keep_images(2 * pixels.nbytes // 3)
+    assert torch.equal(inputs.collate(items)["pixel_values"], pixels)
+    for file in files[:2]:
+        file.unlink()
+    pixels_kept = inputs.collate(items)["pixel_values"]
+    assert torch.equal(pixels_kept, pixels)
+    pixels_kept.zero_()
+    assert torch.equal(inputs.collate(items[:1])["pixel_values"], pixels[: len(pixels) // 3]), "a batch is a copy"
+    files[2].unlink()
+    with pytest.raises(InputError, match="no such image file"):
+        inputs.collate(items)
+    inputs.limit_images(4)
+    with pytest.raises(InputError, match="no such image file"):  # of another size than what was kept
+        inputs.collate(items[:1])
+
+
 def test_odd_pictures(tmp_path):
     for mode, value, rgb in (
         ("L", 90, (90, 90, 90)),

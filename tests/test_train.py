@@ -33,6 +33,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.nn.parallel import DistributedDataParallel
 
+import cocoa_lib.inputs
 from cocoa_lib import batches, corpus, embedder, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
@@ -142,6 +143,18 @@ def test_same_seed_is_bit_equal_and_another_differs(home, stage, tmp_path):
     other = go(home, stage, tmp_path / "other", seed=1)
     assert (other / "log.csv").read_text() != (home / stage / "log.csv").read_text()
     assert read_meta(other)["weights_sha256"] != read_meta(home / stage)["weights_sha256"]
+
+
+def test_a_picture_is_read_once_and_keeping_it_changes_nothing(home, tmp_path, monkeypatch):
+    """At a stage that goes through its pictures several times."""
+    read = Counter()
+    load = cocoa_lib.inputs.load_image
+    monkeypatch.setattr(cocoa_lib.inputs, "load_image", lambda source: read.update([str(source)]) or load(source))
+    assert_same_run(go(home, "stage1", tmp_path / "kept"), home / "stage1")
+    assert set(read.values()) == {1}
+    monkeypatch.setattr(train, "KEPT_IMAGES", 0)
+    assert_same_run(go(home, "stage1", tmp_path / "read"), home / "stage1")
+    assert max(read.values()) > 2
 
 
 def test_a_finished_run_is_returned_and_another_configuration_refused(home, monkeypatch):
