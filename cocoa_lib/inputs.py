@@ -165,7 +165,7 @@ class Inputs:
 
     def keep_images(self, n_bytes: int) -> None:
         """Keep the processed pictures of files in memory, as many as `n_bytes` hold: each is then read once, not every epoch."""
-        self.kept: dict[str, tuple[Tensor, Tensor]] = {}
+        self.kept: dict[str, tuple[Tensor, ...]] = {}
         self.room = n_bytes
 
     def text_ids(self, text: str) -> list[int]:
@@ -180,23 +180,27 @@ class Inputs:
 
     def process_images(self, images: Sequence) -> tuple[Tensor, Tensor]:
         """Pictures -> pixel_values (patches, D) float32 and image_grid_thw (n, 3)."""
-        pixel_values, image_grid_thw = zip(*map(self._process_image, images), strict=True)
+        keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in images]
+        made = {key: self.kept[key] for key in keys if key in self.kept}
+        if new := {key: image for key, image in zip(keys, images, strict=True) if key not in made}:
+            made |= zip(new, self._process(list(new.values())), strict=True)
+        for key in new:  # the room is filled once: in a cycle, dropping the oldest would find nothing
+            if isinstance(key, str) and (size := made[key][0].nbytes) <= self.room:
+                self.kept[key] = tuple(part.clone() for part in made[key])  # a view would hold its whole batch
+                self.room -= size
+        pixel_values, image_grid_thw = zip(*(made[key] for key in keys), strict=True)
         return torch.cat(pixel_values), torch.cat(image_grid_thw)
 
-    def _process_image(self, source: str | Path | Image.Image) -> tuple[Tensor, Tensor]:
-        """One picture, from memory where it is kept. The room is filled once: in a cycle, dropping the oldest finds nothing."""
-        if (name := str(source)) in self.kept:
-            return self.kept[name]
-        image = load_image(source)
+    def _process(self, images: list) -> list[tuple[Tensor, Tensor]]:
+        """(pixel_values, image_grid_thw) of each picture, all in one call: a call for each takes half as long again."""
+        loaded = [load_image(image) for image in images]
         try:
-            out = self.image_processor([image], return_tensors="pt")
+            out = self.image_processor(loaded, return_tensors="pt")
         except ValueError as error:  # transformers refuses an aspect ratio over 200
-            raise InputError(f"cannot resize an image of size {image.size}: {error}") from error
-        made = out["pixel_values"], out["image_grid_thw"]
-        if isinstance(source, (str, Path)) and made[0].nbytes <= self.room:
-            self.kept[name] = made
-            self.room -= made[0].nbytes
-        return made
+            sizes = [image.size for image in loaded]
+            raise InputError(f"cannot resize image(s) of size {sizes}: {error}") from error
+        grid = out["image_grid_thw"]
+        return list(zip(out["pixel_values"].split(grid.prod(-1).tolist()), grid.split(1), strict=True))
 
     def input_ids(self, text: str, n_tokens: Sequence[int]) -> list[int]:
         """Ids of one input without EOS; `n_tokens`: language-model tokens of each picture."""
