@@ -16,6 +16,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
@@ -404,16 +405,13 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
     value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
-    limit = max(1.0, float(np.abs(value).max()))
+    limit = 1.6 * max(1.0, float(np.abs(value).max()))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
-    axis.imshow(value, cmap="PuOr", vmin=-1.6 * limit, vmax=1.6 * limit, aspect="auto")  # pale, for black numbers
-    for (i, j), number in np.ndenumerate(value):
-        clear = low[i, j] > 0 or high[i, j] < 0
-        axis.text(j, i, f"{number:+.1f}", ha="center", va="center", fontsize=8, weight="bold" if clear else "normal")
-    axis.set_xticks(range(len(groups)), groups)
-    axis.set_yticks(range(len(arms)), arms)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
+    sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
+                annot_kws={"size": 8, "color": "black"}, xticklabels=groups, yticklabels=arms)  # fmt: skip
+    for text, clear in zip(axis.texts, ((low > 0) | (high < 0))[~np.isnan(value)], strict=True):
+        text.set_weight("bold" if clear else "normal")
+    axis.tick_params(length=0, rotation=0)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
     axis.set_title(f"difference to '{baseline}', {unit}")
     axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{seeds}")

@@ -270,8 +270,16 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
     )  # fmt: skip
     figure = figures.effect_table(table, baseline="base")
     drawn = {(text.get_position(), text.get_text()): text.get_weight() for text in figure.axes[0].texts}
-    right = {((0, 0), "+3.0"): "bold", ((1, 0), "-2.0"): "normal", ((0, 1), "+0.0"): "normal", ((1, 1), "-9.0"): "bold"}
-    assert drawn == right and "b, ood: -9.0" in figure.alt
+    middle = ((0.5, 0.5), (1.5, 0.5), (0.5, 1.5), (1.5, 1.5))
+    texts = (("+3.0", "bold"), ("-2.0", "normal"), ("+0.0", "normal"), ("-9.0", "bold"))
+    assert drawn == {(at, text): weight for at, (text, weight) in zip(middle, texts, strict=True)}
+    assert "b, ood: -9.0" in figure.alt
+    gap = figures.effect_table(table.iloc[1:], baseline="base").axes[0]  # an arm that lacks a group
+    assert [(text.get_text(), text.get_weight()) for text in gap.texts] == [
+        ("-2.0", "normal"),
+        ("-9.0", "bold"),
+        ("+0.0", "normal"),
+    ]
     with pytest.raises(ValueError, match="duplicate"):
         figures.effect_table(pd.concat([table, table]), baseline="base")
 
