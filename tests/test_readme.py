@@ -62,6 +62,9 @@ def test_the_readmes_sentences_are_the_tables():
         ({"contrastive": 1, "contrastive_causal": -1}, True),
         ({"contrastive_mean": 1, "contrastive": -1}, True),
         ({"cocoa_half": 1, "contrastive_half": -1}, True),
+        ({"contrastive_half_longer": 1, "cocoa_half": -1}, False),  # said as "points behind"
+        ({"cocoa_mean": 1, "cocoa": -1}, True),
+        ({"cocoa_mean": 1, "contrastive_mean": -1}, True),
         ({"cocoa_longer": 1, "contrastive_longer": -1}, True, "vqa"),
         ({"cocoa": 1, "contrastive": -1}, True, "classification"),
     ):
@@ -124,6 +127,14 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     vqa = [analysis.contrast(per_query, {full: 1, alone: -1}, group="vqa") for full, alone in ends]
     assert "At full width VQA is lower on every budget, and in five of nine its interval excludes zero" in README
     assert all(row["difference"] < 0 for row in vqa) and sum(row["high"] < 0 for row in vqa) == 5
+    budgets = dict([*ends, ("cocoa_half", "contrastive_half")])
+    p = [analysis.contrast(per_query, {full: 1, alone: -1})["p"] for full, alone in budgets.items()]
+    corrected = dict(zip(budgets, analysis.holm(p), strict=True))
+    assert f"the only gain; {corrected['cocoa_half']:.2f} corrected for the ten budgets of notebook 05" in README
+    assert (
+        f"With the mean, CoCoA less contrastive alone -3.3 [-6.2, -0.8], {corrected['cocoa_mean']:.2f} corrected"
+        in README
+    )
 
 
 def test_the_readme_says_what_notebook_02_found():
