@@ -82,7 +82,7 @@ def mmeb_like(n: int, n_pictures: int) -> tuple[CocoaEmbedder, list[dict]]:
 
 
 def photographs(folder: Path, n: int = 16, size: tuple[int, int] = (2000, 1500), kind: str = "jpg") -> list[dict]:
-    """Files of 3 megapixels, smooth as photographs are."""
+    """Files smooth as photographs are; of 3 megapixels, unless told otherwise."""
     rng = np.random.default_rng(0)
     for i in range(n):
         smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize(size)

@@ -405,7 +405,7 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
     value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
-    limit = 1.6 * max(1.0, float(np.abs(value).max()))  # pale, for black numbers
+    limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
                 annot_kws={"size": 8, "color": "black"}, xticklabels=groups, yticklabels=arms)  # fmt: skip

@@ -275,6 +275,7 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
     assert drawn == {(at, text): weight for at, (text, weight) in zip(middle, texts, strict=True)}
     assert "b, ood: -9.0" in figure.alt
     gap = figures.effect_table(table.iloc[1:], baseline="base").axes[0]  # an arm that lacks a group
+    assert gap.collections[0].get_clim() == pytest.approx((-14.4, 14.4)), "the scale is that of what is there"
     assert [(text.get_text(), text.get_weight()) for text in gap.texts] == [
         ("-2.0", "normal"),
         ("-9.0", "bold"),

@@ -278,6 +278,8 @@ def test_pictures_are_kept_as_far_as_there_is_room(small, picture, tmp_path):
     pixels = inputs.collate(items)["pixel_values"]
     inputs.keep_images(2 * pixels.nbytes // 3)
     assert torch.equal(inputs.collate(items)["pixel_values"], pixels)
+    held = sum(part[0].untyped_storage().nbytes() for part in inputs.kept.values())
+    assert held == 2 * pixels.nbytes // 3, "not a view of the batch, which would hold all three"
     for file in files[:2]:
         file.unlink()
     pixels_kept = inputs.collate(items)["pixel_values"]
