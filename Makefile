@@ -38,7 +38,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road from the committed backbone: benchmark, three stages, evaluation, figures -> runs/PROFILE
-	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
+	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --keep-going --nolock $(SNAKEFLAGS) \
 		$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) \
 		--config profile=$(call quote,$(PROFILE)) $(if $(filter-out 0,$(GPUS)),gpus=$(GPUS)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
 		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \

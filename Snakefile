@@ -44,7 +44,7 @@ PYTHON = shlex.quote(sys.executable)
 PAIRS_PARAMETER = f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else ""  # of notebook 00
 NOTEBOOK = f"{PYTHON} -m cocoa_lib.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
 
-if workflow.is_main_process and not workflow.dryrun:
+if workflow.is_main_process and not workflow.output_settings.dryrun:  # `workflow.dryrun` is not set yet
     # Snakemake's own lock stays behind when it is killed, and the same command is then refused: `make` passes --nolock.
     ALONE = ExitStack()
     ALONE.enter_context(locked(Path(RUN), WorkflowError))
@@ -53,6 +53,11 @@ if workflow.is_main_process and not workflow.dryrun:
 GPUS = int(config.get("gpus", 0))
 SLOT = f"for g in $(seq 0 {GPUS - 1}); do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
 shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; " + SLOT)
+
+
+def recipe_of(*parts):
+    """What a notebook takes from the profile: if that changes, not if another arm is added, its step is stale."""
+    return json.dumps({part: P.get(part) for part in parts}, sort_keys=True)
 
 
 def stage_dir(stage, arm, seed):
@@ -150,13 +155,13 @@ rule benchmark:
     """Notebook 00: the data and the backbone, looked at."""
     input:
         "notebooks/00_data_and_backbone.ipynb",
-        f"notebooks/profiles/{PROFILE}.yaml",
         PAIRS or [],
     output:
         done=touch(f"{DATA}.done"),
         notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
     params:
         name="00_data_and_backbone",
+        recipe=recipe_of("benchmark", "backbone", "causal"),
     threads: workflow.cores
     shell:
         NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {PAIRS_PARAMETER}"
@@ -186,6 +191,7 @@ rule pretraining:
         notebook=f"{RUN}/notebooks/02_reconstruction_pretraining.ipynb",
     params:
         name="02_reconstruction_pretraining",
+        recipe=recipe_of("stage1", "stage2"),
         stage1_out=stage_dir("stage1", MAIN, SEED),
         stage2_out=stage_dir("stage2", MAIN, SEED),
     resources:
@@ -206,6 +212,7 @@ rule contrastive:
         notebook=f"{RUN}/notebooks/03_contrastive_training.ipynb",
     params:
         name="03_contrastive_training",
+        recipe=recipe_of("stage3"),
         stage1_out=stage_dir("stage1", MAIN, SEED),
         stage2_out=stage_dir("stage2", MAIN, SEED),
         out=stage_dir("stage3", MAIN, SEED),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,6 +33,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from cocoa_lib import corpus, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.checkpoint import save_checkpoint
+from cocoa_lib.lock import locked
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
 from cocoa_lib.recipes import make_recipe
@@ -380,8 +380,6 @@ def test_the_docs_name_what_there_is():
 @pytest.fixture(scope="module")
 def cluster_jobs(tmp_path_factory):
     """rule -> resources of its jobs, from a dry run with the SLURM profile in an empty folder beside the repository's files."""
-    if importlib.util.find_spec("snakemake_executor_plugin_slurm") is None:
-        pytest.skip("the extra `cluster` (snakemake-executor-plugin-slurm) is not installed")
     folder = tmp_path_factory.mktemp("cluster")
     for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
         (folder / name).symlink_to(ROOT / name)
@@ -472,6 +470,85 @@ def test_a_profile_with_arms_that_cannot_run_is_refused(tmp_path, arms, message)
         command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
     )
     assert done.returncode != 0 and message in done.stdout + done.stderr
+
+
+STUB = """#!/bin/bash
+# Stands for `python -m cocoa_lib.MODULE ...`: writes down the call, makes what it would, fails where it is told to.
+echo "$*" >> calls
+if [ -f broken ] && [[ "$*" == *"$(cat broken)"* ]]; then echo "out of memory: lower batch_size" >&2; exit 1; fi
+while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; [ "$1" = -m ] && module=$2; shift; done
+case $module in cocoa_lib.train) mkdir -p "$out";; cocoa_lib.mmeb) touch "$out/results.csv";; *) touch "$out";; esac
+"""
+
+
+@pytest.fixture
+def graph(tmp_path):
+    """The graph in a folder of its own, with steps that only make their files: (run snakemake, set the arms)."""
+    for name in ("cocoa_lib", "notebooks", "data"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    (tmp_path / "Snakefile").write_text(text.replace("PYTHON = shlex.quote(sys.executable)", 'PYTHON = "./stub"'))
+    (tmp_path / "stub").write_text(STUB)
+    (tmp_path / "stub").chmod(0o755)
+    flags = re.search(r"snakemake --cores \$\(CORES\) (.*?) \$\(SNAKEFLAGS\)", (ROOT / "Makefile").read_text())[
+        1
+    ].split()
+
+    def arms(names):
+        smoke = (NOTEBOOKS / "profiles" / "smoke.yaml").read_text(encoding="utf-8")
+        smoke = re.sub(r"(?m)^arms: .*", f"arms: [{names}]", re.sub(r"(?m)^seeds: .*", "seeds: [0]", smoke))
+        (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_text(smoke)
+
+    def run(*options):
+        command = [sys.executable, "-m", "snakemake", "--cores", "2", *flags, *options, "--config", "profile=mine"]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+
+    return run, arms
+
+
+def test_a_failed_step_is_reported_and_retried_alone(graph, tmp_path):
+    run, arms = graph
+    arms("contrastive_causal, contrastive, cocoa")
+    (tmp_path / "broken").write_text('"layout": "causal"')
+    failed = run()
+    assert failed.returncode != 0 and "out of memory: lower batch_size" in failed.stderr, (
+        "the end of the step's own log"
+    )
+    there = {path.parent.parent.name for path in tmp_path.glob("runs/mine/results/*/seed0/results.csv")}
+    assert there == {"contrastive", "cocoa"} and not list(
+        tmp_path.glob("runs/mine/notebooks/05*")
+    )  # the others went on
+    (tmp_path / "broken").unlink()
+    (tmp_path / "calls").unlink()
+    assert run().returncode == 0
+    calls = [re.search(r"cocoa_lib\.(\w+)", call)[1] for call in (tmp_path / "calls").read_text().splitlines()]
+    assert sorted(calls) == ["mmeb", "probe", "profiles", "train"]  # notebook 05 is the last
+
+
+def test_another_arm_makes_its_own_steps_alone(graph, tmp_path):
+    run, arms = graph
+    arms("contrastive, cocoa")
+    assert run().returncode == 0
+    assert "Nothing to be done" in run("-n").stderr + run("-n").stdout
+    (tmp_path / "calls").unlink()
+    arms("contrastive, cocoa, contrastive_causal")
+    assert run().returncode == 0
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4  # its stage 3, evaluation and probe, and notebook 05
+    profile = tmp_path / "notebooks" / "profiles" / "mine.yaml"
+    profile.write_text(re.sub(r"(?m)^(stage3: .*steps: )\d+", r"\g<1>7", profile.read_text()))
+    jobs = run("-n").stdout
+    assert "rule contrastive:" in jobs and "rule benchmark:" not in jobs and "rule pretraining:" not in jobs
+
+
+def test_a_dry_run_beside_a_run_is_answered(graph, tmp_path):
+    run, arms = graph
+    arms("contrastive, cocoa")
+    assert run("-n").returncode == 0 and not (tmp_path / "runs").exists()
+    with locked(tmp_path / "runs" / "mine", RuntimeError):
+        assert run("-n").returncode == 0
+        refused = run()
+        assert refused.returncode != 0 and "another run" in refused.stdout + refused.stderr
 
 
 def test_a_file_of_pairs_with_a_space_in_its_name(tmp_path):
