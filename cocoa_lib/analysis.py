@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +134,8 @@ def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
 
 # Effects
 
+SEED_DRAWS = 20  # resamples of seeds for one of queries
+
 
 def paired_effects(
     per_query: pd.DataFrame, baseline: str, *, group: str = "overall", n_boot: int = 2000, seed: int = 0
@@ -141,7 +144,7 @@ def paired_effects(
 
     per_query as of `gather_results`; group: "overall", "ind", "ood" or a meta-task. Differences are paired by seed, task
     and query over the seeds that both arms have, then averaged without weights over tasks. low, high: 95 % percentile
-    interval; p: two-sided bootstrap p (at least 2 / (n_boot + 1)), p_holm: corrected for the number of arms in the
+    interval; p: two-sided bootstrap p (at least 2 / n_boot / SEED_DRAWS), p_holm: corrected for the number of arms in the
     table. Tasks are not resampled: the interval speaks of new seeds and new queries of these tasks.
 
     1. All runs answer the same queries, so seeds and queries are crossed, not nested: what is peculiar to a query comes
@@ -153,6 +156,8 @@ def paired_effects(
        dominate. Its deviation is multiplied by sqrt(n / chi2(n - 1)), drawn anew each time, which mends the variance and
        gives the tails of Student's t: with seeds alone this is `mean_interval`, an eighth narrower for two seeds. One seed:
        only queries are resampled.
+    3. These tails are what makes the ends of an interval jump between random numbers, so that each resample of queries
+       meets SEED_DRAWS ones of seeds, which cost next to nothing.
 
     Raises ValueError for an unknown baseline or group, a repeated query, runs on different queries or candidates.
     """
@@ -191,9 +196,9 @@ def _combine(hits: pd.DataFrame, sums: list[Mapping[str, float]], n_boot: int, s
         of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
     rows = []
     for by_seed, drawn in zip([delta.sum(axis=1) for delta in deltas], of_queries.T, strict=True):
-        boot = np.round(drawn + _seed_deviations(by_seed, n_boot, seed), 9)  # so that a sum of zero is zero
+        boot = np.round(drawn + _seed_deviations(by_seed, n_boot, seed), 9).ravel()  # so that a sum of zero is zero
         low, high = np.percentile(boot, [2.5, 97.5])
-        p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (n_boot + 1))
+        p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (len(boot) + 1))
         facts = {"difference": by_seed.mean(), "low": low, "high": high, "p": p}
         rows.append(facts | {"n_seeds": len(by_seed), "n_queries": len(task_of)})
     return rows
@@ -210,12 +215,16 @@ def _weighted(hits: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
 
 
 def _seed_deviations(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
-    """(n,) a value a seed -> (n_boot,) deviations of resampled means, widened as `paired_effects` says; n = 1 gives 0."""
-    if (n := len(values)) == 1:
-        return np.zeros(n_boot)
-    rng = np.random.default_rng([seed, n])  # the same draws for all arms with n seeds
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=n_boot) / n - 1 / n
-    return drawn @ values * np.sqrt(n / rng.chisquare(n - 1, size=n_boot))
+    """(n,) a value a seed -> (SEED_DRAWS, n_boot) deviations of resampled means (`paired_effects`); n = 1: zeros (1, n_boot)."""
+    return np.zeros((1, n_boot)) if len(values) == 1 else _seed_draws(len(values), n_boot, seed) @ values
+
+
+@lru_cache(maxsize=8)
+def _seed_draws(n: int, n_boot: int, seed: int) -> np.ndarray:
+    """(SEED_DRAWS, n_boot, n) weights of n seeds' values, less their mean; the same for all arms with n seeds."""
+    rng, size = np.random.default_rng([seed, n]), (SEED_DRAWS, n_boot)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=size) / n - 1 / n
+    return drawn * np.sqrt(n / rng.chisquare(n - 1, size=size))[..., None]
 
 
 def _hits(per_query: pd.DataFrame, group: str) -> pd.DataFrame:
