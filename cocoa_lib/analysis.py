@@ -154,7 +154,7 @@ def paired_effects(
        are rather too wide; drawing cells by both at once (Owen's pigeonhole bootstrap, 2007) would count it three times.
     2. The mean of n resampled seeds spreads too little if n is small: with 5, a nominal 95 % holds some 85 % where seeds
        dominate. Its deviation is multiplied by sqrt(n / chi2(n - 1)), drawn anew each time, which mends the variance and
-       gives the tails of Student's t: with seeds alone this is `mean_interval`, an eighth narrower for two seeds. One seed:
+       gives the tails of Student's t: with seeds alone this is `seed_interval`, an eighth narrower for two seeds. One seed:
        only queries are resampled.
     3. These tails are what makes the ends of an interval jump between random numbers, so that each resample of queries
        meets SEED_DRAWS ones of seeds, which cost next to nothing.
@@ -276,19 +276,26 @@ def verdict(row: Mapping[str, Any], *, corrected: bool = False) -> str:
     return "not supported" if row["high"] <= 0 else "undecided"
 
 
-def mean_interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """(mean, low, high) over seeds by Student's t, 95 %; low and high are nan for one value.
+def seed_interval(values: Iterable[float]) -> dict[str, Any]:
+    """Of a value a seed (n,), against zero, by Student's t: difference (the mean), low, high (95 %), p, n_seeds.
 
-    Raises ValueError for no values, or values that are not finite.
+    One value gives nan for low, high and p. Raises ValueError for no values, or values that are not finite.
     """
     values = np.asarray(list(values), dtype=float)
     if not values.size or not np.isfinite(values).all():
         raise ValueError(f"expected finite values, found {values.tolist()}")
-    mean = float(values.mean())
-    if len(values) == 1:
-        return mean, float("nan"), float("nan")
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return mean, float(mean - half), float(mean + half)
+    facts = {"difference": float(values.mean()), "n_seeds": len(values)}
+    if len(values) == 1 or np.ptp(values) == 0:  # no spread: scipy would divide by zero
+        end, p = (float("nan"),) * 2 if len(values) == 1 else (facts["difference"], float(facts["difference"] == 0))
+        return facts | {"low": end, "high": end, "p": p}
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = test.confidence_interval(0.95)
+    return facts | {"low": float(low), "high": float(high), "p": float(test.pvalue)}
+
+
+def said(row: Mapping[str, Any]) -> str:
+    """A row of effects as texts and tables write it: "+1.8 [-1.7, +4.7]"."""
+    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
 
 
 # Probes

@@ -118,10 +118,11 @@ def training_curves(
             if column not in log:
                 continue
             axis.plot(log["step"], log[column], color=colour, alpha=0.25, linewidth=1)
-            running = log[column].rolling(smooth, min_periods=1, center=True).mean()
+            running = log[column].rolling(smooth, center=True).mean()  # whole windows: half of one is another mean
             axis.plot(log["step"], running, color=colour, linewidth=1.8)
-            axis.annotate(label, (log["step"].iloc[-1], running.iloc[-1]), xytext=(4, 0), textcoords="offset points",
-                          color=colour, va="center", fontsize=8)  # fmt: skip
+            end = running.dropna().iloc[-1] if len(log) >= smooth else log[column].iloc[-1]
+            axis.annotate(label, (log["step"].iloc[-1], end), xytext=(4, 0), textcoords="offset points", color=colour,
+                          va="center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
             axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, -3), ha="right",
@@ -209,7 +210,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_yticks(y, effects["arm"])
     axis.invert_yaxis()
     axis.set_ylim(len(effects) - 0.4, -0.6)
-    axis.set_xlabel(f"difference to '{baseline}', {unit}; bar: 95 % interval")
+    axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
     axis.set_title(f"n = {seeds} seeds x {queries} queries\nfilled: interval excludes 0, uncorrected")
@@ -296,6 +297,8 @@ def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segmen
                 axis.text(x, y, segments[start], color="white", ha="center", va="center", fontweight="bold")
     for axis in list(axes.flat)[len(patterns) :]:
         axis.axis("off")
+    figure.supxlabel("key: looked at", fontsize=8)
+    figure.supylabel("query: looks", fontsize=8)
     counts = ", ".join(f"{list(segments).count(s)} of {s}" for s in dict.fromkeys(segments))
     shares = ", ".join(f"{title} {np.mean(pattern):.0%}" for title, pattern in patterns.items())
     return _done(figure, f"Masks over one sample's tokens ({counts}); rows look at columns; share of pairs: {shares}.")
@@ -420,19 +423,29 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
 
 
 def cost_score(table: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
-    """Cost against score, a point an arm: columns arm, cost, value, low, high (low and high may be nan)."""
-    figure, axis = new(width=6.5, height=3.2)
+    """Cost against score, a point an arm: columns arm, cost, value, low, high (low and high may be nan).
+
+    Points of equal cost stand side by side, in the order of their scores.
+    """
+    figure, axis = new(width=6.5, height=max(3.2, 0.21 * len(table) + 1.0))
+    table = table.sort_values("value")
+    same = table.groupby("cost")["value"]
+    beside = 0.014 * table["cost"].max() * (same.rank(method="first") - (same.transform("size") + 1) / 2)
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
+    axis.errorbar(
+        table["cost"] + beside, table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=4, linewidth=0.8
+    )
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
-    right, gap = table["cost"].max() * 1.1, 0.07 * max(5.0, table["value"].max() - table["value"].min())
-    place = -np.inf
-    for row in table.sort_values("value").itertuples():  # labels in a column, moved apart, each joined to its point
-        place = max(row.value, place + gap)
-        axis.annotate(row.arm, (row.cost, row.value), xytext=(right, place), fontsize=8, va="center",
+    axis.set_xlim(0, table["cost"].max() * 1.04)
+    high, place, gap = axis.get_ylim()[1], -np.inf, np.ptp(axis.get_ylim()) / max(14, len(table))
+    for (_, row), x in zip(table.iterrows(), table["cost"] + beside, strict=True):
+        # Names in a column beyond the axis, moved apart but never so far that those above leave the figure.
+        above = int((table["value"] > row["value"]).sum())
+        place = max(min(row["value"], high - above * gap), place + gap)
+        axis.annotate(row["arm"], (x, row["value"]), xytext=(1.03, place), textcoords=axis.get_yaxis_transform(), fontsize=8,
+                      va="center", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0.5)})  # fmt: skip
-    axis.set_xlim(0, right * 1.3)
     axis.set_xlabel(xlabel)
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
@@ -448,13 +461,22 @@ def curves(
     reference: (name, value) of a level line. `log`: x doubles from tick to tick.
     """
     figure, axis = new(width=6.5, height=3.0)
+    first, last = table["x"].min(), table["x"].max()
     for i, (label, part) in enumerate(table.groupby("label", sort=False)):
         part = part.sort_values("x")
+        aside = (i - (table["label"].nunique() - 1) / 2) / 80  # of the figure's width, so that no bar lies in another
+        x = part["x"] * (last / first) ** aside if log else part["x"] + aside * (last - first)
         errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
-        axis.errorbar(part["x"], part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
+        axis.errorbar(x, part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
                       linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5)  # fmt: skip
-        last = part.iloc[-1]
-        axis.annotate(label, (last.x, last.value), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(
+            label,
+            (x.iloc[-1], part["value"].iloc[-1]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])

@@ -285,8 +285,11 @@ def answers(run: Path) -> list[dict[str, Any]]:
     for budget, weights in BUDGETS.items():
         if set(weights) <= set(per_query["arm"]):
             row = analysis.contrast(per_query, weights)
-            number = f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
-            words = {"budget": budget.format(few=few, many=many), "number": number, "seeds": str(row["n_seeds"])}
+            words = {
+                "budget": budget.format(few=few, many=many),
+                "number": analysis.said(row),
+                "seeds": str(row["n_seeds"]),
+            }
             found.append({**words, "gain": row["low"] > 0})
     return found
 
@@ -310,8 +313,7 @@ def _scores_and_effects(run: Path, baseline: str, arms: list[str]):
 def _difference(effects, arm: str) -> str:
     if arm not in effects.index:
         return "(baseline)"
-    row = effects.loc[arm]
-    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+    return analysis.said(effects.loc[arm])
 
 
 def summary(run: Path, baseline: str = "contrastive") -> str:

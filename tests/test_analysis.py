@@ -202,9 +202,9 @@ def test_few_seeds_widen_as_in_student_t(seeds):
     for k, part in enumerate(share):
         hits["x"][k, 0, : round(part * q)] = True
     effect = paired_effects(per_query(hits), "base", n_boot=10000).iloc[0]
-    mean, low, high = analysis.mean_interval(100 * share)
-    assert effect["difference"] == pytest.approx(mean)
-    assert effect["high"] - effect["low"] == pytest.approx(high - low, rel=0.15)
+    by_t = analysis.seed_interval(100 * share)
+    assert effect["difference"] == pytest.approx(by_t["difference"])
+    assert effect["high"] - effect["low"] == pytest.approx(by_t["high"] - by_t["low"], rel=0.15)
 
 
 def test_interval_covers_the_known_effect_and_a_null_is_rarely_supported():
@@ -315,13 +315,23 @@ def test_verdict_rule():
     assert verdict({"low": 1, "high": 2, "p_holm": 0.01}, corrected=True) == "supported"
 
 
-def test_mean_interval_by_hand():
-    assert analysis.mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
-    mean, low, high = analysis.mean_interval([7])
-    assert mean == 7 and np.isnan(low) and np.isnan(high)
+def test_seed_interval_by_hand():
+    row, half = analysis.seed_interval([1, 2, 3]), 4.302653 / 3**0.5
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((2, 2 - half, 2 + half))
+    assert (
+        row["p"] == pytest.approx(0.0741799, abs=1e-6) and row["n_seeds"] == 3
+    )  # t = 2 / (1 / sqrt 3), 2 degrees of freedom
+    one = analysis.seed_interval([7])
+    assert one["difference"] == 7 and np.isnan([one["low"], one["high"], one["p"]]).all()
+    same, none = analysis.seed_interval([2, 2]), analysis.seed_interval([0, 0])
+    assert (same["low"], same["high"], same["p"]) == (2, 2, 0) and (none["low"], none["p"]) == (0, 1)
     for bad in ([], [1, np.nan]):
-        with pytest.raises(ValueError, match="finite"):
-            analysis.mean_interval(bad)
+        with pytest.raises(ValueError, match="finite values"):
+            analysis.seed_interval(bad)
+
+
+def test_effects_are_said_in_one_way():
+    assert analysis.said({"difference": 1.84, "low": -1.66, "high": 4.7}) == "+1.8 [-1.7, +4.7]"
 
 
 # Probes

@@ -94,7 +94,7 @@ def test_it_looks_as_it_did(name):
     new, old = shrunk(CASES[name]()), Image.open(BASELINE / f"{name}.png")
     assert all(abs(a - b) <= 2 for a, b in zip(new.size, old.size, strict=True)), "another size"
     apart = np.abs(np.asarray(new.resize(old.size), dtype=int) - np.asarray(old, dtype=int))
-    assert apart.mean() < 1 and apart.max() < 64, f"mean {apart.mean():.2f}, largest {apart.max()} of 255"
+    assert apart.mean() < 1 and apart.max() < 32, f"mean {apart.mean():.2f}, largest {apart.max()} of 255"
 
 
 @every_figure
@@ -138,7 +138,10 @@ def test_training_curves_draw_raw_and_smoothed_values():
     figure = CASES["training_curves"]()
     raw, smooth, chance = figure.axes[0].lines
     assert raw.get_xydata().tolist() == LOG[["step", "loss"]].to_numpy().tolist()
-    assert smooth.get_ydata().tolist() == [3.0, 3.0, 2.0, 2.0] and smooth.get_linewidth() > raw.get_linewidth()
+    assert (
+        smooth.get_ydata()[1:-1].tolist() == [3.0, 2.0] and np.isnan(smooth.get_ydata()[[0, -1]]).all()
+    )  # whole windows
+    assert smooth.get_linewidth() > raw.get_linewidth()
     assert chance.get_ydata() == [3.5, 3.5]
     figure.draw_without_rendering()
     label = next(text for text in figure.axes[0].texts if text.get_text() == "collapsed")
@@ -285,6 +288,21 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
         figures.effect_table(pd.concat([table, table]), baseline="base")
 
 
+def test_arms_of_equal_cost_stand_side_by_side_and_all_names_are_on_the_figure():
+    rows = [{"arm": f"arm{i}", "cost": 1367.0, "value": 27 + i / 10, "low": 25.0, "high": 29.0} for i in range(13)]
+    figure = figures.cost_score(
+        pd.DataFrame([*rows, {**rows[0], "arm": "far", "cost": 2000.0, "value": 44.0}]), title="t", xlabel="steps"
+    )
+    axis = figure.axes[0]
+    x = axis.containers[0][0].get_xdata()
+    assert len(set(x)) == 14 and abs(x[:13].mean() - 1367) < 1 and np.ptp(x[:13]) < 0.2 * 2000
+    figure.canvas.draw()
+    names = [text.xyann for text in axis.texts]  # beyond the axis, a height in points of precision
+    height = axis.bbox.height / np.ptp(axis.get_ylim())  # pixels a point
+    assert all(x > 1 and axis.get_ylim()[0] < y <= axis.get_ylim()[1] for x, y in names)
+    assert (np.diff([y for _, y in names]) * height > 12).all(), "names do not overlap: 8 pt are 12 pixels here"
+
+
 def test_cost_score_draws_cost_against_points():
     axis = CASES["cost_score"]().axes[0]
     line, _, (bars,) = axis.containers[0]
@@ -316,10 +334,10 @@ def test_curves_join_points_in_the_order_of_x_and_name_each_line():
     (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
     assert left < SWEEP["x"].min() and SWEEP["x"].max() < right, "all that is drawn lies inside the axes"
     assert bottom < SWEEP["low"].min() and SWEEP["high"].max() < top
-    assert [line.get_xydata().tolist() for line, *_ in axis.containers] == [
-        [[1000, 30], [2000, 20]],
-        [[1000, 24], [2000, 25]],
-    ]
+    a, b = (line.get_xydata() for line, *_ in axis.containers)
+    assert a[:, 1].tolist() == [30, 20] and b[:, 1].tolist() == [24, 25]
+    assert a[:, 0] == pytest.approx([1000, 2000], rel=0.01) and b[:, 0] == pytest.approx([1000, 2000], rel=0.01)
+    assert (a[:, 0] < b[:, 0]).all(), "bars at the same x stand side by side"
     bars = axis.containers[0][2][0].get_segments()
     assert [segment[:, 1].tolist() for segment in bars] == [[30, 31], [18, 23]]
     assert [text.get_text() for text in axis.texts] == ["a", "b", "none"]

@@ -217,9 +217,11 @@ def test_the_index_compares_arms_on_the_same_budget_only():
     from publish import arms_table
 
     names = [row["arm"] for row in arms_table(ROOT / "reports" / "long")]
-    assert {"contrastive", "cocoa", "contrastive_longer"} <= set(names) and not {"cocoa_longer", "cocoa_few"} & set(
-        names
-    )
+    assert {"contrastive", "cocoa", "stage1_longer"} <= set(names) and not {
+        "contrastive_longer",
+        "cocoa_longer",
+        "cocoa_few",
+    } & set(names)
 
 
 @pytest.mark.parametrize("place", ["reports/tiny", "reports/site"])
