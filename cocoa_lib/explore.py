@@ -247,22 +247,31 @@ def cell_errors(restored: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], 
     return float(errors[0]), float(errors[1])
 
 
-def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs) -> str:
-    """Hidden words in place, each with what was predicted, and the first picture: original, seen, predicted."""
-    guesses, words, right = iter(predicted), [], 0
+def restored_words(batch: Batch, predicted: Sequence[int], inputs: Inputs) -> list[tuple[str, str | None]]:
+    """The text of a batch of one, token by token: (as restored, what stood there), or (text, None) where nothing was hidden."""
+    guesses, words = iter(predicted), []
     special = {*inputs.tokenizer.all_special_ids, inputs.image_pad_id}
     for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
         if label != IGNORE:
-            guess = next(guesses)
-            right += (hit := guess == label)
-            colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
-            was = "" if hit else f"<s>{escape(inputs.tokenizer.decode([label]))}</s>"
-            text = escape(inputs.tokenizer.decode([guess]))
-            words.append(f'<span style="border-bottom:3px solid {colour}"><b>{text}</b>{was}{mark}</span>')
+            words.append((inputs.tokenizer.decode([next(guesses)]), inputs.tokenizer.decode([label])))
         elif token == inputs.eos_id:
-            words.append(" [EOS] ")
+            words.append((" [EOS] ", None))
         elif token not in special:
-            words.append(escape(inputs.tokenizer.decode([token])))
+            words.append((inputs.tokenizer.decode([token]), None))
+    return words
+
+
+def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs) -> str:
+    """Hidden words in place, each with what was predicted, and the first picture: original, seen, predicted."""
+    words, right = [], 0
+    for text, truth in restored_words(batch, predicted, inputs):
+        if truth is None:
+            words.append(escape(text))
+            continue
+        right += (hit := text == truth)
+        colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
+        was = "" if hit else f"<s>{escape(truth)}</s>"
+        words.append(f'<span style="border-bottom:3px solid {colour}"><b>{escape(text)}</b>{was}{mark}</span>')
     pictures = ""
     for title, each in patches.items():
         image = Image.fromarray(cells_image(each, batch["image_grid_thw"][0], inputs))

@@ -170,6 +170,37 @@ def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence) -
     return _done(figure, f"{n} held-out scenes: original, with hidden cells, and with the hidden cells predicted.")
 
 
+def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width: int = 88) -> Figure:
+    """Texts with hidden words as they were restored: samples of (text, what stood there or None if it was not hidden).
+
+    In brackets, a tick for a right word; for a wrong one a cross and what stood there. `width`: characters a line.
+    """
+    lines: list[list[tuple[str, str]]] = []
+    for sample in samples:
+        lines.append([])
+        for text, truth in sample:
+            bare = text.strip() or text
+            marked = (
+                text if truth is None else f" [{bare}\u2713]" if text == truth else f" [{bare}\u2717 {truth.strip()}]"
+            )
+            if sum(len(part) for part, _ in lines[-1]) + len(marked) > width:
+                lines.append([])
+            colour = "black" if truth is None else COLOURS[2] if text == truth else COLOURS[5]
+            lines[-1].append((marked if lines[-1] else marked.lstrip(), colour))
+        lines.append([])
+    figure, axis = new(width=6.5, height=0.19 * len(lines) + 0.1)
+    axis.axis("off")
+    axis.set(xlim=(0, width), ylim=(len(lines), 0))
+    for row, line in enumerate(lines):
+        at = 0
+        for text, colour in line:
+            axis.text(at, row, text, family="monospace", fontsize=7.5, color=colour, va="top")
+            at += len(text)
+    hidden = [(text, truth) for sample in samples for text, truth in sample if truth is not None]
+    right = sum(text == truth for text, truth in hidden)
+    return _done(figure, f"{len(samples)} texts with hidden words restored: {right} of {len(hidden)} are right.")
+
+
 def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel: str = "precision@1, %") -> Figure:
     """Scores by task with intervals: columns task, label, value, low, high (low and high may be missing)."""
     labels = list(dict.fromkeys(table["label"]))

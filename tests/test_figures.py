@@ -55,11 +55,13 @@ TIMES = pd.DataFrame(
 
 SWEEP = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 2000], "value": [20.0, 30, 24, 25],
                       "low": [18.0, 30, 20, np.nan], "high": [23.0, 31, 26, np.nan]})  # fmt: skip
+RESTORED = [("a ", None), ("red", "red"), (" circle", " star"), (" at the left", None)]
 CASES = {
     "masks": lambda: figures.masks({"causal": TRIANGLE, "blocks": SQUARE}, NAMES),
     "training_curves": lambda: figures.training_curves({"one": LOG}, ["loss", "image_loss"], smooth=3, chance=3.5),
     "pictures": lambda: figures.pictures(SCENES[:3], ["first", "second", "third"], columns=2),
     "reconstructions": lambda: figures.reconstructions(SCENES[:2], SCENES[1:3], SCENES[2:]),
+    "restored_text": lambda: figures.restored_text([RESTORED, RESTORED[:2]], width=20),
     "task_scores": lambda: figures.task_scores(TASKS, order=["Count", "Digits"], title="t"),
     "forest": lambda: figures.forest(EFFECTS, baseline="base"),
     "meta_task_bars": lambda: figures.meta_task_bars(BARS, title="t"),
@@ -153,6 +155,15 @@ def test_training_curves_draw_raw_and_smoothed_values():
     )
     lacks = figures.training_curves({"one": LOG, "two": LOG.drop(columns="image_loss")}, ["loss", "image_loss"])
     assert [len(axis.lines) for axis in lacks.axes] == [4, 2], "a log without a column has no curve of it"
+
+
+def test_restored_text_marks_what_is_right_and_says_what_stood_there():
+    figure = CASES["restored_text"]()
+    texts = {text.get_text(): (text.get_color(), text.get_position()) for text in figure.axes[0].texts}
+    assert texts[" [red\u2713]"][0] == figures.COLOURS[2] and texts["[circle\u2717 star]"][0] == figures.COLOURS[5]
+    assert texts[" [red\u2713]"][1] == (2, 4), "the second sample, after an empty line"
+    assert texts["[circle\u2717 star]"][1] == (0, 1), "the next line"
+    assert all(x + len(text) <= 20 for text, (_, (x, _)) in texts.items()) and "2 of 3 are right" in figure.alt
 
 
 def test_pictures_stand_over_their_texts():

@@ -170,7 +170,10 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
     assert cells[1:] == ["+100.0 [+100.0, +100.0]", "supported", "100.0", "2"]
     assert "In short: a certain gain on some of these budgets." in index.get_text()
     said = " ".join(index.get_text().split())
-    assert "reports 67.5 on MMEB, 1.1 points above contrastive training alone with causal attention and 2.1 above it" in said
+    assert (
+        "reports 67.5 on MMEB, 1.1 points above contrastive training alone with causal attention and 2.1 above it"
+        in said
+    )
     first = index.select_one("#gain ~ ul li").get_text()
     assert first == "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds)."
 
