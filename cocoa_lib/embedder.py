@@ -197,6 +197,8 @@ class CocoaEmbedder:
         "skip" warns of each and leaves NaN in its row, which `search` never finds. Raises ValueError for settings that do
         not go together.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         if precision in ("int8", "uint8") and ranges is None:  # ranges of its own for each window would not compare
             raise ValueError(f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v")
         if on_bad_item not in ("stop", "skip"):

@@ -18,6 +18,21 @@ class RecipeError(ValueError):
     """A recipe or profile with an unknown name or an impossible value."""
 
 
+_COUNTS = "steps batch_size mini_batch_size image_tokens save_steps logging_steps max_per_subset lora_alpha".split()
+_MAY_BE_ZERO = (
+    "learning_rate warmup_steps max_grad_norm weight_decay lora_r workers image_weight text_weight decoder_layers "
+    "same_task_block"
+).split()
+# Least and most of every number: others fail late and in other words, or train as something else without a word.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(_COUNTS, (1, math.inf)),
+    **dict.fromkeys(_MAY_BE_ZERO, (0, math.inf)),
+    **dict.fromkeys(("text_mask_rate", "patch_mask_rate", "lora_dropout"), (0, 1)),
+    "max_length": (8, math.inf),
+    "temperature": (0.001, math.inf),  # it divides
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What all stages share. `batch_size` is global: all devices together."""
@@ -25,7 +40,9 @@ class Recipe:
     steps: int = 3000  # optimiser steps (script: 3000 in stage 1)
     batch_size: int = 128  # script: 16 x 8 GPUs in stage 1
     learning_rate: float = 2e-5  # script
-    schedule: str = "linear"  # script; any name transformers knows
+    # script; those of transformers that need no numbers of their own
+    schedule: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                      "inverse_sqrt"] = "linear"  # fmt: skip
     warmup_steps: int = 100  # script
     max_grad_norm: float = 1.0  # transformers' default; MoCa clips at 5
     weight_decay: float = 0.0  # not set in the scripts
@@ -51,21 +68,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, name) not in get_args(hint):
-                raise unknown_name(str(getattr(self, name)), list(get_args(hint)), f"{type(self).__name__}.{name}")
-        for name, low in (
-            ("steps", 1),
-            ("batch_size", 1),
-            ("learning_rate", 0.0),
-            ("warmup_steps", 0),
-            ("workers", 0),
-            ("max_length", 8),
-            ("image_tokens", 1),
-            ("save_steps", 1),
-            ("logging_steps", 1),
-        ):
-            if getattr(self, name) < low:
-                raise RecipeError(f"{type(self).__name__}.{name} must be at least {low}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise unknown_name(str(value), list(get_args(hint)), f"{type(self).__name__}.{name}")
+            low, high = RANGES.get(name, (None, None))
+            if low is not None and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+                raise RecipeError(f"{type(self).__name__}.{name} must be {allowed}, got {value}")
 
 
 @dataclass(frozen=True)

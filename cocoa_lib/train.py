@@ -602,9 +602,13 @@ def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalR
     rows = [*corpus.captions(data), *corpus.questions(data)]
     texts = [row["text"] for row in rows[::7]] + [row["target"] for row in rows[::7]] + list(topics.values())
     init = out.parent / f"{out.name}-init"
+    asked = {"shape": shape, "seed": seed}
+    found = read_meta(init, check=False) if (init / META).is_file() else asked
+    if {name: found.get(name) for name in asked} != asked:
+        shutil.rmtree(init)  # left by an earlier call; a run that began from it is refused below, by its parent's hash
     if not (init / META).is_file():
         model, inputs = new_backbone(texts, seed=seed, **shape)
-        save_checkpoint(init, model, inputs, {"stage": "init", "shape": shape, "seed": seed})
+        save_checkpoint(init, model, inputs, {"stage": "init", **asked})
     return run_stage("causal", recipe, parent=init, data=data, out=out, seed=seed)
 
 

@@ -249,6 +249,12 @@ def test_search_reads_a_file_larger_than_its_blocks(tmp_path, monkeypatch):
     assert max(seen) == 8 * 64 and sum(seen) == 5000
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_nothing_is_refused(embedder, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size must be at least 1, found {batch_size}"):
+        embedder.encode(["a", "b"], batch_size=batch_size)
+
+
 def test_search_refuses_what_does_not_fit():
     vectors = np.eye(16, dtype=np.float32)
     for corpus in (vectors[:, :8], np.zeros((3, 16), dtype=np.int8), np.zeros((3, 4), dtype=np.uint8)):

@@ -37,7 +37,7 @@ import cocoa_lib.inputs
 from cocoa_lib import batches, corpus, embedder, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
-from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint
+from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, weights_hash
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.inputs import InputError
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction, load_decoder
@@ -771,6 +771,26 @@ def test_subsets_take_turns_in_proportion_and_seeds_differ():
     assert not np.array_equal(plan, index_plan([300, 100], 4000, seed=1))
     with pytest.raises(ValueError, match=r"a subset without training rows \(sizes \[3, 0\]\)"):
         index_plan([3, 0], 5, seed=0)
+
+
+def test_a_backbone_of_another_shape_or_seed_does_not_start_from_what_an_earlier_call_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("pydoc_data.topics.topics", {})
+    monkeypatch.setattr(train, "run_stage", lambda stage, recipe, *, parent, **rest: parent)
+    world.build(tmp_path / "world", seed=0, n_pairs=8, n_queries=2, n_corpus=4)
+    shape = {"vocab_size": 400, "image_pixels": 1024, "layers": 1, "heads": 2, "vision_dim": 32, "vision_layers": 1}
+
+    def init(hidden_size, seed):
+        sizes = {**shape, "patch_size": 8, "hidden_size": hidden_size}
+        return train.train_backbone(tmp_path / "world", tmp_path / "out", sizes, make_recipe("causal"), seed=seed)
+
+    weights = {}
+    for hidden_size, seed in [(64, 0), (32, 0), (32, 7), (64, 0)]:
+        folder = init(hidden_size, seed)
+        assert json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"] == hidden_size
+        assert weights.setdefault((hidden_size, seed), read_meta(folder)["weights_sha256"]) == weights_hash(folder)
+    assert len(set(weights.values())) == 3
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert (init(64, 0) / "model.safetensors").stat().st_mtime_ns == made, "what fits is used again"
 
 
 def test_stages_1_and_2_take_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeypatch):
