@@ -229,6 +229,26 @@ def test_the_index_compares_arms_on_the_same_budget_only():
     } & set(names)
 
 
+def test_the_page_of_verdicts_is_that_of_the_committed_tables():
+    from cocoa_lib import analysis
+
+    page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
+    rows = [[cell.get_text(" ", strip=True) for cell in row.select("td")] for row in page.select("tr")]
+    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    few = {"cocoa_few": 1, "contrastive_few": -1}
+    for claim, weights in {
+        "1. Full CoCoA": {"cocoa": 1, "contrastive": -1},
+        "1c. ...": {"cocoa_longer": 1, "contrastive_longer": -1},
+        "2b. It is the bottleneck": {"cocoa": 1, "no_truncation": -1},
+        "3. The gain is larger": {**few, "cocoa": -1, "contrastive": 1},
+        "with the profile's budget": {"cocoa": 1, "contrastive": -1},
+        "half the width": {"cocoa_half": 1, "contrastive_half": -1},
+        "the bottleneck": {"cocoa": 1, "no_truncation": -1},
+    }.items():
+        (shown,) = [row for row in rows if row and row[0].startswith(claim)]
+        assert any(cell.startswith(analysis.said(analysis.contrast(per_query, weights))) for cell in shown[1:]), shown
+
+
 @pytest.mark.parametrize("place", ["reports/tiny", "reports/site"])
 def test_a_folder_that_publishing_did_not_make_is_not_replaced(tmp_path, place):
     from publish import publish
