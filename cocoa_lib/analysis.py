@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from .mmeb import META_TASKS, Task, averages
+from .mmeb import META_TASKS, Task, groups
 
 # Geometry
 
@@ -117,19 +117,18 @@ def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ())
 def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
     """P@1 in percent: arm, seed, classification, vqa, retrieval, grounding, ind, ood, overall; a row an arm and seed.
 
-    Unweighted means over tasks (`mmeb.averages`), nan over none. Raises ValueError if a run lacks a task that another
+    Unweighted means over tasks (`mmeb.groups`), nan over none. Raises ValueError if a run lacks a task that another
     has, since their means would not compare, or has it twice.
     """
     scores = results[results["metric"] == "p@1"]
     _check_once(scores, ["arm", "seed", "task"])
     facts = scores.drop_duplicates("task").sort_values("task")
     tasks = [Task(row.task, row.meta_task, bool(row.in_distribution), 0) for row in facts.itertuples()]
-    rows = []
-    for (arm, seed), part in scores.groupby(["arm", "seed"]):
-        if lost := sorted({task.name for task in tasks} - set(part["task"])):
-            raise ValueError(f"arm {arm}, seed {seed} has no P@1 of {', '.join(lost)}, which other runs have")
-        rows.append({"arm": arm, "seed": seed, **averages(dict(zip(part["task"], part["value"], strict=True)), tasks)})
-    return pd.DataFrame(rows, columns=["arm", "seed", *META_TASKS, "ind", "ood", "overall"])
+    wide = scores.pivot(index=["arm", "seed"], columns="task", values="value")
+    for (arm, seed), part in wide[wide.isna().any(axis=1)].head(1).iterrows():
+        lost = ", ".join(part.index[part.isna()])
+        raise ValueError(f"arm {arm}, seed {seed} has no P@1 of {lost}, which other runs have")
+    return pd.DataFrame({name: wide[names].mean(axis=1) for name, names in groups(tasks).items()}).reset_index()
 
 
 # Effects
@@ -319,15 +318,9 @@ def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, t
     classes, counts = np.unique(train_y, return_counts=True)
     right = int(accuracy_score(test_y, model.predict(test_x), normalize=False))
     majority = 100 * float(np.mean(np.asarray(test_y) == classes[counts.argmax()]))
-    return Probe(100 * right / len(test_y), *probe_interval(right, len(test_y)), majority, len(test_y))
-
-
-def probe_interval(right: int, n: int) -> tuple[float, float]:
-    """(low, high) in percent: 95 % Wilson interval (1927) of `right` out of `n`. ValueError unless 0 <= right <= n."""
-    if not 0 <= right <= n or n == 0:
-        raise ValueError(f"{right} right out of {n}")
-    interval = stats.binomtest(right, n).proportion_ci(method="wilson")
-    return 100 * float(interval.low), 100 * float(interval.high)
+    interval = stats.binomtest(right, len(test_y)).proportion_ci(method="wilson")  # 1927
+    low, high = 100 * float(interval.low), 100 * float(interval.high)
+    return Probe(100 * right / len(test_y), low, high, majority, len(test_y))
 
 
 def training_costs(run: str | Path, arms: Mapping[str, Any]) -> pd.DataFrame:

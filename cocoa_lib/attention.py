@@ -10,6 +10,7 @@ Source: overview figure of arXiv 2603.01471 (`causal`, `bidirectional`, `eos_bri
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -129,14 +130,10 @@ def segments(n_a: int, n_b: int, *, pad_left: int = 0, pad_right: int = 0) -> Lo
 
 def token_names(segment_ids: LongTensor) -> list[str]:
     """One row of segment ids (L,) -> readable names: A1, A2, EOS, B1, ...; padding is PAD."""
-    count = {A: 0, B: 0}
-    names = []
+    names, count = [], Counter()
     for segment in segment_ids.tolist():
-        if segment in count:
-            count[segment] += 1
-            names.append(f"{SEGMENT_NAMES[segment]}{count[segment]}")
-        else:
-            names.append(SEGMENT_NAMES[segment])
+        count[segment] += 1
+        names.append(SEGMENT_NAMES[segment] + (str(count[segment]) if segment in (A, B) else ""))
     return names
 
 

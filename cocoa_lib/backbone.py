@@ -45,10 +45,6 @@ def language_model(model: PreTrainedModel) -> nn.Module:
     return model.model.language_model
 
 
-def is_bidirectional(model: PreTrainedModel) -> bool:
-    return getattr(language_model(model).config, "is_causal", True) is False
-
-
 def set_bidirectional(model: PreTrainedModel, bidirectional: bool) -> PreTrainedModel:
     """Switch the language model between causal and bidirectional attention, in place; saved with its config.
 
@@ -67,7 +63,6 @@ def open_backbone(
     bidirectional: bool,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype = torch.float32,
-    probe: bool = True,
 ) -> PreTrainedModel:
     """Local folder or hub name -> model with the wanted attention, probed.
 
@@ -94,9 +89,8 @@ def open_backbone(
         if (reason := _flex_failure(model)) is not None:
             language_model(model).config._attn_implementation = "sdpa"
             logger.warning("flex_attention is not available here (%s); using sdpa, which gives the same", reason)
-    if probe:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
-            probe_attention(model, bidirectional)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
+        probe_attention(model, bidirectional)
     return model.to("cpu").eval()
 
 
@@ -166,8 +160,9 @@ def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
 
     Raises ValueError for flash-attention with a layout it cannot express.
     """
-    own = "bidirectional" if is_bidirectional(model) else "causal"
-    flex = language_model(model).config._attn_implementation == "flex_attention"
+    text = language_model(model).config
+    own = "bidirectional" if getattr(text, "is_causal", True) is False else "causal"
+    flex = text._attn_implementation == "flex_attention"
     if layout in (None, own) and "sample_ids" not in batch and not flex:
         return batch["attention_mask"]
     return layout_mask(model, batch, layout or own)
@@ -251,7 +246,7 @@ def set_mask_token(model: PreTrainedModel, inputs: Inputs, token: str) -> None:
 def add_adapter(model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout: float = 0.1, dora: bool = True):
     """LoRA / DoRA by peft on the published targets (script); returns (peft model, names of the matched modules).
 
-    `model` itself is changed in place, so it can still be used directly; `merge_adapter` undoes that with the
+    `model` itself is changed in place, so it can still be used directly; peft's `merge_and_unload` undoes that with the
     adapter's effect folded into the weights. Raises ValueError (by peft) when nothing matches.
     """
     from peft import LoraConfig, get_peft_model
@@ -264,11 +259,6 @@ def add_adapter(model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout:
     matched = sorted(wrapped.base_model.targeted_module_names)
     logger.info("LoRA matched %d modules, e.g. %s", len(matched), matched[:3])
     return wrapped, matched
-
-
-def merge_adapter(wrapped) -> PreTrainedModel:
-    """peft model -> plain transformers model with the adapter folded in."""
-    return wrapped.merge_and_unload()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -7,14 +7,11 @@ a whole one; files are checked against their hashes when a folder is opened.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from .files import file_hash, files_hash, read_json, sync, write_json, write_whole
 from .inputs import Inputs
 
 META = "cocoa.json"
@@ -36,16 +34,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint folder that is missing, incomplete, altered or of the wrong stage."""
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def files_hash(paths: Iterable[Path]) -> str:
-    """sha256 over the hashes of files, in the order given."""
-    return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
-
-
 def weights_hash(folder: Path) -> str:
     """sha256 over the safetensors files of a folder, in name order. Raises CheckpointError if there are none."""
     files = sorted(folder.glob("*.safetensors"))
@@ -54,35 +42,8 @@ def weights_hash(folder: Path) -> str:
     return files_hash(files)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write aside, flush to disk, rename."""
-    aside = path.with_suffix(path.suffix + ".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, default=str)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Have the disk, not only the system, hold this file, or the names in this folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError naming the file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); the checkpoint is damaged, train it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}; train it again")
-    return content
+def read_note(path: Path) -> dict[str, Any]:
+    return read_json(path, CheckpointError, "the checkpoint is damaged, train it again")
 
 
 def provenance() -> dict[str, Any]:
@@ -94,12 +55,7 @@ def provenance() -> dict[str, Any]:
         done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    versions = {}
-    for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "absent"
+    versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")}
     import torch  # here: not all that read a checkpoint need it
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -197,9 +153,8 @@ model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, 
 def add_scores(folder: str | Path, scores: str) -> None:
     """Put scores (Markdown) into a checkpoint's model card, in place of those that it had. The card is made anew."""
     folder = Path(folder)
-    aside = folder / f".{CARD}"
-    aside.write_text(model_card(read_meta(folder, check=False), scores), encoding="utf-8")
-    os.replace(aside, folder / CARD)
+    card = model_card(read_meta(folder, check=False), scores)
+    write_whole(folder / CARD, lambda aside: aside.write_text(card, encoding="utf-8"))
 
 
 def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
@@ -211,7 +166,7 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         raise CheckpointError(f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished")
-    meta = read_json(path)
+    meta = read_note(path)
     for name, kind in (REQUIRED | OPTIONAL).items():
         if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
             raise CheckpointError(

@@ -69,7 +69,7 @@ def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it")
     table = mmeb.read_parquet([path], split, str(path))
-    mmeb.check_columns(table, str(path), ("image_path", "kind", "question", "answer"))
+    mmeb.check_columns(table, str(path), mmeb.CORPUS)
     _check_paths(table, str(path), ("image_path",), images)
     return Rows(_where(table, pc.equal(table.data.column("kind"), kind)), partial(_corpus_row, images=images))
 
@@ -138,7 +138,8 @@ def subsets(data: Path) -> list[str]:
 
 def _pairs(data: Path, name: str, n: int | None, negatives: bool = False) -> Dataset:
     table = mmeb.load_train(str(data), name, n=n, negatives=negatives)
-    _check_paths(table, f"{data}, {name}", ("qry_image_path", "pos_image_path", "neg_image_path"), data / "images")
+    columns = ("qry_image_path", "pos_image_path", "neg_image_path")[: 2 + negatives]
+    _check_paths(table, f"{data}, {name}", columns, data / "images")
     return table
 
 

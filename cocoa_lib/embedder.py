@@ -32,8 +32,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .backbone import hidden_states, open_backbone, pool
-from .checkpoint import META, CheckpointError, load_inputs, read_json, read_meta, save_checkpoint
-from .inputs import FORMATS, PLACEHOLDER, Batch, InputError, Inputs, item_images, load_image
+from .checkpoint import META, CheckpointError, load_inputs, read_meta, read_note, save_checkpoint
+from .inputs import FORMATS, PLACEHOLDER, Batch, InputError, Inputs, item_images
 
 logger = logging.getLogger(__name__)
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
@@ -43,7 +43,7 @@ BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` com
 class EosEmbedding(InputModule):
     """Batch -> `sentence_embedding` (B, H): final state at EOS under the model's own attention, L2-normalised."""
 
-    config_file_name = "cocoa.json"
+    config_keys = ["pooling"]  # what `print` shows
 
     def __init__(
         self, model: PreTrainedModel, inputs: Inputs, pooling: str = "eos", meta: dict[str, Any] | None = None
@@ -74,9 +74,6 @@ class EosEmbedding(InputModule):
     def get_embedding_dimension(self) -> int:
         return self.model.config.text_config.hidden_size
 
-    def get_config_dict(self) -> dict[str, Any]:
-        return {"pooling": self.pooling}
-
     def save(self, output_path: str, *args, **kwargs) -> None:
         """A checkpoint, beside what `SentenceTransformer.save_pretrained` has already written to this folder."""
         out = Path(output_path)
@@ -104,7 +101,7 @@ def load_module(
     if lost := [name for name in FILES if not (Path(folder) / name).is_file()]:
         raise CheckpointError(f"{folder}: no {', '.join(lost)}; the checkpoint is incomplete, copy or train it again")
     for name in FILES:
-        read_json(Path(folder) / name)
+        read_note(Path(folder) / name)
     model = open_backbone(
         folder, bidirectional=meta.get("layout") != "causal", attn_implementation=attn_implementation, dtype=dtype
     )
@@ -210,7 +207,7 @@ class CocoaEmbedder:
         total = None if single or not hasattr(items, "__len__") else len(items)
         parts, done = [], 0
         with tqdm(total=total, desc="encode", unit="item", disable=not show_progress) as bar:
-            for window in _windows(stream, 64 * batch_size):
+            for window in iter(lambda: list(itertools.islice(stream, 64 * batch_size)), []):
                 batches = _Batches([as_item(item) for item in window], self.module.inputs, batch_size)
                 vectors = self._encode_window(batches, done, workers, on_bad_item, bar)
                 parts.append(smaller(vectors, truncate_dim, precision, ranges))
@@ -308,11 +305,6 @@ def token_batches(lengths: np.ndarray, cells: np.ndarray, batch_size: int) -> It
         start += len(chosen)
 
 
-def _windows(stream: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while window := list(itertools.islice(stream, size)):
-        yield window
-
-
 def smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None) -> np.ndarray:
     """Vectors (N, H) float32 in a smaller form: the first `dim` of their dimensions, numbers in `precision` (as `encode`)."""
     if dim is not None:
@@ -384,15 +376,3 @@ def as_floats(codes: np.ndarray, dim: int, ranges: np.ndarray | None) -> np.ndar
         f"queries have {dim} dimensions, the corpus has shape (N, {width}) and type {kind}: expected (N, {dim}) float, "
         f"(N, {dim}) int8 or uint8 with ranges, or (N, {(dim + 7) // 8}) of bits"
     )
-
-
-__all__ = [
-    "CocoaEmbedder",
-    "EosEmbedding",
-    "build_index",
-    "load_image",
-    "load_module",
-    "mteb_model",
-    "search",
-    "sentence_transformer",
-]

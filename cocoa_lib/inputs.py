@@ -114,11 +114,6 @@ def split_prompt(text: str, n_images: int) -> list[str | None]:
     return pieces
 
 
-def build_prompt(text: str, n_images: int, eos_token: str) -> str:
-    """The prompt as a string, one `<|image_pad|>` a picture: what a reader, and the golden tests, look at."""
-    return "".join(VISION if piece is None else piece for piece in split_prompt(text, n_images)) + eos_token
-
-
 @dataclass
 class Inputs:
     """Tokenizer + image processor + the three settings that decide what the model sees; stored with a checkpoint.

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
 from typing import Any
-from uuid import uuid4
 
 import datasets
 import numpy as np
@@ -33,11 +31,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from scipy.stats import binomtest
 from tqdm.auto import tqdm
+
+from .files import files_hash, read_json, write_whole
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 METRICS = ("p@1", "hit@5", "mrr", "ndcg@10")
+# Columns of a data folder's files: evaluation, training pairs, corpus.
+EVAL = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
+TRAIN = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
+CORPUS = ["image_path", "kind", "question", "answer"]
 PUBLISHED = Path(__file__).resolve().parent.parent / "data" / "published_mmeb.csv"
 
 
@@ -70,33 +73,11 @@ TASKS: tuple[Task, ...] = (
     ),
     *_tasks("grounding", "MSCOCO", "Visual7W-Pointing RefCOCO RefCOCO-Matching"),
 )
-# MMEB-train spells one name its own way.
-TRAIN_SUBSETS = tuple(task.name.replace("ImageNet-1K", "ImageNet_1K") for task in TASKS if task.in_distribution)
 
 
-def averages(scores: Mapping[str, float], tasks: Sequence[Task] = TASKS) -> dict[str, Any]:
-    """Task -> score becomes the means classification, vqa, retrieval, grounding, ind, ood, overall.
-
-    Unweighted means over tasks, `overall` over all of them (not over the four means). Tasks without a score give a
-    warning and a key `missing` with their names; a mean over no task is nan. Raises ValueError for an unknown name.
-    """
-    known = {task.name for task in tasks}
-    if unknown := sorted(set(scores) - known):
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    present = [task for task in tasks if task.name in scores]
-    means: dict[str, Any] = {
-        name: float(np.mean([scores[task] for task in group])) if group else float("nan")
-        for name, group in _groups(present).items()
-    }
-    if missing := [task.name for task in tasks if task.name not in scores]:
-        means["missing"] = missing
-        message = f"averages over {len(present)} of {len(tasks)} tasks; missing: {', '.join(missing)}"
-        warnings.warn(message, stacklevel=2)
-    return means
-
-
-def _groups(tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """Each average and the names of the tasks that it is over."""
+def groups(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Each of MMEB's averages and the names of the tasks that it is over, without weights: `overall` is over all tasks, not
+    over the four meta-tasks' means."""
     groups = {meta: [task.name for task in tasks if task.meta_task == meta] for meta in META_TASKS}
     groups["ind"] = [task.name for task in tasks if task.in_distribution]
     groups["ood"] = [task.name for task in tasks if not task.in_distribution]
@@ -122,7 +103,7 @@ def load_eval(
     others (`duplicates="once"` lets it pass; `evaluate` then counts it once).
     """
     rows, where = _load(root, "eval", task, "test", revision)
-    check_columns(rows, where, texts=("qry_text", "qry_img_path"), lists=("tgt_text", "tgt_img_path"))
+    check_columns(rows, where, texts=EVAL[:2], lists=EVAL[2:])
     table = rows.with_format("arrow")[:]
     _check_filled(table, where, "qry_text", "qry_img_path")
     lengths, texts, images = _flat_candidates(table, where)
@@ -144,28 +125,20 @@ def load_eval(
     return rows
 
 
-def load_train(
-    root: str, subset: str, *, split: str = "original", n: int | None = None, revision: str | None = None,
-    negatives: bool = False,
-) -> datasets.Dataset:  # fmt: skip
-    """The first `n` rows of a training subset: qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path.
+def load_train(root: str, subset: str, *, n: int | None = None, negatives: bool = False) -> datasets.Dataset:
+    """The first `n` rows of a training subset: qry, qry_image_path, pos_text, pos_image_path (, neg_text, neg_image_path).
 
-    `root` is a hub name or a folder that holds <Subset>/<split>-*.parquet, itself or under train/; the two neg columns
-    are filled with "" where the files have none, which `negatives` does not let pass. Raises ValueError naming file, row
-    and column.
+    `root` is a hub name or a folder that holds <Subset>/original-*.parquet, itself or under train/; with `negatives` every row
+    must have one. Raises ValueError naming file, row and column.
     """
-    rows, where = _load(root, "train", subset, split, revision)
+    rows, where = _load(root, "train", subset, "original", None)
     rows = rows.select(range(min(len(rows), n))) if n is not None else rows
-    for name in ("neg_text", "neg_image_path"):
-        if name not in rows.column_names:
-            rows = rows.add_column(name, [""] * len(rows))
-    pair = ("qry", "qry_image_path", "pos_text", "pos_image_path")
-    check_columns(rows, where, texts=(*pair, "neg_text", "neg_image_path"))
+    sides = [("qry", "qry_image_path"), ("pos_text", "pos_image_path"), ("neg_text", "neg_image_path")]
+    sides = sides[: 2 + negatives]
+    check_columns(rows, where, texts=[name for side in sides for name in side])
     for start, table in blocks(rows):
-        _check_filled(table, where, *pair[:2], start)
-        _check_filled(table, where, *pair[2:], start)
-        if negatives:
-            _check_filled(table, where, "neg_text", "neg_image_path", start)
+        for text, image in sides:
+            _check_filled(table, where, text, image, start)
     return rows
 
 
@@ -201,8 +174,6 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
         # `datasets` takes paths for patterns, and its search does not follow a linked folder. It knows a file again by path
         # and time; a cache for each content cannot give the rows of a file that was put in another's place.
         pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
-        from .checkpoint import files_hash  # here, since it brings torch along
-
         cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / files_hash(files)[:16])
     try:
         with quiet():
@@ -392,7 +363,7 @@ def _check_vectors(vectors: np.ndarray, items: Sequence[Mapping[str, Any]]) -> n
 def _store(folder: Path, keys: Sequence[bytes], vectors: np.ndarray) -> dict[bytes, tuple[Path, int]]:
     table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
     path = folder / f"{hashlib.sha256(table).hexdigest()[:24]}.safetensors"
-    _write_whole(path, lambda aside: save_file({"keys": table, "vectors": np.ascontiguousarray(vectors)}, aside))
+    write_whole(path, lambda aside: save_file({"keys": table, "vectors": np.ascontiguousarray(vectors)}, aside))
     return {key: (path, row) for row, key in enumerate(keys)}
 
 
@@ -419,13 +390,6 @@ def _read(path: Path, field: str) -> np.ndarray:
             return file.get_tensor(field)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged ({error}); delete it, and its items are encoded again") from error
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write aside and rename: the file is whole or not there."""
-    aside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
-    write(aside)
-    os.replace(aside, path)
 
 
 # Ranking and scores
@@ -620,7 +584,7 @@ def average_intervals(
         for task in present
     }
     rows = []
-    for name, group in _groups(present).items():
+    for name, group in groups(present).items():
         value, low, high = (float("nan"),) * 3
         if group:
             value = 100 * float(np.mean([hits[task].mean() for task in group]))
@@ -636,43 +600,13 @@ def write_results(results: pd.DataFrame, per_query: pd.DataFrame, out_dir: str |
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     facts = json.dumps({"evaluator": results["evaluator"].iloc[0], **provenance}, indent=2, default=str)
-    _write_whole(out / "provenance.json", lambda aside: aside.write_text(facts, encoding="utf-8"))
-    _write_whole(out / "per_query.parquet", lambda aside: per_query.to_parquet(aside, index=False))
+    write_whole(out / "provenance.json", lambda aside: aside.write_text(facts, encoding="utf-8"))
+    write_whole(out / "per_query.parquet", lambda aside: per_query.to_parquet(aside, index=False))
     columns = ["task", "meta_task", "in_distribution", "n_candidates"]
     tasks = [Task(*row) for row in results.drop_duplicates("task")[columns].itertuples(index=False)]
     table = average_intervals(per_query, tasks)
-    _write_whole(out / "averages.csv", lambda aside: table.to_csv(aside, index=False))
-    _write_whole(out / "results.csv", lambda aside: results.to_csv(aside, index=False))
-
-
-def compare(per_query_a: pd.DataFrame, per_query_b: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Two runs on the same queries: rows of task (and "overall"), n, a, b, difference, low, high, p.
-
-    a, b: P@1 in percent; difference b - a with the 95 % interval of the paired bootstrap over queries; p of McNemar's
-    exact test. "overall" is the unweighted mean over tasks, its p pools all queries. Queries that only one run has are
-    left out. Raises ValueError if they share none, or rank one query among different numbers of candidates.
-    """
-    both = per_query_a.merge(per_query_b, on=["task", "query"], suffixes=("_a", "_b"), validate="one_to_one")
-    if both.empty:
-        raise ValueError("the two runs have no query in common")
-    for task in both.loc[both["n_candidates_a"] != both["n_candidates_b"], "task"].head(1):
-        raise ValueError(f"task {task}: the two runs rank among different numbers of candidates")
-    rng, rows, boots, pooled = np.random.default_rng(seed), [], [], np.zeros(2, dtype=int)
-
-    def row(task: str, n: int, a: float, b: float, boot: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
-        low, high = np.percentile(boot, [2.5, 97.5])
-        p = binomtest(int(counts[0]), int(counts.sum())).pvalue if counts.sum() else 1.0
-        return {"task": task, "n": n, "a": a, "b": b, "difference": b - a, "low": low, "high": high, "p": p}
-
-    for task, part in both.groupby("task", sort=False):
-        a, b, n = part["rank_a"].to_numpy() == 1, part["rank_b"].to_numpy() == 1, len(part)
-        counts = np.array([(a & ~b).sum(), (b & ~a).sum()])  # lost, won
-        draws = rng.multinomial(n, [*counts / n, 1 - counts.sum() / n], size=1000)
-        boots.append(100 * (draws[:, 1] - draws[:, 0]) / n)
-        pooled += counts
-        rows.append(row(str(task), n, 100 * a.mean(), 100 * b.mean(), boots[-1], counts))
-    mean_a, mean_b = (float(np.mean([found[side] for found in rows])) for side in "ab")
-    return pd.DataFrame([*rows, row("overall", len(both), mean_a, mean_b, np.mean(boots, axis=0), pooled)])
+    write_whole(out / "averages.csv", lambda aside: table.to_csv(aside, index=False))
+    write_whole(out / "results.csv", lambda aside: results.to_csv(aside, index=False))
 
 
 def published() -> pd.DataFrame:
@@ -681,8 +615,6 @@ def published() -> pd.DataFrame:
     `recomputed` is the overall mean that follows from a row's own four means, `consistent` whether it is within 0.15 of
     the printed one (rounding explains 0.1).
     """
-    if not PUBLISHED.is_file():
-        raise FileNotFoundError(f"{PUBLISHED}: not found; published numbers come with the repository, not the package")
     table = pd.read_csv(PUBLISHED)
     counts = [sum(task.meta_task == meta for task in TASKS) for meta in META_TASKS]
     table["recomputed"] = table[list(META_TASKS)].to_numpy() @ counts / len(TASKS)
@@ -695,18 +627,40 @@ def published() -> pd.DataFrame:
 
 def read_manifest(root: str | Path) -> dict[str, Any]:
     """A data folder's manifest.json. Raises ValueError naming the file if it is not a JSON object."""
-    path = Path(root) / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); the data folder is damaged, make it again") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(manifest).__name__}")
-    return manifest
+    return read_json(Path(root) / "manifest.json", ValueError, "the data folder is damaged, make it again")
+
+
+def finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a data folder that holds what is `wanted`; None where nothing is. Raises ValueError for all else."""
+    if (root / "manifest.json").is_file():
+        found = read_manifest(root)
+        held, asked = _flat({key: found.get(key) for key in wanted}), _flat(wanted)
+        names = [name for name in asked | held if asked.get(name) != held.get(name)]
+        if names:
+            differs = "; ".join(f"{name} {held.get(name)}, not {asked.get(name)}" for name in names)
+            raise ValueError(f"{root}: holds other data ({differs:.500}); delete the folder or choose another one")
+        return found
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root}: holds files but no manifest, an unfinished build; delete it and run again")
+    return None
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts of a manifest with its `settings` among them, so that one that differs is named alone."""
+    settings = facts.get("settings")
+    return {**facts, "settings": None, **settings} if isinstance(settings, dict) else dict(facts)
+
+
+def write_tables(root: Path, tables: Mapping[str, pd.DataFrame]) -> None:
+    """name -> root/name.parquet."""
+    for name, table in tables.items():
+        path = root / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(path, index=False)
 
 
 def choose_tasks(names: Sequence[str], root: str) -> tuple[Task, ...]:
-    """Task names -> tasks. "all": every task that `root` has by its manifest, else MMEB's 36; "world": the built-in.
+    """Task names -> tasks. "all": every task that `root` has by its manifest, else MMEB's 36.
 
     Raises ValueError for an unknown name.
     """
@@ -721,12 +675,10 @@ def choose_tasks(names: Sequence[str], root: str) -> tuple[Task, ...]:
             raise ValueError(
                 f"{path}: tasks: expected lists of name, meta-task, in-distribution, candidates ({error})"
             ) from error
-    elif "world" in names or manifest.keys() & {"generator", "generator_version"}:
-        from .world import TASKS as known
     by_name = {task.name: task for task in known}
-    if unknown := sorted(set(names) - {"all", "world", *by_name}):
+    if unknown := sorted(set(names) - {"all", *by_name}):
         raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(by_name)}")
-    return tuple(known) if set(names) & {"all", "world"} else tuple(by_name[name] for name in names)
+    return known if "all" in names else tuple(by_name[name] for name in names)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -734,7 +686,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--root", required=True, help="folder in MMEB's layout, or TIGER-Lab/MMEB-eval")
     parser.add_argument("--image-root", help="folder of the images (default: ROOT/images)")
-    parser.add_argument("--tasks", nargs="+", default=["all"], help="names, 'all', or 'world' (the built-in benchmark)")
+    parser.add_argument("--tasks", nargs="+", default=["all"], help="names, or 'all'")
     parser.add_argument("--out", type=Path, required=True, help="folder for results and stored embeddings")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument(

@@ -130,8 +130,6 @@ class Reconstruction(nn.Module):
                  text_weight: float = 1.0, decoder_layers: int = 1, normalise_patches: bool = False, learned_fill: bool = False,
                  packing: bool = False) -> None:  # fmt: skip
         super().__init__()
-        if objective not in TEXT_LOSSES:
-            raise ValueError(f"unknown text objective {objective!r}; choose one of {', '.join(TEXT_LOSSES)}")
         self.model, self.layout, self.packing = model, layout, packing
         self.text_loss = TEXT_LOSSES[objective]
         self.text_weight, self.image_weight, self.normalise_patches = text_weight, image_weight, normalise_patches

@@ -21,9 +21,9 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .checkpoint import write_json
+from .files import file_hash, write_json
 from .inputs import InputError, load_image
-from .mmeb import read_manifest
+from .mmeb import CORPUS, EVAL, TRAIN, finished, write_tables
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
 TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
@@ -86,7 +86,7 @@ def source_hash(path: Path) -> str:
             f"{file.relative_to(path)}:{file.stat().st_size}" for file in sorted(path.rglob("*")) if file.is_file()
         ]
         return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return file_hash(path) if path.is_file() else ""
 
 
 def pick_column(
@@ -127,29 +127,29 @@ def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, 
     """Every row read and every picture decoded: (good rows with `image` and `text`, complaints)."""
     good, bad = [], []
     for number, row in enumerate(tqdm(rows, desc="check pairs", unit="row", disable=not progress), start=1):
-        text, name = str(row.get(text_column) or "").strip(), str(row.get(image_column) or "").strip()
-        if not text:
-            bad.append(f"row {number}: empty {text_column!r} (image {name or 'none'})")
-            continue
-        if not name:
-            bad.append(f"row {number}: empty {image_column!r} (text {text[:40]!r})")
-            continue
-        if not os.path.realpath(root / name.replace("\0", "")).startswith(os.path.join(os.path.realpath(root), "")):
-            bad.append(f"row {number}: image path {name!r} leaves the image folder {root}; name another image_root")
-            continue
         try:
-            (text + name).encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
-            bad.append(f"row {number}: not valid Unicode ({error.reason})")
-            continue
-        try:
-            image = load_image(root / name)
+            good.append(row | _checked(row, image_column, text_column, root))
         except InputError as error:
             bad.append(f"row {number}: {error}")
-            continue
-        digest = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
-        good.append({**row, "_text": text, "_path": root / name, "_hash": digest})  # not the pixels of all pictures
     return good, bad
+
+
+def _checked(row: dict[str, Any], image_column: str, text_column: str, root: Path) -> dict[str, Any]:
+    """`_text`, `_path` and `_hash` of a row: not its pixels, of which there may be many. InputError for a bad row."""
+    text, name = str(row.get(text_column) or "").strip(), str(row.get(image_column) or "").strip()
+    if not text:
+        raise InputError(f"empty {text_column!r} (image {name or 'none'})")
+    if not name:
+        raise InputError(f"empty {image_column!r} (text {text[:40]!r})")
+    if not os.path.realpath(root / name.replace("\0", "")).startswith(os.path.join(os.path.realpath(root), "")):
+        raise InputError(f"image path {name!r} leaves the image folder {root}; name another image_root")
+    try:
+        (text + name).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
+        raise InputError(f"not valid Unicode ({error.reason})") from None
+    image = load_image(root / name)
+    digest = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
+    return {"_text": text, "_path": root / name, "_hash": digest}
 
 
 def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
@@ -187,16 +187,8 @@ def build_pairs(
     settings = {"source": path.name, "source_sha256": source_hash(path),
                 "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
                 "max_side": max_side, "seed": seed, **({"image_root": str(image_root)} if image_root else {})}  # fmt: skip
-    manifest_path = root / "manifest.json"
-    if manifest_path.is_file():
-        manifest = read_manifest(root)
-        if manifest.get("settings") != settings:
-            raise InputError(
-                f"{root}: holds data made from another file or with other settings; delete it or choose another"
-            )
-        return manifest
-    if root.exists() and any(root.iterdir()):
-        raise InputError(f"{root}: holds files but no manifest, an unfinished build; delete it and run again")
+    if (found := finished(root, {"settings": settings})) is not None:
+        return found
 
     rows = read_table(path)
     image_name = pick_column(rows, image_column, IMAGE_COLUMNS, "image path", path)
@@ -231,7 +223,7 @@ def build_pairs(
         "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
         "seen": len(seen), "unseen": len(unseen), "tasks": tasks, "content_hash": hashlib.sha256(listing).hexdigest(),
     }  # fmt: skip
-    write_json(manifest_path, manifest)
+    write_json(root / "manifest.json", manifest)
     return manifest
 
 
@@ -278,27 +270,21 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
 
 
 def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tuple]) -> list:
-    table = pd.DataFrame(rows, columns=["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"])
-    folder = root / "eval" / name
-    folder.mkdir(parents=True)
-    table.to_parquet(folder / "test-00000-of-00001.parquet", index=False)
+    write_tables(root, {f"eval/{name}/test-00000-of-00001": pd.DataFrame(rows, columns=EVAL)})
     return [name, meta_task, seen, len(rows[0][2])]
 
 
 def _write_training(root: Path, training: list[dict], unseen: list[dict], class_name: str | None) -> None:
-    columns = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
     subsets = {
         "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
         "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],
+        "Class": [("", row["_file"], own, "", "", "") for row in training if (own := _label(row, class_name))],
     }
-    if classed := [("", row["_file"], own, "", "", "") for row in training if (own := _label(row, class_name))]:
-        subsets["Class"] = classed
-    for name, rows in subsets.items():
-        folder = root / "train" / name
-        folder.mkdir(parents=True)
-        pd.DataFrame(rows, columns=columns).to_parquet(folder / "original-00000-of-00001.parquet", index=False)
-    (root / "corpus").mkdir()
+    tables = {
+        f"train/{name}/original-00000-of-00001": pd.DataFrame(rows, columns=TRAIN)
+        for name, rows in subsets.items() if rows
+    }  # fmt: skip
     for split, rows in (("train", training), ("heldout", unseen)):
-        table = [(row["_file"], "caption", "", row["_text"]) for row in rows]
-        frame = pd.DataFrame(table, columns=["image_path", "kind", "question", "answer"])
-        frame.to_parquet(root / "corpus" / f"{split}.parquet", index=False)
+        lines = [(row["_file"], "caption", "", row["_text"]) for row in rows]
+        tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=CORPUS)
+    write_tables(root, tables)

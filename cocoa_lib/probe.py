@@ -18,6 +18,7 @@ import pandas as pd
 
 from . import analysis, corpus
 from .embedder import CocoaEmbedder
+from .files import write_whole
 from .world import POSITIONS, Scene, read_scenes
 
 CONTENT = ("count", "kind", "color", "size", "position")
@@ -66,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     table = probe(CocoaEmbedder.load(args.model), args.data)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    aside = args.out.with_suffix(".tmp")
-    table.to_csv(aside, index=False)
-    aside.replace(args.out)
+    write_whole(args.out, lambda aside: table.to_csv(aside, index=False))
     print(table.to_string(index=False))  # noqa: T201
 
 

@@ -166,20 +166,16 @@ def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
     if lost := [name for name in ("arm", "stage1", "stage2", "stage3", "hypothesis") if name not in columns]:
         raise RecipeError(f"{path}: no column {', '.join(lost)}; found {', '.join(map(str, columns)) or 'none'}")
     for number, row in enumerate(rows, start=2):
-        if not re.fullmatch(r"[A-Za-z0-9_]+", row["arm"] or ""):  # it names folders, and stands in commands
-            raise RecipeError(
-                f"{path}, line {number}, column arm: a name of letters, digits and _, found {row['arm']!r:.40}"
-            )
-        if row["arm"] in arms:
-            raise RecipeError(f"{path}, line {number}, column arm: {row['arm']} stands there twice")
-        stages: dict[str, Any] = {}
-        for stage in ("stage1", "stage2", "stage3"):
-            try:
-                stages[stage] = None if row[stage] == "-" else json.loads(row[stage] or "{}")
-                make_recipe(stage, stages[stage])
-            except (ValueError, KeyError, RecursionError) as error:
-                raise RecipeError(f"{path}, line {number}, column {stage}: {error}") from error
+        column, stages = "arm", {}
         try:
+            if not re.fullmatch(r"[A-Za-z0-9_]+", row["arm"] or ""):  # it names folders, and stands in commands
+                raise RecipeError(f"a name of letters, digits and _, found {row['arm']!r:.40}")
+            if row["arm"] in arms:
+                raise RecipeError(f"{row['arm']} stands there twice")
+            for column in ("stage1", "stage2", "stage3"):
+                stages[column] = None if row[column] == "-" else json.loads(row[column] or "{}")
+                make_recipe(column, stages[column])
+            column = "backbone"
             backbone = json.loads(row.get("backbone") or "{}")
             if not isinstance(backbone, dict):
                 raise RecipeError(f"expected an object, found {backbone!r:.40}")
@@ -187,14 +183,13 @@ def read_arms(path: Path = NOTEBOOKS / "arms.csv") -> dict[str, Arm]:
                 raise unknown_name(unknown[0], list(SHAPE), "backbone")
             if not all(type(value) is int and value > 0 for value in backbone.values()):
                 raise RecipeError(f"expected whole numbers above 0, found {backbone}")
-        except (ValueError, RecursionError) as error:
-            raise RecipeError(f"{path}, line {number}, column backbone: {error}") from error
-        kind = row.get("kind") or "arm"
+            column = "kind"
+            kind = row.get("kind") or "arm"
+            if kind not in KINDS:
+                raise RecipeError(f"expected {', '.join(KINDS)}, found {kind!r:.40}")
+        except (ValueError, KeyError, RecursionError) as error:
+            raise RecipeError(f"{path}, line {number}, column {column}: {error}") from error
         arms[row["arm"]] = Arm(row["arm"], **stages, hypothesis=row["hypothesis"] or "", kind=kind, backbone=backbone)
-        if arms[row["arm"]].kind not in KINDS:
-            raise RecipeError(
-                f"{path}, line {number}, column kind: expected {', '.join(KINDS)}, found {row['kind']!r:.40}"
-            )
     return arms
 
 

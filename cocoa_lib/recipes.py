@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
@@ -197,7 +197,3 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
         elif type(value) is not wanted:
             raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {_short.repr(value)}")
     return cls(**values)
-
-
-def as_dict(recipe: Recipe) -> dict[str, Any]:
-    return asdict(recipe)

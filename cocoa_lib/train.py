@@ -47,24 +47,23 @@ from transformers import (
 from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
-from .backbone import add_adapter, language_model, merge_adapter, new_backbone, open_backbone, set_mask_token
+from .backbone import add_adapter, language_model, new_backbone, open_backbone, set_mask_token
 from .batches import Planned, causal_batch, index_plan, pair_features, stage1_batch, stage2_batch
 from .checkpoint import (
     META,
     CheckpointError,
-    file_hash,
     load_inputs,
-    read_json,
     read_meta,
+    read_note,
     save_checkpoint,
     weights_hash,
-    write_json,
 )
 from .embedder import EosEmbedding
+from .files import file_hash, write_json
 from .inputs import Inputs
 from .lock import locked
 from .objectives import CachedInfoNCE, Reconstruction, gathered
-from .recipes import RECIPES, CausalRecipe, Recipe, Stage3Recipe, as_dict, make_recipe
+from .recipes import RECIPES, CausalRecipe, Recipe, Stage3Recipe, make_recipe
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
@@ -218,7 +217,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, checkpoint: Path | None = None) -> None:
         path = None if checkpoint is None else checkpoint / SPENT
-        self.spent = read_json(path)["seconds"] if path is not None and path.is_file() else 0.0
+        self.spent = read_note(path)["seconds"] if path is not None and path.is_file() else 0.0
         self.began = time.monotonic()
 
     def seconds(self) -> float:
@@ -399,7 +398,7 @@ def run_stage(
     parent_meta = check_parent(stage, parent, allow_parent)
     run = {
         "stage": stage,
-        "recipe": as_dict(recipe),
+        "recipe": dataclasses.asdict(recipe),
         "seed": seed,
         "parent_stage": parent_meta.get("stage"),
         "parent_sha256": parent_meta["weights_sha256"],
@@ -424,7 +423,7 @@ def _run(
     """`run_stage` once `work` is ours: go on from the newest whole checkpoint, train, leave `out`, remove `work`."""
     stage, seed = run["stage"], run["seed"]
     if (work / "run.json").is_file():
-        _same_run(read_json(work / "run.json"), run, work)
+        _same_run(read_note(work / "run.json"), run, work)
     with state.main_process_first():
         if state.is_main_process:
             write_json(work / "run.json", run)
@@ -480,7 +479,7 @@ def _run(
     if trainer.is_world_process_zero():
         module, model, adapter = whole
         if adapter is not None:
-            model = merge_adapter(adapter)
+            model = adapter.merge_and_unload()
         decoder = getattr(module, "decoder", None)
         _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
@@ -533,7 +532,7 @@ def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
 
 def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raises CheckpointError where the two differ. A recipe from before an option existed has that option's default."""
-    found = found | {"recipe": as_dict(RECIPES[wanted["stage"]]()) | found.get("recipe", {})}
+    found = found | {"recipe": dataclasses.asdict(RECIPES[wanted["stage"]]()) | found.get("recipe", {})}
     differing = sorted(name for name in wanted if json.dumps(found.get(name), sort_keys=True, default=str)
                        != json.dumps(wanted[name], sort_keys=True, default=str))  # fmt: skip
     if differing:
@@ -560,7 +559,7 @@ def _reconstruction(
         batch = {"stage1": stage1_batch, "stage2": stage2_batch}[stage]
         collate = partial(batch, inputs=inputs, recipe=recipe, seed=seed)
     learned = getattr(recipe, "patch_fill", "") == "learned"
-    wanted = as_dict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
+    wanted = dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
     module = Reconstruction(model, learned_fill=learned, **{name: getattr(recipe, name) for name in wanted})
     rows, plan = ConcatDataset(parts), index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=seed)
     corpus.check_images(rows[i]["image"] for i in set(plan.tolist()))

@@ -14,12 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +26,8 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
 
-from .mmeb import Task
+from .files import write_json
+from .mmeb import CORPUS, EVAL, TRAIN, Task, finished, write_tables
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other rows or pixels
 CANVAS, PLACEHOLDER = 64, "<|image_1|>"
@@ -520,36 +517,30 @@ class _Pictures:
         return self.paths[identity]
 
 
-def _make(job: tuple[Path, int, str, int, int]) -> tuple[list, list[dict], bytes]:
-    """Items start..stop of a stream: their rows, the scenes of their pictures, their digests. Runs in a worker.
+def _make(root: Path, seed: int, stream: str, index: int) -> tuple[Any, list[dict], bytes]:
+    """Item `index` of a stream: its row, the scenes of its pictures, its digest.
 
     A row of pairs is (query text, path, [(text, path, key) of the right candidate and of the hard negatives]); a row
     of the corpus is the list of its lines.
     """
-    root, seed, stream, start, stop = job
     part, name = stream.split("/")
-    rows, scenes, digests = [], [], []
-    for index in range(start, stop):
-        rng = np.random.default_rng([seed, STREAMS.index(stream), index])
-        folder = f"{stream}/{index // 1000:03d}"  # a thousand items a folder
-        (root / "images" / folder).mkdir(parents=True, exist_ok=True)
-        pictures = _Pictures(root, f"{folder}/{index % 1000:03d}")
-        if part == "corpus":
-            scene = sample_scene(rng, "train" if name == "train" else "eval")
-            path = pictures.path(Side("", scene), "scene")
-            row = [(path, "caption", "", caption(scene))] + [(path, "qa", *pair) for pair in _questions(rng, scene)]
-        else:
-            query, right, wrong = MAKERS[name](rng, part)
-            wrong = [_pick(rng, wrong)] if part == "train" else wrong  # one hard negative a pair
-            query_path = pictures.path(query, "query")
-            row = (query.text, query_path, [
-                (side.text, pictures.path(side, f"target{i}"), side.key) for i, side in enumerate([right, *wrong])
-            ])  # fmt: skip
-        pictures.digest.update(json.dumps(row).encode())
-        rows.append(row)
-        scenes += pictures.scenes
-        digests.append(pictures.digest.digest())
-    return rows, scenes, b"".join(digests)
+    rng = np.random.default_rng([seed, STREAMS.index(stream), index])
+    folder = f"{stream}/{index // 1000:03d}"  # a thousand items a folder
+    (root / "images" / folder).mkdir(parents=True, exist_ok=True)
+    pictures = _Pictures(root, f"{folder}/{index % 1000:03d}")
+    if part == "corpus":
+        scene = sample_scene(rng, "train" if name == "train" else "eval")
+        path = pictures.path(Side("", scene), "scene")
+        row = [(path, "caption", "", caption(scene))] + [(path, "qa", *pair) for pair in _questions(rng, scene)]
+    else:
+        query, right, wrong = MAKERS[name](rng, part)
+        wrong = [_pick(rng, wrong)] if part == "train" else wrong  # one hard negative a pair
+        query_path = pictures.path(query, "query")
+        row = (query.text, query_path, [
+            (side.text, pictures.path(side, f"target{i}"), side.key) for i, side in enumerate([right, *wrong])
+        ])  # fmt: skip
+    pictures.digest.update(json.dumps(row).encode())
+    return row, pictures.scenes, pictures.digest.digest()
 
 
 def _eval_rows(task: Task, rows: list, seed: int) -> pd.DataFrame:
@@ -567,100 +558,70 @@ def _eval_rows(task: Task, rows: list, seed: int) -> pd.DataFrame:
             if pool[i][2] != own[0][2]:
                 chosen.setdefault(pool[i][:2])
         table.append((text, path, *map(list, zip(*chosen, strict=True))))
-    return pd.DataFrame(table, columns=["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"])
+    return pd.DataFrame(table, columns=EVAL)
 
 
 def _write_tables(root: Path, rows: dict[str, list], seed: int) -> bytes:
     """All parquet files; returns a digest of their rows."""
     tables = {}
-    columns = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
     for name in SUBSETS:
         pairs = [(text, path, *right[:2], *wrong[:2]) for text, path, (right, wrong) in rows[f"train/{name}"]]
-        tables[f"train/{name}/original-00000-of-00001"] = pd.DataFrame(pairs, columns=columns)
+        tables[f"train/{name}/original-00000-of-00001"] = pd.DataFrame(pairs, columns=TRAIN)
     for task in TASKS:
         tables[f"eval/{task.name}/test-00000-of-00001"] = _eval_rows(task, rows[f"eval/{task.name}"], seed)
     for split in ("train", "heldout"):
         lines = [line for scene in rows[f"corpus/{split}"] for line in scene]
-        tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=["image_path", "kind", "question", "answer"])
+        tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=CORPUS)
+    write_tables(root, tables)
     digest = hashlib.sha256()
     for name, table in tables.items():
-        path = root / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.to_parquet(path, index=False)
         digest.update(json.dumps([name, table.values.tolist()]).encode())
     return digest.digest()
 
 
-def _finished(root: Path, settings: dict[str, int]) -> dict[str, Any] | None:
-    """The manifest of a finished build with these settings; None where nothing is; else ValueError."""
+def _check_settings(settings: dict[str, int]) -> None:
     limits = {"seed": (0, 2**32), "n_pairs": (8, 10**7), "n_queries": (2, 10**5), "n_corpus": (1, 10**7)}
     for name, (low, high) in limits.items():
         if not low <= settings[name] <= high:
             raise ValueError(f"{name} must be in {low}..{high}, got {settings[name]}")
     if settings["n_pairs"] % len(SUBSETS):
         raise ValueError(f"n_pairs must be a multiple of {len(SUBSETS)}, one share a subset; got {settings['n_pairs']}")
-    manifest = root / "manifest.json"
-    if manifest.is_file():
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        wanted = {"generator": "world", "generator_version": GENERATOR_VERSION, **settings}
-        held = {**found, **found.get("settings", {})}
-        differs = [f"{key} {held.get(key)}, not {value}" for key, value in wanted.items() if held.get(key) != value]
-        if differs:
-            raise ValueError(f"{root} holds other data ({'; '.join(differs)}); delete the folder or choose another one")
-        return found
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} holds files but no manifest, an unfinished build; delete it and run again")
-    return None
 
 
-def build(
-    root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: int, workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: int) -> dict[str, Any]:
     """Write the benchmark into `root` and return its manifest; a finished build of the same settings is returned as is.
 
     n_pairs: training pairs in all, a multiple of 8; n_queries: a task; n_corpus: scenes of text for the backbone and
-    for reconstruction. Item i depends on (seed, stream, i) alone: a smaller build is a prefix of a larger one, and
-    `workers` changes nothing. progress(done, total) is called as items are made. Raises ValueError for a bad argument
-    and where `root` holds something else; nothing is ever overwritten.
+    for reconstruction. Item i depends on (seed, stream, i) alone: a smaller build is a prefix of a larger one.
+    Raises ValueError for a bad argument and where `root` holds something else; nothing is ever overwritten.
     """
     root = Path(root)
     settings = {"seed": seed, "n_pairs": n_pairs, "n_queries": n_queries, "n_corpus": n_corpus}
-    if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
-    if (found := _finished(root, settings)) is not None:
+    _check_settings(settings)
+    wanted = {"generator": "world", "generator_version": GENERATOR_VERSION, "settings": settings}
+    if (found := finished(root, wanted)) is not None:
         return found
     lengths = {f"train/{name}": n_pairs // len(SUBSETS) for name in SUBSETS}
     lengths |= {f"eval/{task.name}": n_queries for task in TASKS}
     lengths |= {"corpus/train": n_corpus, "corpus/heldout": max(50, n_corpus // 20)}
-    jobs = [
-        (root, seed, stream, start, min(start + 200, length))
-        for stream, length in lengths.items() for start in range(0, length, 200)
-    ]  # fmt: skip
     (root / "images").mkdir(parents=True)
     rows: dict[str, list] = {stream: [] for stream in lengths}
     content, n_images = hashlib.sha256(), 0
-    # Fresh processes: a notebook that has used torch has threads, and forking those may hang.
-    spawn = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=spawn) if workers > 1 else nullcontext()
-    with executor as pool, (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:
-        results = (pool.map if pool else map)(_make, jobs)
-        for job, (part, lines, digests) in zip(jobs, results, strict=True):
-            rows[job[2]] += part
-            scenes.writelines(json.dumps(line) + "\n" for line in lines)
-            content.update(digests)
-            n_images += len(lines)
-            if progress:
-                progress(sum(map(len, rows.values())), sum(lengths.values()))
+    with (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:
+        for stream, length in lengths.items():
+            for index in range(length):
+                row, lines, digest = _make(root, seed, stream, index)
+                rows[stream].append(row)
+                scenes.writelines(json.dumps(line) + "\n" for line in lines)
+                content.update(digest)
+                n_images += len(lines)
     content.update(_write_tables(root, rows, seed))
     manifest = {
-        "generator": "world", "generator_version": GENERATOR_VERSION, "settings": settings, "n_images": n_images,
-        "rows": lengths, "tasks": [[t.name, t.meta_task, t.in_distribution, _pool_size(t, n_queries)] for t in TASKS],
+        **wanted, "n_images": n_images, "rows": lengths,
+        "tasks": [[t.name, t.meta_task, t.in_distribution, _pool_size(t, n_queries)] for t in TASKS],
         "subsets": list(SUBSETS), "content_hash": content.hexdigest(),
     }  # fmt: skip
-    partial = root / "manifest.json.partial"
-    partial.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, root / "manifest.json")
+    write_json(root / "manifest.json", manifest)
     return manifest
 
 

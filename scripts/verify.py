@@ -21,8 +21,9 @@ import pandas as pd
 import torch
 
 from cocoa_lib import analysis, figures, mmeb, train, world
-from cocoa_lib.checkpoint import file_hash, provenance, read_meta, write_json
+from cocoa_lib.checkpoint import provenance, read_meta
 from cocoa_lib.embedder import CocoaEmbedder
+from cocoa_lib.files import file_hash, write_json
 from cocoa_lib.profiles import load_profile, read_arms
 from cocoa_lib.recipes import make_recipe
 

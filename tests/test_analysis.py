@@ -366,8 +366,10 @@ def test_wilson_interval_by_hand():
     z, n, p = 1.959964, 10, 0.8
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    assert analysis.probe_interval(8, 10) == pytest.approx((100 * (centre - half), 100 * (centre + half)), rel=1e-5)
-    assert analysis.probe_interval(0, 10)[0] == 0 and analysis.probe_interval(10, 10)[1] == 100
-    for bad in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="right out of"):
-            analysis.probe_interval(*bad)
+    x, y = np.array([[0.0]] * 5 + [[1.0]] * 5), np.array([0] * 5 + [1] * 5)
+
+    def probe(right):
+        return analysis.linear_probe(x, y, x, np.where(np.arange(10) < right, y, 1 - y))
+
+    assert [probe(8).low, probe(8).high] == pytest.approx([100 * (centre - half), 100 * (centre + half)], rel=1e-5)
+    assert probe(0).low == 0 and probe(10).high == 100

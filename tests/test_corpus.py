@@ -52,7 +52,11 @@ def test_rows_of_the_corpus(tmp_path):
 def test_rows_of_pairs(tmp_path):
     write(tmp_path, "train/T/original-0", PAIRS)
     assert corpus.pairs(tmp_path)[0].column_names == ["anchor", "positive"]
-    with pytest.raises(ValueError, match="original-0.parquet, row 0, column neg_text/neg_image_path: neither text nor"):
+    with pytest.raises(ValueError, match="original-0.parquet: no column neg_text"):
+        corpus.pairs(tmp_path, hard_negatives=True)
+    write(tmp_path, "train/T/original-0", PAIRS | {"neg_text": ["n0", "", "n2"], "neg_image_path": [""] * 3})
+    assert corpus.pairs(tmp_path)[0].column_names == ["anchor", "positive"]
+    with pytest.raises(ValueError, match="original-0.parquet, row 1, column neg_text/neg_image_path: neither text nor"):
         corpus.pairs(tmp_path, hard_negatives=True)
     write(tmp_path, "train/T/original-0", PAIRS | {"neg_text": ["n0", "n1", ""], "neg_image_path": ["", "", "a/1.png"]})
     images = tmp_path / "images"

@@ -147,7 +147,7 @@ def test_a_data_folders_manifest(tmp_path, manifest):
             assert read()
         except ValueError as error:
             assert str(path) in str(error)
-    with pytest.raises(ValueError, match="holds data made from another file|expected a JSON object"):
+    with pytest.raises(ValueError, match="holds other data|expected a JSON object"):
         build_pairs(tmp_path / "table.jsonl", tmp_path, progress=False)
 
 

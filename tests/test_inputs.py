@@ -14,7 +14,12 @@ from PIL import Image
 
 from cocoa_lib.attention import EOS, PAD, A, B
 from cocoa_lib.backbone import hidden_states, pool, position_ids, set_bidirectional
-from cocoa_lib.inputs import VISION, InputError, Inputs, build_prompt, load_image
+from cocoa_lib.inputs import VISION, InputError, Inputs, load_image, split_prompt
+
+
+def build_prompt(text: str, n_images: int, eos_token: str) -> str:
+    """The prompt as a string, one `<|image_pad|>` a picture."""
+    return "".join(VISION if piece is None else piece for piece in split_prompt(text, n_images)) + eos_token
 
 
 @pytest.mark.parametrize(

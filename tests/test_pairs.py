@@ -76,10 +76,10 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(table, tmp_pa
     first = build_pairs(path, root, progress=False)
     stamp = (root / "manifest.json").stat().st_mtime_ns
     assert build_pairs(path, root, progress=False) == first and (root / "manifest.json").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other data \(seed 0, not 1\); delete the folder"):
         build_pairs(path, root, seed=1, progress=False)
     (root / "manifest.json").unlink()
-    with pytest.raises(InputError, match="unfinished build"):
+    with pytest.raises(ValueError, match="unfinished build"):
         build_pairs(path, root, progress=False)
 
 
@@ -182,8 +182,9 @@ def test_another_folder_of_pictures_is_another_setting(table, tmp_path):
     path, _ = table
     shutil.copytree(path.parent / "png", tmp_path / "other")
     build_pairs(path, tmp_path / "data", image_root=path.parent / "png", progress=False)
-    with pytest.raises(InputError, match="other settings"):
-        build_pairs(path, tmp_path / "data", image_root=tmp_path / "other", progress=False)
+    for other in (tmp_path / "other", None):
+        with pytest.raises(ValueError, match=rf"other data \(image_root .*png, not {other}\)"):
+            build_pairs(path, tmp_path / "data", image_root=other, progress=False)
 
 
 def test_pictures_are_not_all_held_at_once(table):

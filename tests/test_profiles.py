@@ -160,6 +160,9 @@ def test_a_bad_arm_names_its_line_and_column(tmp_path):
     path.write_text('arm,stage1,stage2,stage3,hypothesis\nx,{},-,"{""stepz"": 1}",none\n')
     with pytest.raises(RecipeError, match="line 2, column stage3.*stepz"):
         read_arms(path)
+    path.write_text("arm,stage1,stage2,stage3,hypothesis,backbone\nx,-,-,{},none,half\n")
+    with pytest.raises(RecipeError, match="line 2, column backbone: Expecting value"):
+        read_arms(path)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,9 @@ def obj(kind="circle", color="red", size="large", position="center", **more):
 # ---- building -------------------------------------------------------------------------------------------------------
 
 
-def test_workers_change_nothing_and_the_seed_does(root, tmp_path):
+def test_the_same_settings_give_the_same_and_another_seed_does_not(root, tmp_path):
     manifest = build(root, **SIZES)
-    two = build(tmp_path / "two", **SIZES, workers=2)
+    two = build(tmp_path / "two", **SIZES)
     other = build(tmp_path / "other", **SIZES, seed=1)
     assert two == manifest
     assert other["content_hash"] != manifest["content_hash"]
@@ -74,7 +75,7 @@ def test_smaller_builds_are_prefixes_of_larger_ones(root, tmp_path):
 
 def test_a_second_call_does_no_work(root, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    monkeypatch.setattr(world, "_make", lambda job: pytest.fail("made again"))
+    monkeypatch.setattr(world, "_make", lambda *job: pytest.fail("made again"))
     assert build(root, **SIZES) == json.loads((root / "manifest.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
@@ -90,12 +91,25 @@ def test_refuses_data_of_another_version(root, monkeypatch):
         build(root, **SIZES)
 
 
-def test_refuses_an_unfinished_build(tmp_path):
-    def stop(done, total):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("content", ["[]", "{", '{"settings": 3}', "{}"])
+def test_a_damaged_manifest_is_named(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        build(tmp_path, **SIZES)
 
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "data", **SIZES, progress=stop)
+
+def test_refuses_an_unfinished_build(tmp_path, monkeypatch):
+    make, made = world._make, []
+
+    def stop(*job):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(job)
+        return make(*job)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(world, "_make", stop)
+        build(tmp_path / "data", **SIZES)
     assert not (tmp_path / "data" / "manifest.json").exists()
     with pytest.raises(ValueError, match="no manifest.*delete it"):
         build(tmp_path / "data", **SIZES)
@@ -109,21 +123,12 @@ def test_refuses_an_unfinished_build(tmp_path):
         ({"n_queries": 1}, "n_queries must be in 2"),
         ({"n_corpus": 0}, "n_corpus must be in 1"),
         ({"seed": -1}, "seed must be in 0"),
-        ({"workers": 0}, "workers must be at least 1"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, argument, message):
     with pytest.raises(ValueError, match=message):
         build(tmp_path / "data", **{**SIZES, **argument})
     assert not (tmp_path / "data").exists()
-
-
-def test_progress_reaches_the_total(tmp_path):
-    calls = []
-    build(tmp_path / "data", n_pairs=8, n_queries=2, n_corpus=2, progress=lambda *call: calls.append(call))
-    done, total = calls[-1]
-    assert done == total == 8 + 12 * 2 + 2 + 50
-    assert [call[0] for call in calls] == sorted(call[0] for call in calls)
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------------
