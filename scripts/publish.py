@@ -285,6 +285,10 @@ BUDGETS = {
         "cocoa_half": 1,
         "contrastive_half_longer": -1,
     },
+    "half the width, {few} steps on both sides, but CoCoA's training without its bottleneck": {
+        "no_truncation_half": 1,
+        "contrastive_half": -1,
+    },
 }
 
 

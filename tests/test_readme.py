@@ -62,6 +62,7 @@ def test_the_readmes_sentences_are_the_tables():
         ({"contrastive": 1, "contrastive_causal": -1}, True),
         ({"contrastive_mean": 1, "contrastive": -1}, True),
         ({"cocoa_half": 1, "contrastive_half": -1}, True),
+        ({"cocoa_half": 1, "no_truncation_half": -1}, True),
         ({"contrastive_half_longer": 1, "cocoa_half": -1}, False),  # said as "points behind"
         ({"cocoa_mean": 1, "cocoa": -1}, True),
         ({"cocoa_mean": 1, "contrastive_mean": -1}, True),
@@ -130,11 +131,28 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     budgets = dict([*ends, ("cocoa_half", "contrastive_half")])
     p = [analysis.contrast(per_query, {full: 1, alone: -1})["p"] for full, alone in budgets.items()]
     corrected = dict(zip(budgets, analysis.holm(p), strict=True))
-    assert f"the only gain; {corrected['cocoa_half']:.2f} corrected for the ten budgets of notebook 05" in README
+    assert f"supported: {corrected['cocoa_half']:.3f} corrected for the ten budgets of notebook 05" in README
     assert (
-        f"With the mean, CoCoA less contrastive alone -3.3 [-6.2, -0.8], {corrected['cocoa_mean']:.2f} corrected"
-        in README
+        f"+7.2 [+5.2, +9.7],\n  supported: {corrected['cocoa_half']:.3f}" in README and corrected["cocoa_half"] < 0.05
     )
+    assert f"-3.3 [-6.0, -1.0],\n  {corrected['cocoa_mean']:.2f} corrected" in README
+    page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
+    rows = [" ".join(row.get_text(" ").split()) for row in page.select("tr")]
+    (pooled,) = [row for row in rows if row.startswith("5b. ")]
+    p = float(re.search(r"corrected p ([\d.]+)", pooled)[1])
+    assert f"certain after correction for\n  notebook 05's claims ({p:.2f})" in README and p < 0.05
+
+
+def test_the_readme_says_what_the_probes_found():
+    from cocoa_lib import analysis
+
+    def values(arm):
+        files = sorted((ROOT / "reports" / "long" / "results" / arm).glob("seed*/probe.csv"))
+        return pd.DataFrame({file.parent.name: pd.read_csv(file).set_index("measure")["value"] for file in files})
+
+    for measure, other in (("position", "contrastive"), ("count", "no_truncation"), ("size", "no_truncation")):
+        apart = (values("cocoa") - values(other)).loc[measure].dropna()
+        assert analysis.said(analysis.seed_interval(apart)) in README and len(apart) == 5, measure
 
 
 def test_the_readme_says_what_notebook_02_found():

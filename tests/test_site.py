@@ -175,7 +175,10 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
         in said
     )
     first = index.select_one("#gain ~ ul li").get_text()
-    assert first == "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds)."
+    assert first == (
+        "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds): a gain, "
+        "certain after correction for these rows."
+    )
 
 
 def test_many_commits_are_counted_not_listed_at_the_top(tmp_path):
