@@ -52,7 +52,10 @@ def provenance() -> dict[str, Any]:
     def git(*args: str) -> str:
         here = Path(__file__).parent
         command = ["git", *args]  # whichever git the user has; all arguments stand below
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
+        try:
+            done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
+        except OSError:  # no git, as in many images for GPUs: no reason to lose a finished run
+            return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
     versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")}

@@ -113,6 +113,13 @@ def test_what_a_kill_after_the_last_rename_left_is_cleared(home, tmp_path):
     assert go(home, out) == out and not (tmp_path / ".out.work").exists()
 
 
+def test_a_run_ends_whole_where_there_is_no_git(home, tmp_path, monkeypatch):
+    """Its folder names a commit where there is one; images for GPUs often come without git."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    go(home, tmp_path / "run", steps=1)
+    assert read_meta(tmp_path / "run")["commit"] == "unknown"
+
+
 def test_an_output_folder_nobody_can_write_is_said(home, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(TrainingError, match=r"cannot write below .*file \(Not a directory\): choose another output"):
