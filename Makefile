@@ -25,8 +25,8 @@ PY    := .venv/bin/python
 STAMP := .venv/.installed
 # The kernel `python3` is .venv's own, whatever the user has installed elsewhere.
 ENV   = PATH="$(CURDIR)/.venv/bin:$$PATH" JUPYTER_PREFER_ENV_PATH=1 TOKENIZERS_PARALLELISM=false
-# Tests: no network, no display, and one thread a worker.
-TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1
+# Tests: no network, no display, no GPU (outputs and figures are those of a CPU), and one thread a worker.
+TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
@@ -68,7 +68,7 @@ test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, 
 	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
 
 bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
-	@for script in stages logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 $(PY) benchmarks/$$script.py || exit 1; done
+	@for script in stages logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) benchmarks/$$script.py || exit 1; done
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)

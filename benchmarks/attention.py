@@ -7,11 +7,13 @@ python benchmarks/attention.py --device cuda      # forward and backward, L up t
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import in_turn, record, save
+from common import RESULTS, in_turn, record, save_parts, truly_compiled
 from torch.nn.attention.flex_attention import flex_attention
 
 from cocoa_lib.attention import block_mask, dense_mask, segments
@@ -40,6 +42,7 @@ def check(
         assert error < tolerance, f"{name} is off by {error}"
 
 
+@truly_compiled()
 def measure(length: int, share_a: float, device: str, n: int = 5) -> list[dict]:
     cuda = device != "cpu"
     qkv, ids = tensors(length, share_a, device, torch.bfloat16 if cuda else torch.float32)
@@ -65,15 +68,18 @@ def measure(length: int, share_a: float, device: str, n: int = 5) -> list[dict]:
     return records
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Dense SDPA against FlexAttention.")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--lengths", type=int, nargs="*")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    args = parser.parse_args(argv)
     lengths = args.lengths or ([512, 2048] if args.device == "cpu" else [512, 1024, 2048, 4096, 8192])
-    records = [line for length in lengths for share in (0.8, 0.5) for line in measure(length, share, args.device)]
+    shares = {"4:1": 0.8, "1:1": 0.5}
+    parts = {f"L {length}, A:B {ratio}": partial(measure, length, share, args.device)
+             for length in lengths for ratio, share in shares.items()}  # fmt: skip
     note = "equal to float64 (1e-5; bf16 3e-2), then time (n 5)"
-    save("attention" if args.device == "cpu" else "attention_gpu", records, note)
+    save_parts("attention" if args.device == "cpu" else "attention_gpu", parts, note, args.out, args.device)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,22 +69,69 @@ def record(name: str, compared: str, over: Sequence[float], under: Sequence[floa
     }
 
 
-def save(name: str, records: list[dict[str, Any]], note: str = "", folder: Path = RESULTS) -> None:
+@contextmanager
+def truly_compiled() -> Iterator[None]:
+    """What is compiled inside stays so: past dynamo's limit of shapes (8 of a function, in the whole process) Flex would go
+    on unfused, with a warning only. Here the count starts anew, and reaching the limit is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+
+
+def save(name: str, records: list[dict[str, Any]], note: str = "") -> None:
     """Print the records as a table and keep them, with machine and commit, as results/NAME.json."""
-    commit = provenance()["commit"] or "unknown"
+    keep(name, records, note)
+    show(name, records, note)
+
+
+def save_parts(
+    name: str, parts: dict[str, Callable[[], list[dict[str, Any]]]], note: str, folder: Path | None, device: str
+) -> list[dict[str, Any]]:
+    """Measure part by part and keep all records so far after each, as FOLDER/NAME.json (no folder: only print them).
+
+    A part that fails stands there, and in the table, as not measured, and why; the others go on. Raises SystemExit at the end
+    if any did.
+    """
+    records: list[dict[str, Any]] = []
+    failed: dict[str, str] = {}
+    for part, measure in parts.items():
+        try:
+            records += measure()
+        except Exception as error:  # memory, a compiler, a kernel: each says so in its own type
+            failed[part] = f"{type(error).__name__}: {error}"
+        gc.collect()  # of the part, and of the traceback that held it
+        torch.cuda.empty_cache()
+        if folder is not None:
+            keep(name, records, note, folder, device, failed)
+    show(name, records, note, failed)
+    if failed:
+        raise SystemExit(f"{name}: not measured: {'; '.join(failed)} (see above why)")
+    return records
+
+
+def keep(
+    name: str, records: list[dict[str, Any]], note: str, folder: Path = RESULTS, device: str = "cpu",
+    failed: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """FOLDER/NAME.json. A GPU is named where the measurements ran on it, not where the machine merely has one."""
+    commit = provenance()["commit"]
     machine = (
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     )
-    machine += f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    machine += f", {torch.cuda.get_device_name()}" if device != "cpu" else ""
     for line in records:
         line |= {key: float(f"{line[key]:.4g}") for key in ("ratio", "lowest", "highest")}
         line |= {"machine": machine, "commit": commit}
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"name": name, "note": note, "results": records}, indent=1)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-    width = max(len(line["name"]) for line in records)
+    content = {"name": name, "note": note, "results": records} | ({"not_measured": failed} if failed else {})
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def show(name: str, records: list[dict[str, Any]], note: str, failed: dict[str, str] | None = None) -> None:
+    width = max((len(line["name"]) for line in records), default=0)
     lines = [f"{line['name']:<{width}} {line['ratio']:>9.4g} [{line['lowest']:.4g}, {line['highest']:.4g}] "
              f"n={line['n']}  {line['compared']}" for line in records]  # fmt: skip
+    lines += [f"{part}: not measured, {why}" for part, why in (failed or {}).items()]
     sys.stdout.write("\n".join([f"\n{name}", *([note] if note else []), *lines, ""]))
     sys.stdout.flush()
 

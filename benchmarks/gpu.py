@@ -1,131 +1,197 @@
-"""Each stage at Qwen2-VL-2B's shape with random weights: tokens/s, model FLOP utilisation, peak memory.
+"""Training steps and `encode` at Qwen2-VL-2B's shape with random weights: tokens/s, utilisation, memory, what options cost.
 
-    python benchmarks/gpu.py                          # needs a GPU: writes results/gpu.json
-    python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, writes nothing
+    python benchmarks/gpu.py                          # needs a GPU of 80 GB: writes results/gpu.json, part by part
+    python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, keeps nothing unless --out says where
 
-**No GPU numbers exist yet**: this script has been run on a CPU at the tiny shape only. FLOPs are counted by
-`cocoa_lib.estimate.item_cost`, forward and backward, recomputation (GradCache, checkpointing) left out, as utilisation is
-usually defined; the peak it is measured against is stated in the output (H100, dense bf16: 989 TFLOP/s).
+**No GPU numbers exist yet**: this script has been run on a CPU at the tiny shape only. A step is forward, backward and fused
+AdamW, under bf16 autocast, all weights trained, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
+`cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
+checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in
+the output (H100, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make reproduce PROFILE=gpu`.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import ROOT, save, small_model
+from common import RESULTS, ROOT, WORDS, in_turn, record, save_parts, small_model, truly_compiled
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from cocoa_lib.attention import EOS, A, B
-from cocoa_lib.backbone import hidden_states, language_model, pool, set_bidirectional
-from cocoa_lib.corruption import IGNORE
+from cocoa_lib.attention import dense_mask
+from cocoa_lib.backbone import language_model, set_bidirectional
+from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.estimate import item_cost
-from cocoa_lib.objectives import Reconstruction, info_nce
+from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
 from cocoa_lib.recipes import make_recipe
 
 SHAPE = ROOT / "data/configs/qwen2_vl_2b"
+COMPILED, CHECKPOINTING, FLEX, CACHE = "compiled layers", "gradient checkpointing", "Flex", "GradCache"
+# Stage and ways of taking a step; of two ways, time of the first over that of the second. "plain": SDPA, no option on, a whole
+# batch at once. It comes alone first, so that a way that fails does not take it along.
+PARTS: list[tuple[str, tuple[str, ...]]] = [
+    ("stage1", ("plain",)), ("stage1", ("plain", COMPILED)), ("stage1", (CHECKPOINTING, "plain")),
+    ("stage2", ("plain",)), ("stage2", ("plain", FLEX)),
+    ("stage3", ("plain",)), ("stage3", (CACHE, "plain")), ("stage3", (CACHE,)),
+]  # fmt: skip
 
 
-def model_of(tiny: bool, device: str, attention: str):
-    """Random weights: nothing is downloaded."""
-    if tiny:
-        model, _ = small_model(hidden_size=64, layers=2)
-    else:
+def model_of(tiny: bool, device: str, max_length: int):
+    """Random weights, and inputs with a small tokenizer, whose picture mark the model is told: nothing is downloaded."""
+    model, inputs = small_model(
+        64, patch_size=8 if tiny else 14, image_pixels=pixels(1344, tiny) ** 2, max_length=max_length
+    )
+    if not tiny:
         with torch.device(device):
             model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(SHAPE), dtype=torch.float32)
-    set_bidirectional(model, True)
-    language_model(model).config._attn_implementation = attention
-    return model.to(device).train()
+        model.config.image_token_id = inputs.image_pad_id
+    return set_bidirectional(model.to(device), True), inputs
 
 
-def text_batch(
-    batch: int, length: int, stage: str, rate: float, vocabulary: int, device: str
-) -> dict[str, torch.Tensor]:
-    """Random ids; stage 2: half A, EOS, half B, B masked; others: A and EOS."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, vocabulary - 10, (batch, length), generator=generator)  # no special tokens
-    segments = torch.full_like(ids, A)
-    eos = length // 2 if stage == "stage2" else length - 1
-    segments[:, eos], segments[:, eos + 1 :] = EOS, B
-    hidden = (torch.rand(ids.shape, generator=generator) < rate) & (segments == (B if stage == "stage2" else A))
-    hidden[:, 0] = False
-    data = {"input_ids": ids, "segment_ids": segments, "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": torch.zeros_like(ids), "labels": torch.where(hidden, ids, IGNORE)}  # fmt: skip
-    return {name: value.to(device) for name, value in data.items()}
+def pixels(side: int, tiny: bool) -> int:
+    """A picture's side: the tiny model is shown one fourteenth of it."""
+    return side // 14 if tiny else side
 
 
-def measure(stage: str, *, tiny: bool, device: str, batch: int, length: int, peak: float, attention: str = "sdpa",
-            n: int = 5) -> dict[str, Any]:  # fmt: skip
-    """Medians of n steps (forward and backward, bf16 autocast on a GPU) after one that is not counted."""
-    recipe = make_recipe(stage, {"bf16": device != "cpu"})
-    module = Reconstruction(model_of(tiny, device, attention), layout=recipe.layout)
-    rate = getattr(recipe, "text_mask_rate", 0.0)
-    vocabulary = min(150_000, language_model(module.model).config.vocab_size)  # Qwen2's special tokens lie above
-    data, seconds = text_batch(batch, length, stage, rate, vocabulary, device), []
-    twin = data | {"input_ids": data["input_ids"].roll(1, 1)}
-    masked = float((data["labels"] != IGNORE).sum()) / batch
-    cost = item_cost(module, recipe, length - 3, 0.0, masked)  # `item_cost` adds the picture's marks and EOS itself
-    sides = 2 if stage == "stage3" else 1
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    for turn in range(n + 1):
-        start = time.perf_counter()
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=device != "cpu"):
+def pictures(n: int, side: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 255, (n, side, side, 3), dtype=np.uint8)
+    return [Image.fromarray(values) for values in noise]
+
+
+def switch(model, way: str, device: str) -> None:
+    """From now on, steps in this way. (Compiled layers are so for good: `set_stance` says whether that is used.)"""
+    language_model(model).config._attn_implementation = "flex_attention" if way == FLEX else "sdpa"
+    model.gradient_checkpointing_enable() if way == CHECKPOINTING else model.gradient_checkpointing_disable()
+    for layer in language_model(model).layers if way == COMPILED else ():
+        if layer._compiled_call_impl is None:
+            layer.compile(backend="eager" if device == "cpu" else "inductor")  # on a CPU: only that it can be traced
+
+
+def batches(stage: str, recipe, inputs, rows: int, side: int) -> list[dict[str, torch.Tensor]]:
+    """One batch, in stage 3 two columns, as training makes them; every row is cut to the same length."""
+    text = " ".join(WORDS * (inputs.max_length // len(WORDS) + 1))  # a token a word or more
+    items = [
+        {"text": text, "target": text, "image": image, "draw": i} for i, image in enumerate(pictures(2 * rows, side))
+    ]
+    if stage == "stage3":
+        return [inputs.collate(items[:rows]), inputs.collate(items[rows:])]
+    return [{"stage1": stage1_batch, "stage2": stage2_batch}[stage](items[:rows], inputs, recipe, 0)]
+
+
+def flops_of(module: Reconstruction, recipe, columns: list[dict[str, torch.Tensor]], side: int) -> float:
+    """Forward and backward of a step; attention, backward twice forward, of the pairs that the layout allows."""
+    rows, length = columns[0]["input_ids"].shape
+    cells = int(columns[0]["mm_token_type_ids"][0].sum())
+    masked = float((columns[0]["labels"] >= 0).sum()) / rows if "labels" in columns[0] else 0.0
+    cost = item_cost(module, recipe, length - cells - 3, side**2, masked)  # adds the picture's marks and EOS itself
+    words = language_model(module.model).config
+    barred = 1 - float(dense_mask(recipe.layout, columns[0]["segment_ids"]).float().mean())
+    layers = words.num_hidden_layers + (len(module.decoder.layers) if module.decoder else 0)
+    unseen = 3 * 4 * length**2 * words.hidden_size * layers * barred
+    return len(columns) * rows * (cost.forward + cost.backward - unseen)
+
+
+@truly_compiled()
+def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: int, chunk: int, length: int, peak: float,
+          n: int = 5) -> list[dict[str, Any]]:  # fmt: skip
+    """Steps in each way, in turn: utilisation, tokens/s and peak memory of each (of "plain" where it is alone), and the ratio."""
+    cuda, side = device != "cpu", pixels(448, tiny)
+    recipe = make_recipe(stage, {"bf16": cuda})
+    model, inputs = model_of(tiny, device, length)
+    module = Reconstruction(model, layout=recipe.layout, image_weight=getattr(recipe, "image_weight", 0.0))
+    module.to(device).train()
+    columns = batches(stage, recipe, inputs, rows, side)
+    flops, tokens = flops_of(module, recipe, columns, side), sum(column["input_ids"].numel() for column in columns)
+    columns = [{name: value.to(device) for name, value in column.items()} for column in columns]
+    taken = EosEmbedding(model, inputs) if stage == "stage3" else module
+    taken.forward = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda)(taken.forward)
+    optimiser, memory = torch.optim.AdamW(taken.parameters(), lr=1e-5, fused=True), dict.fromkeys(ways, 0.0)
+
+    def step(way: str) -> None:
+        switch(model, way, device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with torch.compiler.set_stance("default" if way in (COMPILED, FLEX) else "force_eager"):
             if stage == "stage3":
-                query, positive = (pool(hidden_states(module.model, side), side) for side in (data, twin))
-                loss = info_nce(query, positive, torch.arange(batch, device=device), temperature=recipe.temperature)
+                size = chunk if way == CACHE else rows
+                loss = CachedInfoNCE(taken, temperature=recipe.temperature, mini_batch_size=size)(map(dict, columns))
             else:
-                loss = module(**data)["loss"]
-        loss.backward()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        module.zero_grad()
-        if turn:
-            seconds.append(time.perf_counter() - start)
-    rate_of = [sides * batch * (cost.forward + cost.backward) / x / (peak * 1e12) for x in seconds]
-    memory = 0 if device == "cpu" else torch.cuda.max_memory_allocated()
-    return {
-        "name": f"{stage}, {attention}, L {length}, batch {batch}",
-        "compared": f"achieved / peak FLOP rate ({peak:g} TFLOP/s), forward and backward",
-        "ratio": statistics.median(rate_of), "n": n, "lowest": min(rate_of), "highest": max(rate_of),
-        "tokens_per_second": sides * batch * length / statistics.median(seconds), "peak_memory_gb": memory / 1e9,
-    }  # fmt: skip
+                loss = taken(**columns[0])["loss"]
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        memory[way] = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+
+    seconds = in_turn({way: partial(step, way) for way in ways}, n)
+    shape = f"{rows} rows of {length}"
+    lines = []
+    for way in ways if len(ways) == 1 else set(ways) - {"plain"}:
+        rates = [flops / x / 1e12 for x in seconds[way]]
+        more = {"tokens_per_second": tokens / float(np.median(seconds[way])), "peak_memory_gb": memory[way]}
+        lines.append(record(f"{stage}, {way}, {shape}", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), step with AdamW", rates,
+                            [peak] * n, **more))  # fmt: skip
+    if len(ways) == 2:
+        more = {"peak_memory_gb": [memory[way] for way in ways]}
+        lines.append(
+            record(f"{stage}, {ways[0]} / {ways[1]}, {shape}", "step time", *(seconds[way] for way in ways), **more)
+        )
+    return lines
+
+
+def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> list[dict[str, Any]]:
+    """`encode` of pictures in memory, bf16 weights on a GPU: resizing in 8 processes, copying and computing."""
+    cuda, size = device != "cpu", pixels(side, tiny)
+    model, inputs = model_of(tiny, device, 4096)
+    module = Reconstruction(model, layout="bidirectional")
+    embedder = CocoaEmbedder(EosEmbedding(model.to(torch.bfloat16 if cuda else torch.float32), inputs))
+    number, batch = (4, 2) if tiny else (512 * 448**2 // side**2, max(1, 32 * 448**2 // side**2))
+    items = (pictures(min(number, 32), size) * number)[:number]
+    seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch, workers=8 if cuda else 0)}, n)[""]
+    cost = item_cost(module, make_recipe("stage3", {"bf16": cuda}), 0, size**2, 0.0)
+    rates = [number * cost.forward / x / 1e12 for x in seconds]
+    return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), resizing included", rates,
+                   [peak] * n, images_per_second=number / float(np.median(seconds)))]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(description="Tokens/s, utilisation, peak memory of each stage; text sequences.")
+    parser = argparse.ArgumentParser(
+        description="Tokens/s, utilisation, peak memory of each stage; images/s of encode."
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that the script runs")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument(
+        "--batch", type=int, default=6, help="rows of a step; stage 3 takes half, through GradCache four times as many"
+    )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of the device at the precision used")
+    parser.add_argument("--out", type=Path, help="folder of gpu.json (benchmarks/results; of a CPU's numbers none)")
     args = parser.parse_args(argv)
-    if args.device != "cpu" and not torch.cuda.is_available():
+    cpu = args.device == "cpu"
+    if not cpu and not torch.cuda.is_available():
         raise SystemExit("no GPU here: nothing measured. `--device cpu --tiny` checks that the script runs.")
-    runs = [("stage1", "sdpa"), ("stage2", "sdpa"), ("stage2", "flex_attention"), ("stage3", "sdpa")]
-    records = []
-    for stage, attention in runs:
-        if args.device == "cpu" and attention != "sdpa":
+    common = {"tiny": args.tiny, "device": args.device, "peak": args.peak}
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {}
+    for stage, ways in PARTS:
+        if cpu and FLEX in ways:
             continue  # Flex has no backward on a CPU
-        batch = max(2, args.batch // 2) if stage == "stage3" else args.batch  # it has two sides, and no GradCache here
-        try:
-            records.append(
-                measure(stage, tiny=args.tiny, device=args.device, batch=batch, length=args.length, peak=args.peak,
-                        attention=attention)
-            )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            sys.stdout.write(f"{stage}, {attention}, not measured: {error}\n")
-            torch.cuda.empty_cache()
-    if args.device != "cpu":
-        save("gpu", records, "random weights at Qwen2-VL-2B's shape, text only, bf16 autocast")
-    else:
-        sys.stdout.write("runs; a CPU's numbers mean nothing here and are not kept. No GPU numbers exist yet.\n")
-    return records
+        half = max(2, args.batch // 2)
+        rows, chunk = (4 * args.batch, args.batch) if ways == (CACHE,) else (half, (half + 1) // 2)
+        rows = rows if stage == "stage3" else args.batch
+        parts[f"{stage}, {' / '.join(ways)}"] = partial(
+            train, stage, ways, rows=rows, chunk=chunk, length=args.length, **common
+        )
+    parts |= {f"encode, {side} pixels": partial(encode, side, **common) for side in (448, 1344)}
+    note = "random weights at Qwen2-VL-2B's shape, bf16, a picture of 448 x 448 a row; n 5"
+    if cpu:
+        note = "runs; a CPU's numbers mean nothing here and are not kept. No GPU numbers exist yet."
+    return save_parts("gpu", parts, note, args.out or (None if cpu else RESULTS), args.device)
 
 
 if __name__ == "__main__":

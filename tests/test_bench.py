@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -129,13 +130,146 @@ def test_encode_knows_an_items_length_before_it_makes_the_batch(small, picture):
     assert cells.tolist() == batch["mm_token_type_ids"].sum(1).tolist()
 
 
-def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch):
+TINY = ["--device", "cpu", "--tiny", "--batch", "2", "--length", "16"]
+
+
+def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
+    import common
     import gpu
 
     def refuse(*args, **kwargs):
         raise AssertionError("a CPU's numbers were kept")
 
-    monkeypatch.setattr(gpu, "save", refuse)
-    lines = gpu.main(["--device", "cpu", "--tiny", "--batch", "2", "--length", "16"])
-    assert [line["name"].split(",")[0] for line in lines] == ["stage1", "stage2", "stage3"]
-    assert all(0 < line["ratio"] < 1 and line["tokens_per_second"] > 0 for line in lines)
+    monkeypatch.setattr(common, "keep", refuse)
+    lines = {line["name"].removesuffix(" rows of 16"): line for line in gpu.main(TINY)}
+    shares = {name: line for name, line in lines.items() if "/" not in name}
+    assert list(shares) == [
+        "stage1, plain, 2", "stage1, compiled layers, 2", "stage1, gradient checkpointing, 2", "stage2, plain, 2",
+        "stage3, plain, 2", "stage3, GradCache, 2", "stage3, GradCache, 8", "encode, 448 x 448 pixels",
+        "encode, 1344 x 1344 pixels",
+    ]  # fmt: skip
+    assert all(0 < line["ratio"] < 1 and line.get("tokens_per_second", line.get("images_per_second", 0)) > 0
+               for line in shares.values())  # fmt: skip
+    ratios = [
+        "stage1, plain / compiled layers, 2",
+        "stage1, gradient checkpointing / plain, 2",
+        "stage3, GradCache / plain, 2",
+    ]
+    assert [name for name in lines if "/" in name] == ratios
+    assert "not measured" not in capsys.readouterr().out
+
+
+def test_a_part_that_fails_is_told_and_costs_no_other(monkeypatch, tmp_path, capsys):
+    import gpu
+
+    def train(stage, ways, **settings):
+        if stage == "stage2":
+            assert len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 3, "kept as soon as it was there"
+            raise NotImplementedError("no kernel for this")
+        return [gpu.record(f"{stage}, {' / '.join(ways)}", "a / b", [1.0], [2.0])]
+
+    monkeypatch.setattr(gpu, "train", train)
+    with pytest.raises(SystemExit, match="not measured: stage2, plain"):
+        gpu.main([*TINY, "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert content["not_measured"] == {"stage2, plain": "NotImplementedError: no kernel for this"}
+    others = len(gpu.PARTS) - 2  # of stage 2 one fails, the other, Flex, needs a GPU
+    assert len(content["results"]) == others + 2 and content["results"][-1]["name"].startswith("encode, 1344")
+    assert "stage2, plain: not measured, NotImplementedError: no kernel" in capsys.readouterr().out
+
+
+def test_a_gpu_is_named_where_it_measured(monkeypatch, tmp_path):
+    from common import keep, record
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    for device in ("cpu", "cuda"):
+        keep("x", [record("x", "a / b", [1.0], [1.0])], "", tmp_path, device)
+        machine = json.loads((tmp_path / "x.json").read_text())["results"][0]["machine"]
+        assert machine.endswith(", a GPU") == (device == "cuda")
+
+
+def test_stage_2_is_counted_by_the_pairs_that_its_layout_allows():
+    import gpu
+
+    from cocoa_lib.objectives import Reconstruction
+    from cocoa_lib.recipes import make_recipe
+
+    model, inputs = gpu.model_of(True, "cpu", 40)
+    recipe, open_recipe = make_recipe("stage2"), make_recipe("stage2", {"layout": "bidirectional"})
+    module = Reconstruction(model, layout=recipe.layout)
+    columns = gpu.batches("stage2", recipe, inputs, 2, 32)
+    count_a, count_b = ((columns[0]["segment_ids"] == segment).sum() for segment in (1, 3))
+    assert columns[0]["input_ids"].shape == (2, 40) and count_a + count_b == 2 * 39
+    barred = 2 * 2 * int(count_a / 2) * int(count_b / 2)  # A to B and back, two rows
+    less = gpu.flops_of(module, open_recipe, columns, 32) - gpu.flops_of(module, recipe, columns, 32)
+    assert less == pytest.approx(3 * 4 * barred * 64 * 2)  # backward twice forward; width 64, two layers
+
+
+def test_the_gpu_scripts_real_shape_takes_its_batches(monkeypatch, tmp_path):
+    """Qwen2-VL-2B's own configuration, narrowed: the small tokenizer's ids fit it, and a picture of 448 pixels a row."""
+    import gpu
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(gpu.SHAPE)
+    text, vision = config.text_config, config.vision_config
+    for key, value in {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1,
+                       "num_key_value_heads": 1, "layer_types": ["full_attention"]}.items():  # fmt: skip
+        setattr(text, key, value)
+    text.rope_parameters["mrope_section"] = [4, 6, 6]
+    vision.depth, vision.num_heads, vision.embed_dim, vision.hidden_size = 1, 1, 32, 32
+    config.save_pretrained(tmp_path)
+    monkeypatch.setattr(gpu, "SHAPE", tmp_path)
+    for stage in ("stage1", "stage3"):
+        lines = gpu.train(stage, ("plain",), tiny=False, device="cpu", rows=2, chunk=1, length=300, peak=1, n=1)
+        assert [line["name"] for line in lines] == [f"{stage}, plain, 2 rows of 300"]
+
+
+def test_what_is_measured_as_compiled_is_compiled():
+    """After eight shapes of one function dynamo would go on uncompiled."""
+    from common import truly_compiled
+
+    def twice(x):
+        return x + x
+
+    def go(shapes):
+        for n in shapes:
+            torch.compile(twice, dynamic=False, backend="eager")(torch.zeros(n))
+
+    limit = torch._dynamo.config.recompile_limit
+    for first in (2, 100):  # the count starts anew
+        truly_compiled()(go)(range(first, first + limit))
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        truly_compiled()(go)(range(2, 3 + limit))
+
+
+def test_attention_is_measured_so(monkeypatch):
+    import attention
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    seen = []
+    monkeypatch.setattr(attention, "check", lambda *a: seen.append(torch._dynamo.config.fail_on_recompile_limit_hit))
+    attention.measure(32, 0.5, "cpu", n=1)
+    assert seen == [True]
+
+
+def test_an_attention_shape_that_fails_is_told(monkeypatch, tmp_path):
+    import attention
+
+    def measure(length, share, device):
+        if length == 32:
+            raise RuntimeError("flex is off")
+        return [attention.record(f"{length}", "a / b", [1.0], [2.0])]
+
+    monkeypatch.setattr(attention, "measure", measure)
+    with pytest.raises(SystemExit, match="not measured: L 32, A:B 4:1; L 32, A:B 1:1"):
+        attention.main(["--lengths", "32", "64", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "attention.json").read_text())
+    assert set(content["not_measured"].values()) == {"RuntimeError: flex is off"} and len(content["results"]) == 2
+
+
+def test_the_suites_of_the_cpu_see_no_gpu():
+    """Else `make bench` would mix both, and two processes of a test would share one GPU, which NCCL refuses."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^TESTENV = .*CUDA_VISIBLE_DEVICES=$", text, re.M)
+    assert re.search(r"^bench:.*\n.*; do .*CUDA_VISIBLE_DEVICES= .*benchmarks/", text, re.M)
