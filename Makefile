@@ -12,8 +12,10 @@ ON_BAD_ROW   ?=
 # More seeds than the profile's, e.g. SEEDS="0 1 2": those that are there are not trained again.
 SEEDS        ?=
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-# NVIDIA GPUs of this machine: as many trainings and evaluations at a time, one on each. Without any, CORES says how many.
-GPUS    ?= $(shell nvidia-smi -L 2>/dev/null | grep -c "^GPU")
+# NVIDIA GPUs of this machine, or those of CUDA_VISIBLE_DEVICES: as many trainings and evaluations at a time, one on each.
+# Without any, CORES says how many.
+comma := ,
+GPUS    ?= $(if $(filter undefined,$(origin CUDA_VISIBLE_DEVICES)),$(shell nvidia-smi -L 2>/dev/null | grep -c "^GPU"),$(words $(filter-out -%,$(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)))))
 PYTHON  ?=
 SNAKEFLAGS ?=
 LABFLAGS   ?=

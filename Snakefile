@@ -51,7 +51,8 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:  # `workflo
 
 # Several GPUs (`make` counts them): each step takes the first that no other step of this run has; `gpu` keeps them to one each.
 GPUS = int(config.get("gpus", 0))
-SLOT = f"for g in $(seq 0 {GPUS - 1}); do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
+CARDS = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card][:GPUS] or list(map(str, range(GPUS)))
+SLOT = f"for g in {shlex.join(CARDS)}; do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
 shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; " + SLOT)
 
 

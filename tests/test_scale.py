@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -433,13 +434,32 @@ def test_resources_are_set_for_rules_that_exist(cluster_jobs):
     assert rules - set(profile["set-resources"]) <= {"all", "masks"}, "every other step says what it needs"
 
 
-def test_each_gpu_has_one_step_at_a_time(tmp_path):
-    """What the graph puts before each step where `make` counts several GPUs; tried without any."""
-    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    loop = re.search(r'SLOT = f"(.*?)" if', text)[1].replace("{GPUS - 1}", "2").replace("{RUN}", str(tmp_path))
-    steps = [subprocess.Popen(["bash", "-c", f"{loop} echo $CUDA_VISIBLE_DEVICES; sleep 2"], stdout=subprocess.PIPE, text=True)
-             for _ in range(3)]  # fmt: skip
-    assert sorted(step.communicate()[0].strip() for step in steps) == ["0", "1", "2"]
+@pytest.mark.parametrize("visible, cards", [(None, ["0", "1", "2"]), ("7,4,GPU-3fe1", ["4", "7", "GPU-3fe1"])])
+def test_each_gpu_has_one_step_at_a_time(tmp_path, monkeypatch, visible, cards):
+    """What the graph puts before each step where `make` counts several GPUs; tried without any. Of a user's choice, no other."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    lines = re.search(r"^GPUS = .*?^SLOT = .*?$", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M | re.S)[0]
+    names = {"os": os, "shlex": shlex, "config": {"gpus": "3"}, "RUN": str(tmp_path)}
+    exec(lines, names)  # the Snakefile's own
+    command = ["bash", "-c", f"{names['SLOT']} echo $CUDA_VISIBLE_DEVICES; sleep 2"]
+    steps = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(step.communicate()[0].strip() for step in steps) == cards
+
+
+@pytest.mark.parametrize("visible, count", [(None, 8), ("3", 1), ("2,5", 2), ("", 0), ("-1", 0)])
+def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, visible, count):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
+    }
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    command = ["make", "-s", "--eval", "gpus: ; @echo $(GPUS)", "gpus"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == str(count), done.stderr
 
 
 def test_every_step_that_trains_or_encodes_waits_for_a_gpu():
