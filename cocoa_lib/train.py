@@ -18,8 +18,9 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ SPENT = "seconds.json"  # in a Trainer checkpoint: training time so far, of all 
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
 KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
 KEPT_IMAGES = 1 << 29  # bytes of processed pictures that a process keeps, all its workers together (ours)
+SAVING = timedelta(hours=2)  # the finished folder's merging, writing and hashing, at most
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
 
@@ -452,21 +454,14 @@ def _run(
     trainer.add_callback(Bar())
     trainer.add_callback(watch)
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with reporting_a_death(trainer, state):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (OSError, SafetensorError) as error:
         if "No space left" not in str(error):
             raise
         raise TrainingError(
             f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
             "space and run the same command: it goes on from the last whole checkpoint"
-        ) from error
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
-            raise
-        raise TrainingError(
-            f"another process of this run died or cannot be reached (after step {trainer.state.global_step}, process "
-            f"{state.process_index} of {state.num_processes}); its own log says why. The same command goes on from the last "
-            "whole checkpoint, also with another number of processes"
         ) from error
     finally:
         watch.restore()
@@ -476,6 +471,9 @@ def _run(
     seconds = watch.seconds()
     if trainer.is_fsdp_enabled:
         unshard(trainer, whole)
+    # The others wait by gloo, on GPUs too: NCCL gives up after ten minutes, which writing tens of gigabytes to a slow disk can
+    # take, and a longer limit would be that of every step. A death, gloo sees at once.
+    several = state.num_processes > 1 and torch.distributed.new_group(backend="gloo", timeout=SAVING)
     if trainer.is_world_process_zero():
         module, model, adapter = whole
         if adapter is not None:
@@ -483,8 +481,25 @@ def _run(
         decoder = getattr(module, "decoder", None)
         _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
-    trainer.accelerator.wait_for_everyone()
+    if several:
+        with reporting_a_death(trainer, state):
+            torch.distributed.barrier(several)
     return out
+
+
+@contextmanager
+def reporting_a_death(trainer: Trainer, state: PartialState) -> Iterator[None]:
+    """Torch's words for a process that no longer answers, as a TrainingError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise TrainingError(
+            f"another process of this run died or cannot be reached (after step {trainer.state.global_step}, process "
+            f"{state.process_index} of {state.num_processes}); its own log says why. The same command goes on from the last "
+            "whole checkpoint, also with another number of processes"
+        ) from error
 
 
 def _finish(

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace as Namespace
 
 import numpy as np
@@ -197,6 +198,44 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert word.startswith(TrainingError.__name__) and "another process of this run" in word and "after step 3" in word
     assert train.last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
+
+
+def the_last_word(rank, home, out, finish):
+    """Stage 2, with `finish` for what the main process does last; anywhere else the others would wait a second for it."""
+    restore = train.Watch.restore
+
+    def impatient(self):
+        restore(self)
+        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Watch, "restore", impatient)
+        patch.setattr(train, "_finish", finish)
+        go(home, "stage2", out / "stage2")
+
+
+def slow_to_save(rank, home, out, original=train._finish):
+    def finish(*args):
+        time.sleep(3)
+        original(*args)
+
+    the_last_word(rank, home, out, finish)
+
+
+def dies_saving(rank, home, out):
+    the_last_word(rank, home, out, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_a_slow_disk_costs_no_finished_run(home, tmp_path):
+    assert together(slow_to_save, home, tmp_path) == [0, 0], [path.read_text() for path in tmp_path.glob("error-*")]
+    assert_close(home, "stage2", tmp_path / "stage2")
+
+
+def test_a_death_while_the_others_wait_for_the_folder_ends_them(home, tmp_path):
+    start = time.monotonic()
+    assert together(dies_saving, home, tmp_path) == [-signal.SIGKILL, 1]
+    assert time.monotonic() - start < 60
+    assert "another process of this run died" in (tmp_path / "error-1").read_text()
 
 
 # --- sharded weights ----------------------------------------------------------------------------------------------------
