@@ -219,8 +219,10 @@ class CocoaEmbedder:
     def _encode_window(self, batches: _Batches, start: int, workers: int, on_bad_item: str, bar: tqdm) -> np.ndarray:
         vectors = np.full((len(batches.items), self.module.get_embedding_dimension()), np.nan, dtype=np.float32)
         generator = torch.Generator()  # its own, or the loader would draw a number from the caller's
-        workers = min(workers, len(batches))
-        for chosen, batch, bad in DataLoader(batches, batch_size=None, num_workers=workers, generator=generator):
+        workers, pin = min(workers, len(batches)), self._device().type == "cuda"  # then no copy to it is waited for
+        loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin)
+        found: list[tuple[np.ndarray, Tensor]] = []
+        for chosen, batch, bad in loader:
             for i, fault in bad:
                 if on_bad_item == "stop":
                     error = InputError(f"item {start + i}: {fault}")
@@ -228,15 +230,20 @@ class CocoaEmbedder:
                     raise error
                 logger.warning("item %d is left out: %s", start + i, fault)
             if batch is not None:
-                vectors[chosen] = self._encode_batch(batch)
+                found.append((chosen, self._encode_batch(batch)))
             bar.update(len(chosen) + len(bad))
+        for chosen, part in found:  # at the end: fetched one by one, a GPU would wait for the next to be read
+            vectors[chosen] = part.cpu().numpy()
         return vectors
 
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
     @torch.inference_mode()
-    def _encode_batch(self, batch: Batch) -> np.ndarray:
-        device = next(self.module.parameters()).device
-        features = {name: value.to(device) for name, value in batch.items()}
-        return self.module(features)["sentence_embedding"].cpu().numpy()
+    def _encode_batch(self, batch: Batch) -> Tensor:
+        device = self._device()
+        features = {name: value.to(device, non_blocking=device.type == "cuda") for name, value in batch.items()}
+        return self.module(features)["sentence_embedding"]
 
 
 class _Batches(Dataset):

@@ -124,8 +124,8 @@ MUTATIONS = (
              "test_mmeb.py::test_identical_embeddings_score_0_and_100_by_the_public_rule"),
     Mutation("altered files of a checkpoint are read", "checkpoint", "if file_hash(path) != digest:", "if False:",
              "test_embedder.py::test_a_missing_or_torn_file_of_a_checkpoint_is_named"),
-    Mutation("vectors come back in the order of their length", "embedder", "vectors[chosen] = self._encode_batch(",
-             "vectors[np.sort(chosen)] = self._encode_batch(",
+    Mutation("vectors come back in the order of their length", "embedder", "vectors[chosen] = part",
+             "vectors[np.sort(chosen)] = part",
              "test_embedder.py::test_vectors_are_normalised_and_in_the_order_given"),
 )  # fmt: skip
 

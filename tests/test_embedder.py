@@ -175,6 +175,23 @@ def test_workers_change_no_vector_and_no_random_state(embedder, picture, tmp_pat
     assert error.value.item == 7
 
 
+def test_only_for_a_gpu_is_memory_pinned(embedder, picture, monkeypatch):
+    some, used = items(picture, 8), []
+    whole, loader = embedder.encode(some, batch_size=4), library.DataLoader
+    monkeypatch.setattr(library, "DataLoader", lambda *a, pin_memory, **k: used.append(pin_memory) or loader(*a, **k))
+    embedder.encode(some, batch_size=4)
+    encode, device = CocoaEmbedder._encode_batch, CocoaEmbedder._device  # as on a GPU, but for the model's own pass
+    monkeypatch.setattr(CocoaEmbedder, "_device", lambda self: torch.device("cuda"))
+
+    def on_the_cpu(self, batch):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CocoaEmbedder, "_device", device)
+            return encode(self, batch)
+
+    monkeypatch.setattr(CocoaEmbedder, "_encode_batch", on_the_cpu)
+    assert np.array_equal(embedder.encode(some, batch_size=4), whole) and used == [False, True]
+
+
 def test_a_megabyte_of_text_is_cut_and_embedded(embedder):
     small, large = "a cat and a dog, " * 1000, "a cat and a dog, " * 62_000
     assert len(large) > 1_000_000
