@@ -86,9 +86,8 @@ def open_backbone(
         model.to(torch.accelerator.current_accelerator())
     if flex:
         language_model(model).config._attn_implementation = "flex_attention"
-        torch._dynamo.config.recompile_limit = (
-            64  # each shape of a batch is one; past 8 it goes on unfused, with a warning
-        )
+        # Each shape of a batch is compiled; past torch's own limit of 8 the others would run unfused, with a mere warning.
+        torch._dynamo.config.recompile_limit = 64
         if (reason := _flex_failure(model)) is not None:
             language_model(model).config._attn_implementation = "sdpa"
             logger.warning("flex_attention is not available here (%s); using sdpa, which gives the same", reason)
