@@ -120,6 +120,30 @@ def test_the_table_in_the_docs_is_the_estimate():
         assert f"| {label} | {' | '.join(cells)} |" in text
 
 
+def test_the_hours_of_encoding_in_the_docs_are_the_estimate():
+    text, recipe = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), make_recipe("stage3", {"bf16": True})
+    sizes = {"text only": 0, "picture of 448 x 448": 448**2, "larger picture, shrunk to 1280 tokens": 1280 * 28**2}
+    modules = [build(CONFIGS / folder, "stage3", recipe) for folder in SHAPES.values()]
+    for label, pixels in sizes.items():
+        cells = []
+        for module in modules:
+            flops = item_cost(module, recipe, 64, pixels, 0.0).forward
+            hours, digits = 1e9 * flops / (989e12 * 0.35 * 3600), 1 if pixels > 448**2 else 2
+            cells.append(f"{flops / 1e12:.{digits}f}, {round(hours, -2 if pixels else 0):,.0f} h")
+        assert f"| {label} | {' | '.join(cells)} |" in text, cells
+
+
+def test_the_docs_say_which_chunks_of_gradcache_fit():
+    text, values = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), load_profile("paper")["stage3"]
+    recipe = make_recipe("stage3", values | {"mini_batch_size": 16})
+    two, three, seven = (
+        estimate.estimate(CONFIGS / folder, "stage3", recipe, Data(), devices=8)["memory"] / 1e9
+        for folder in SHAPES.values()
+    )
+    assert f"fits at 2B ({two:.0f} GB) and 3B ({three:.0f}), at 7B ({seven:.0f}) without sharding it does not" in text
+    assert three < 72 < seven, "a tenth of 80 GB is left free"
+
+
 FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
 
 
