@@ -391,9 +391,9 @@ def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_fl
     model, inputs = small
     model.save_pretrained(tmp_path)
     monkeypatch.setattr(backbone, "_flex_failure", lambda model: None)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
-    assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
+    with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would hide the option from other tests afterwards
+        opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
+        assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
     assert language_model(opened).config._attn_implementation == "flex_attention"
     assert opened.config.vision_config._attn_implementation == "sdpa", "the vision tower has its own masks"
     ids = torch.tensor([[5, 6, 7]])
