@@ -473,7 +473,8 @@ def _run(
         unshard(trainer, whole)
     # The others wait by gloo, on GPUs too: NCCL gives up after ten minutes, which writing tens of gigabytes to a slow disk can
     # take, and a longer limit would be that of every step. A death, gloo sees at once.
-    several = state.num_processes > 1 and torch.distributed.new_group(backend="gloo", timeout=SAVING)
+    with reporting_a_death(trainer, state):
+        several = state.num_processes > 1 and torch.distributed.new_group(backend="gloo", timeout=SAVING)
     if trainer.is_world_process_zero():
         module, model, adapter = whole
         if adapter is not None:
