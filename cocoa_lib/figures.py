@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from PIL import Image
@@ -69,8 +70,11 @@ def show(figure: Figure, name: str = "", folder: str | Path = ""):
         data = save(figure, path(folder), name).read_bytes()
     else:
         png = io.BytesIO()
-        with mpl.rc_context(STYLE):
-            figure.savefig(png, format="png", metadata={"Software": None})
+        with mpl.rc_context(STYLE):  # the same pixels as `savefig`, which draws twice: explorers wait for this
+            figure.set_dpi(STYLE["savefig.dpi"])
+            canvas = FigureCanvasAgg(figure)
+            canvas.draw()
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(png, "PNG", compress_level=2)
         data = png.getvalue()
     return Shown(data=data, alt=getattr(figure, "alt", ""))
 
