@@ -307,4 +307,4 @@ rule ablations:
     params:
         name="05_ablations",
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures run={RUN}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures run={RUN} beside=''"

@@ -208,9 +208,14 @@ def test_the_notebooks_run_on_few_pairs_of_ones_own(table, tmp_path):
         ),
         ("03_contrastive_training", common | outs),
         ("04_mmeb_evaluation", common | {"model": folders["stage3"], "results": str(results / "cocoa" / "seed0")}),
-        ("05_ablations", {"run": str(tmp_path / "run"), "n_boot": 100}),
+        ("05_ablations", {"run": str(tmp_path / "run"), "n_boot": 100, "beside": ""}),
     ):
+        if name == "04_mmeb_evaluation":  # another model's results lie there
+            (results / "cocoa" / "seed0").mkdir(parents=True)
+            (results / "cocoa" / "seed0" / "provenance.json").write_text('{"fingerprint": "another"}', encoding="utf-8")
+            (results / "cocoa" / "seed0" / "results.csv").write_text("stale", encoding="utf-8")
         if name == "05_ablations":
+            assert "stale" not in (results / "cocoa" / "seed0" / "results.csv").read_text(encoding="utf-8")
             shutil.copytree(results / "cocoa", results / "contrastive")
         run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.ipynb", "smoke", values, progress=False)
     assert "nan" not in (tmp_path / "figures" / "meta_tasks.txt").read_text()
