@@ -22,11 +22,12 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
+from .files import file_hash
 from .inputs import InputError
 
 
 def fingerprint(data: Path) -> str:
-    """What the data are, in one short string: the manifest's content hash, or a hash of file names and sizes."""
+    """What the data are, in one short string: the manifest's content hash, or one over all tables (pictures are not read)."""
     manifest = data / "manifest.json"
     if manifest.is_file():
         found = mmeb.read_manifest(data).get("content_hash")
@@ -38,7 +39,7 @@ def fingerprint(data: Path) -> str:
         raise FileNotFoundError(
             f"{data}: no parquet files; expected train/<Subset>/original-*.parquet or corpus/train.parquet"
         )
-    listing = "".join(f"{path.relative_to(data)}:{path.stat().st_size}" for path in files)
+    listing = "".join(f"{path.relative_to(data)}:{file_hash(path)}" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

@@ -96,6 +96,17 @@ def test_another_file_of_the_same_name_and_time(tmp_path):
         assert {item["text"] for item in corpus.pairs(tmp_path)[0]["positive"]} == {word}
 
 
+def test_the_data_of_a_run_are_known_by_content(tmp_path):
+    """Of a folder without a manifest: names and sizes alone would take a mended word for the same data."""
+    file = write(tmp_path, "corpus/train", {"question": ["one"]})
+    first = corpus.fingerprint(tmp_path)
+    size = file.stat().st_size
+    write(tmp_path, "corpus/train", {"question": ["two"]})
+    assert file.stat().st_size == size and corpus.fingerprint(tmp_path) != first
+    write(tmp_path, "corpus/train", {"question": ["one"]})
+    assert corpus.fingerprint(tmp_path) == first
+
+
 def test_a_path_that_leaves_is_named_with_its_row(tmp_path):
     path = write(tmp_path, "corpus/train", CORPUS | {"image_path": ["a/0.png", "a/1.png", None, "../3.png"]})
     with pytest.raises(InputError, match=rf"{path.name}, row 3, column image_path: .*'\.\./3\.png'"):
