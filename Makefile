@@ -36,7 +36,7 @@ quote = '$(subst ','\'',$(1))'
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|laptop|long|pairs|gpu] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
+	@echo "make TARGET [PROFILE=smoke|laptop|long|many|pairs|gpu] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
 reproduce: check-arguments $(STAMP) ## the whole road from the committed backbone: benchmark, three stages, evaluation, figures -> runs/PROFILE

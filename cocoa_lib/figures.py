@@ -230,14 +230,15 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
 
 
 def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
-    """Paired differences to a baseline with 95 % intervals: columns arm, difference, low, high, n_seeds, n_queries."""
+    """Paired differences to a baseline with 95 % intervals: columns arm, difference, low, high, p_holm, n_seeds, n_queries."""
     figure, axis = new(width=6.5, height=0.42 * len(effects) + 1.2)
     y = np.arange(len(effects))
     for i, row in enumerate(effects.itertuples()):
         clear = row.n_seeds > 1 and (row.low > 0 or row.high < 0)  # one seed says nothing of others
-        axis.plot([row.low, row.high], [i, i], color=COLOURS[0] if clear else "grey", linewidth=2)
-        axis.plot(row.difference, i, "o" if clear else "D", color=COLOURS[0] if clear else "grey", markersize=6,
-                  markerfacecolor=COLOURS[0] if clear else "white")  # fmt: skip
+        colour = COLOURS[0] if clear else "grey"
+        axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2)
+        axis.plot(row.difference, i, "o" if clear else "D", color=colour, markersize=6,
+                  markerfacecolor=colour if clear and row.p_holm < 0.05 else "white")  # fmt: skip
         text = f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
         text += f"  {row.n_seeds} seeds" * (effects["n_seeds"].nunique() > 1)
         axis.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -248,7 +249,9 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(f"n = {seeds} seeds x {queries} queries\nfilled: interval excludes 0, uncorrected")
+    axis.set_title(
+        f"n = {seeds} seeds x {queries} queries\nfilled: differs from 0, corrected for the rows; open circle: only uncorrected"
+    )
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )
@@ -457,43 +460,44 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
 
-def cost_score(table: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
+def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel: str) -> Figure:
     """Cost against score, a point an arm: columns arm, cost, value, low, high (low and high may be nan).
 
-    Points of equal cost stand side by side, in the order of their scores.
+    The arms in `named` have their names and intervals, the others are small and grey: many cost the same.
     """
-    figure, axis = new(width=6.5, height=max(3.2, 0.21 * len(table) + 1.0))
-    table = table.sort_values("value")
-    same = table.groupby("cost")["value"]
-    beside = 0.014 * table["cost"].max() * (same.rank(method="first") - (same.transform("size") + 1) / 2)
+    figure, axis = new(width=6.5, height=3.4)
+    chosen = table["arm"].isin(named)
+    rest, table = table[~chosen], table[chosen].sort_values("value")
+    axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    axis.errorbar(
-        table["cost"] + beside, table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=4, linewidth=0.8
-    )
+    axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
-    axis.set_xlim(0, table["cost"].max() * 1.04)
-    high, place, gap = axis.get_ylim()[1], -np.inf, np.ptp(axis.get_ylim()) / max(14, len(table))
-    for (_, row), x in zip(table.iterrows(), table["cost"] + beside, strict=True):
-        # Names in a column beyond the axis, moved apart but never so far that those above leave the figure.
-        above = int((table["value"] > row["value"]).sum())
-        place = max(min(row["value"], high - above * gap), place + gap)
-        axis.annotate(row["arm"], (x, row["value"]), xytext=(1.03, place), textcoords=axis.get_yaxis_transform(), fontsize=8,
+    axis.set_xlim(0, max(table["cost"].max(), rest["cost"].max() if len(rest) else 0) * 1.04)
+    place, gap = -np.inf, np.ptp(axis.get_ylim()) / 14
+    for row in table.itertuples():  # names in a column beyond the axis, moved apart
+        place = max(row.value, place + gap)
+        axis.annotate(row.arm, (row.cost, row.value), xytext=(1.03, place), textcoords=axis.get_yaxis_transform(), fontsize=8,
                       va="center", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0.5)})  # fmt: skip
+    if len(rest):
+        axis.legend(loc="best", fontsize=8)
     axis.set_xlabel(xlabel)
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
-    listing = "; ".join(f"{row.arm}: {row.cost:,.4g}, {row.value:.1f} %" for row in table.itertuples())
+    listing = "; ".join(
+        f"{row.arm}: {row.cost:,.4g}, {row.value:.1f} %" for row in pd.concat([table, rest]).itertuples()
+    )
     return _done(figure, f"{title}, {xlabel}. {listing}.")
 
 
 def curves(
-    table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False, reference: tuple[str, float] | None = None
-) -> Figure:
+    table: pd.DataFrame, *, xlabel: str, title: str, log: bool = False,
+    reference: tuple[str, Mapping[str, float]] | None = None,
+) -> Figure:  # fmt: skip
     """A score against what was varied: columns label, x, value, low, high; a line a label, named at its right end.
 
-    reference: (name, value) of a level line. `log`: x doubles from tick to tick.
+    reference: name, and value, low, high of a level line with its band. `log`: x doubles from tick to tick.
     """
     figure, axis = new(width=6.5, height=3.0)
     first, last = table["x"].min(), table["x"].max()
@@ -517,11 +521,11 @@ def curves(
     axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])
     axis.minorticks_off()
     if reference is not None:
-        axis.axhline(reference[1], color="grey", linewidth=1)
-        away = (table.sort_values("x")["value"] - reference[1]).abs()  # named at the end that the curve keeps away from
-        x, side = (0.99, "right") if away.iloc[-1] > away.iloc[0] else (0.01, "left")
-        axis.annotate(reference[0], (x, reference[1]), xycoords=("axes fraction", "data"), xytext=(0, 3), ha=side,
-                      textcoords="offset points", fontsize=9, color="#555555")  # fmt: skip
+        name, level = reference
+        axis.axhline(level["value"], color="grey", linewidth=1)
+        if np.isfinite(level["low"]):
+            axis.axhspan(level["low"], level["high"], color="#eeeeee", zorder=0)
+        title += f"\ngrey line and band: {name}, {level['value']:.1f}"
     axis.margins(x=0.05)
     axis.set_xlabel(xlabel)
     axis.set_ylabel("precision@1, %")
@@ -529,4 +533,4 @@ def curves(
     listing = "; ".join(
         f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.sort_values(["label", "x"]).itertuples()
     )
-    return _done(figure, f"{title}. {listing}{'' if reference is None else f'; {reference[0]}: {reference[1]:.1f}'}.")
+    return _done(figure, f"{title}. {listing}.".replace("\n", ". "))

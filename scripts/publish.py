@@ -243,7 +243,8 @@ def site(run: Path, target: Path) -> None:
         .render(
             pages=pages,
             arms=arms_table(run),
-            answers=answers(run),
+            answers=(found := answers(run)),
+            short=in_short(found),
             claimed=claimed(),
             recipe=recipe(run),
             baseline="contrastive",
@@ -293,7 +294,7 @@ BUDGETS = {
 
 
 def answers(run: Path) -> list[dict[str, Any]]:
-    """Full CoCoA less contrastive learning alone on each budget that the run has arms for; a gain is one after correction."""
+    """Full CoCoA less contrastive learning alone on each budget that the run has arms for, and how certain that is."""
     _, per_query = analysis.gather_results(run)
     steps = profile_of(run).get("stage3", {}).get("steps")
     few = f"{steps:,}" if steps else "the profile's"
@@ -301,15 +302,33 @@ def answers(run: Path) -> list[dict[str, Any]]:
     there = {budget: weights for budget, weights in BUDGETS.items() if set(weights) <= set(per_query["arm"])}
     rows = [analysis.contrast(per_query, weights) for weights in there.values()]
     found = []
-    for budget, row, p_holm in zip(there, rows, analysis.holm(row["p"] for row in rows), strict=True):
-        gain = analysis.verdict({**row, "p_holm": p_holm}, corrected=True) == "supported"
-        words = {
-            "budget": budget.format(few=few, many=many),
-            "number": analysis.said(row),
-            "seeds": str(row["n_seeds"]),
-        }
-        found.append({**words, "gain": gain})
+    for (budget, weights), row, p_holm in zip(
+        there.items(), rows, analysis.holm(row["p"] for row in rows), strict=True
+    ):
+        certain = p_holm < 0.05 and row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
+        said = (
+            f"{'a gain' if row['low'] > 0 else 'a loss'}, certain after correction"
+            if certain
+            else "not certain after correction"
+        )
+        found.append({
+            "budget": budget.format(few=few, many=many), "number": analysis.said(row), "seeds": str(row["n_seeds"]),
+            "verdict": f"{said} for these rows", "gain": certain and row["low"] > 0, "arms": set(weights),
+        })  # fmt: skip
     return found
+
+
+def in_short(answers: list[dict[str, Any]]) -> str:
+    """One sentence over the rows of `answers`: of full width, of half the width, and whether it is the bottleneck there."""
+    gained = {name: any(row["gain"] for row in answers if name in row["arms"])
+              for name in ("cocoa", "cocoa_longer", "cocoa_half", "no_truncation_half")}  # fmt: skip
+    words = ["no certain gain", "a certain gain"]
+    text = f"{words[gained['cocoa'] or gained['cocoa_longer']]} with a model of full width"
+    if any("cocoa_half" in row["arms"] for row in answers):
+        text += f", {words[gained['cocoa_half']]} with one of half the width"
+        if gained["cocoa_half"] and gained["no_truncation_half"]:
+            text += ", where the same training without the bottleneck gains as well"
+    return text
 
 
 def claimed() -> dict[str, str]:

@@ -32,8 +32,12 @@ TASKS = pd.DataFrame(
     columns=["task", "label", "value", "low", "high"],
 )
 EFFECTS = pd.DataFrame(
-    [("full", 3.0, 1.0, 5.5, 3, 600), ("half", -0.5, -2.0, 1.5, 3, 600), ("none", -4.0, -6.0, -1.0, 3, 600)],
-    columns=["arm", "difference", "low", "high", "n_seeds", "n_queries"],
+    [
+        ("full", 3.0, 1.0, 5.5, 0.01, 3, 600),
+        ("half", -0.5, -2.0, 1.5, 0.9, 3, 600),
+        ("none", -4.0, -6.0, -1.0, 0.07, 3, 600),
+    ],
+    columns=["arm", "difference", "low", "high", "p_holm", "n_seeds", "n_queries"],
 )
 BARS = pd.DataFrame(
     [("a", "vqa", 30.0, 25.0, 36.0), ("b", "ood", 20.0, 10.0, 27.0), ("b", "vqa", 40.0, 38.0, 41.0),
@@ -55,6 +59,7 @@ TIMES = pd.DataFrame(
 
 SWEEP = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 2000], "value": [20.0, 30, 24, 25],
                       "low": [18.0, 30, 20, np.nan], "high": [23.0, 31, 26, np.nan]})  # fmt: skip
+LEVEL = {"value": 22.0, "low": 21.0, "high": 23.0}
 RESTORED = [("a ", None), ("red", "red"), (" circle", " star"), (" at the left", None)]
 CASES = {
     "masks": lambda: figures.masks({"causal": TRIANGLE, "blocks": SQUARE}, NAMES),
@@ -72,8 +77,8 @@ CASES = {
     "cost": lambda: figures.cost(COST, block=128),
     "similarity": lambda: figures.similarity(COSINE),
     "effect_table": lambda: figures.effect_table(GROUPS, baseline="base"),
-    "cost_score": lambda: figures.cost_score(TIMES, title="t", xlabel="minutes"),
-    "curves": lambda: figures.curves(SWEEP, xlabel="pairs", title="t", log=True, reference=("none", 22.0)),
+    "cost_score": lambda: figures.cost_score(TIMES, named=["a", "b"], title="t", xlabel="minutes"),
+    "curves": lambda: figures.curves(SWEEP, xlabel="pairs", title="t", log=True, reference=("none", LEVEL)),
 }  # fmt: skip
 every_figure = pytest.mark.parametrize("name", CASES)
 
@@ -308,17 +313,20 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
         figures.effect_table(pd.concat([table, table]), baseline="base")
 
 
-def test_arms_of_equal_cost_stand_side_by_side_and_all_names_are_on_the_figure():
+def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     rows = [{"arm": f"arm{i}", "cost": 1367.0, "value": 27 + i / 10, "low": 25.0, "high": 29.0} for i in range(13)]
-    figure = figures.cost_score(
-        pd.DataFrame([*rows, {**rows[0], "arm": "far", "cost": 2000.0, "value": 44.0}]), title="t", xlabel="steps"
-    )
+    table = pd.DataFrame([*rows, {**rows[0], "arm": "far", "cost": 2000.0, "value": 44.0}])
+    named = ["far", "arm0", "arm1", "arm9"]
+    figure = figures.cost_score(table, named=named, title="t", xlabel="steps")
     axis = figure.axes[0]
-    x = axis.containers[0][0].get_xdata()
-    assert len(set(x)) == 14 and abs(x[:13].mean() - 1367) < 1 and np.ptp(x[:13]) < 0.2 * 2000
+    assert axis.containers[0][0].get_xydata().tolist() == [[1367, 27], [1367, 27.1], [1367, 27.9], [2000, 44]]
+    (rest,) = [line for line in axis.lines if line.get_label() == "the other arms"]
+    assert set(rest.get_xdata()) == {1367} and len(rest.get_ydata()) == 10
+    assert figure.alt.count("1,367") == 13, "the text of the figure lists all"
     figure.canvas.draw()
     names = [text.xyann for text in axis.texts]  # beyond the axis, a height in points of precision
     height = axis.bbox.height / np.ptp(axis.get_ylim())  # pixels a point
+    assert [text.get_text() for text in axis.texts] == ["arm0", "arm1", "arm9", "far"]
     assert all(x > 1 and axis.get_ylim()[0] < y <= axis.get_ylim()[1] for x, y in names)
     assert (np.diff([y for _, y in names]) * height > 12).all(), "names do not overlap: 8 pt are 12 pixels here"
 
@@ -330,15 +338,21 @@ def test_cost_score_draws_cost_against_points():
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[18, 23], [30, 30]]
     assert [text.get_text() for text in axis.texts] == ["a", "b"]
     close = TIMES.assign(value=[50.0, 50.1], low=NAN, high=NAN)
-    bottom, top = figures.cost_score(close, title="t", xlabel="minutes").axes[0].get_ylim()
+    bottom, top = figures.cost_score(close, named=["a", "b"], title="t", xlabel="minutes").axes[0].get_ylim()
     assert top - bottom == pytest.approx(5), "a tenth of a point does not fill the figure"
 
 
 def test_an_interval_of_one_seed_is_not_drawn_as_certain():
-    row = {"arm": "a", "difference": -2, "low": -3, "high": -1, "n_queries": 9}
+    row = {"arm": "a", "difference": -2, "low": -3, "high": -1, "p_holm": 0.01, "n_queries": 9}
     figure = figures.forest(pd.DataFrame([row | {"n_seeds": 1}, row | {"n_seeds": 3}]), baseline="b")
     marks = [line.get_marker() for line in figure.axes[0].lines if line.get_marker() in ("o", "D")]
     assert marks == ["D", "o"]
+
+
+def test_only_what_stands_after_correction_is_filled():
+    marks = {line.get_xdata()[0]: line for line in CASES["forest"]().axes[0].lines if line.get_marker() in ("o", "D")}
+    looks = {x: (line.get_marker(), line.get_markerfacecolor() == figures.COLOURS[0]) for x, line in marks.items()}
+    assert looks == {3.0: ("o", True), -0.5: ("D", False), -4.0: ("o", False)}
 
 
 def test_a_meta_task_without_tasks_is_left_out():
@@ -360,7 +374,8 @@ def test_curves_join_points_in_the_order_of_x_and_name_each_line():
     assert (a[:, 0] < b[:, 0]).all(), "bars at the same x stand side by side"
     bars = axis.containers[0][2][0].get_segments()
     assert [segment[:, 1].tolist() for segment in bars] == [[30, 31], [18, 23]]
-    assert [text.get_text() for text in axis.texts] == ["a", "b", "none"]
+    assert [text.get_text() for text in axis.texts] == ["a", "b"]
+    assert axis.get_title(loc="left").endswith("grey line and band: none, 22.0") and "none, 22.0" in figure.alt
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1,000", "2,000"]
 
 
@@ -371,6 +386,7 @@ def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
             "difference": [1.0, 2],
             "low": [0.0, 1],
             "high": [2.0, 3],
+            "p_holm": 0.5,
             "n_seeds": [5, 3],
             "n_queries": 9,
         }

@@ -168,10 +168,10 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
     cells = [cell.get_text() for cell in index.select("tbody tr:last-child td")]
     assert cells[0].startswith("cocoaThe full method")
     assert cells[1:] == ["+100.0 [+100.0, +100.0]", "supported", "100.0", "2"]
-    assert "In short: a certain gain on some of these budgets." in index.get_text()
+    assert "In short: a certain gain with a model of full width. Full CoCoA" in index.get_text()
     said = " ".join(index.get_text().split())
     assert (
-        "reports 67.5 on MMEB, 1.1 points above contrastive training alone with causal attention and 2.1 above it"
+        "reports 67.5 on MMEB (36 tasks, precision@1), 1.1 points above contrastive training alone with causal attention and 2.1 above it"
         in said
     )
     first = index.select_one("#gain ~ ul li").get_text()
@@ -179,6 +179,32 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
         "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds): a gain, "
         "certain after correction for these rows."
     )
+
+
+def test_the_index_says_in_short_what_its_rows_say():
+    from publish import in_short
+
+    def rows(**gains):
+        return [{"arms": {arm, "contrastive"}, "gain": gain} for arm, gain in gains.items()]
+
+    assert in_short(rows(cocoa=False, cocoa_longer=False)) == "no certain gain with a model of full width"
+    assert in_short(rows(cocoa=False, cocoa_longer=True)) == "a certain gain with a model of full width"
+    both = in_short(rows(cocoa=False, cocoa_half=True, no_truncation_half=True))
+    assert both == (
+        "no certain gain with a model of full width, a certain gain with one of half the width, where the same training "
+        "without the bottleneck gains as well"
+    )
+    alone = in_short(rows(cocoa=True, cocoa_half=False, no_truncation_half=True))
+    assert alone == "a certain gain with a model of full width, no certain gain with one of half the width"
+
+
+def test_the_index_tells_a_loss_from_what_is_not_certain():
+    from publish import answers
+
+    found = {row["budget"]: row["verdict"] for row in answers(ROOT / "reports" / "long")}
+    assert found["250 contrastive steps on both sides"] == "not certain after correction for these rows"
+    behind = found["CoCoA with 250, contrastive training alone with 1,100"]
+    assert behind == "a loss, certain after correction for these rows"
 
 
 def test_many_commits_are_counted_not_listed_at_the_top(tmp_path):
@@ -244,7 +270,7 @@ def test_the_page_of_verdicts_is_that_of_the_committed_tables():
         "1c. ...": {"cocoa_longer": 1, "contrastive_longer": -1},
         "2b. It is the bottleneck": {"cocoa": 1, "no_truncation": -1},
         "3. The gain is larger": {**few, "cocoa": -1, "contrastive": 1},
-        "with the profile's budget": {"cocoa": 1, "contrastive": -1},
+        "the profile's steps and pairs": {"cocoa": 1, "contrastive": -1},
         "half the width": {"cocoa_half": 1, "contrastive_half": -1},
         "the bottleneck": {"cocoa": 1, "no_truncation": -1},
     }.items():
