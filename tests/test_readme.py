@@ -26,7 +26,8 @@ def test_the_readmes_table_is_the_reports(report):
     table = summary(report)
     assert (report / "summary.md").read_text(encoding="utf-8").strip() == table
     if report.name in ("laptop", "long"):
-        shown = {name for name, arm in read_arms().items() if arm.kind == "arm"}  # the rest: summary.md alone
+        shown = {name for name, arm in read_arms().items() if arm.kind == "arm"}  # most others: summary.md alone
+        shown |= {"contrastive_longer", "cocoa_longer"}
         lines = [line for line in table.splitlines() if line.split("|")[1].strip() in {"arm", *shown}]
         assert len(lines) > 3 and [line for line in lines if line not in README] == []
 
@@ -36,9 +37,16 @@ def test_the_readmes_sentences_are_the_tables():
 
     _, per_query = analysis.gather_results(ROOT / "reports" / "long")
     few = {"cocoa_few": 1, "contrastive_few": -1}
+    # As the introduction says it: "3.6 points lower [0.5, 7.0]".
+    said = re.sub(r"([\d.]+) points(?: lower)? \[", r"\1 [", re.sub(r"\s+", " ", README))
     for weights, signed, *group in (
         ({"cocoa": 1, "contrastive": -1}, True),
         ({"contrastive_longer": 1, "cocoa": -1}, False),  # said as "points behind"
+        ({"contrastive": 1, "cocoa": -1}, False),  # said as "points lower"
+        ({"cocoa_half": 1, "contrastive_half": -1}, False),
+        ({"cocoa": 1, "cocoa_mean": -1}, True),
+        ({"no_truncation": 1, "contrastive": -1}, True),
+        ({"no_truncation": 1, "contrastive": -1}, True, "grounding"),
         ({"cocoa": 1, "no_truncation": -1}, True),
         ({"cocoa": 1, "stage1_only": -1}, True),
         ({"cocoa": 1, "stage2_only": -1}, True),
@@ -71,7 +79,9 @@ def test_the_readmes_sentences_are_the_tables():
     ):
         found = analysis.contrast(per_query, weights, group=group[0] if group else "overall")
         value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))
-        assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", README), weights
+        assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", said), weights
+    of_three = analysis.said(analysis.contrast(per_query[per_query["seed"] < 3], {"cocoa": 1, "contrastive": -1}))
+    assert f"on the first three {of_three}" in said and f"on the same three seeds: {of_three}" in said
 
 
 def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classification():
@@ -86,8 +96,11 @@ def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classificatio
     assert [arm for arm, row in parts.items() if row["difference"] > 0] == ["mlm"]
     scores = analysis.arm_scores(results)
     of_mlm = [f"{value:.1f}" for value in scores[scores["arm"] == "mlm"].sort_values("seed")["overall"]]
-    assert f"`mlm` scores {', '.join(of_mlm[:-1])} and {of_mlm[-1]} on its seeds" in README
-    assert "Corrected for the ten rows of notebook 05's table, none is certain" in README and min(p) > 0.05
+    assert f"`mlm` is the least even: it scores {', '.join(of_mlm[:-1])} and {of_mlm[-1]} on its seeds" in README
+    assert (
+        "Corrected for the ten rows of notebook 05's table, none is certain" in " ".join(README.split())
+        and min(p) > 0.05
+    )
     masks = [f"mask_{rate}" for rate in (10, 30, 50, 90)]
     assert "corrected for these rows none is certain" in re.sub(r"\s+", " ", README)
     assert min(analysis.holm(analysis.contrast(per_query, {arm: 1, "cocoa": -1})["p"] for arm in masks)) > 0.05
@@ -120,6 +133,12 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     timed = json.loads((ROOT / "benchmarks" / "results" / "stages.json").read_text(encoding="utf-8"))["results"][-1]
     steps = "{ratio:,.0f} [{lowest:,.0f}, {highest:,.0f}]".format(**timed)
     assert f"The three stages take as long as {steps}" in README
+    ratio = {
+        row["name"]: row["ratio"]
+        for row in json.loads((ROOT / "benchmarks/results/stages.json").read_text())["results"]
+    }
+    added = 150 * ratio["step, stage1 / stage 3"] + 1000 * ratio["step, stage2 / stage 3"] + 250
+    assert f"added up from single steps, as in notebook 05: {added:,.0f})" in README
     _, per_query = analysis.gather_results(ROOT / "reports" / "long")
     ends = [("cocoa", "contrastive")] + [
         (f"cocoa_{end}", f"contrastive_{end}") for end in ("longer", "4k", "2k", "few", "mean", "causal")
@@ -153,6 +172,9 @@ def test_the_readme_says_what_the_probes_found():
     for measure, other in (("position", "contrastive"), ("count", "no_truncation"), ("size", "no_truncation")):
         apart = (values("cocoa") - values(other)).loc[measure].dropna()
         assert analysis.said(analysis.seed_interval(apart)) in README and len(apart) == 5, measure
+    five = (values("contrastive_causal") - values("cocoa")).loc[["count", "kind", "color", "size", "position"]]
+    assert f"their mean {analysis.said(analysis.seed_interval(five.mean()))} over CoCoA's" in README
+    assert (five.mean(axis=1) > 0).all()
 
 
 def test_the_readme_says_what_notebook_02_found():

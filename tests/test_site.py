@@ -171,8 +171,8 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
     assert "In short: a certain gain with a model of full width. Full CoCoA" in index.get_text()
     said = " ".join(index.get_text().split())
     assert (
-        "reports 67.5 on MMEB (36 tasks, precision@1), 1.1 points above contrastive training alone with causal attention and 2.1 above it"
-        in said
+        "reports 67.5 on MMEB (36 tasks, precision@1), 1.1 points above contrastive training alone with causal attention "
+        "and 2.1 above it" in said
     )
     first = index.select_one("#gain ~ ul li").get_text()
     assert first == (
