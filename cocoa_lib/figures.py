@@ -500,7 +500,7 @@ def curves(
     reference: name, and value, low, high of a level line with its band. `log`: x doubles from tick to tick.
     """
     figure, axis = new(width=6.5, height=3.0)
-    first, last = table["x"].min(), table["x"].max()
+    first, last, ends = table["x"].min(), table["x"].max(), []
     for i, (label, part) in enumerate(table.groupby("label", sort=False)):
         part = part.sort_values("x")
         aside = (i - (table["label"].nunique() - 1) / 2) / 80  # of the figure's width, so that no bar lies in another
@@ -508,14 +508,11 @@ def curves(
         errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
         axis.errorbar(x, part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
                       linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5)  # fmt: skip
-        axis.annotate(
-            label,
-            (x.iloc[-1], part["value"].iloc[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
+        ends.append((part["x"].iloc[-1], part["value"].iloc[-1], x.iloc[-1], label))
+    place = {x: -np.inf for x, *_ in ends}
+    for last_x, value, x, label in sorted(ends):  # names of lines that end at the same x are moved apart
+        place[last_x] = max(value, place[last_x] + np.ptp(axis.get_ylim()) / 14)
+        axis.annotate(label, (x, place[last_x]), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])

@@ -379,6 +379,15 @@ def test_curves_join_points_in_the_order_of_x_and_name_each_line():
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["1,000", "2,000"]
 
 
+def test_names_of_lines_that_end_together_do_not_overlap():
+    level = [{"label": name, "x": x, "value": 30.0 + 0.01 * i, "low": 28.0, "high": 32.0}
+             for i, name in enumerate("abc") for x in (1, 2)]  # fmt: skip
+    figure = figures.curves(pd.DataFrame(level), xlabel="x", title="t")
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 3 and all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
+
+
 def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
     table = pd.DataFrame(
         {
