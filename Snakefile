@@ -53,7 +53,7 @@ if workflow.is_main_process and not workflow.output_settings.dryrun:  # `workflo
 GPUS = int(config.get("gpus", 0))
 CARDS = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card][:GPUS] or list(map(str, range(GPUS)))
 SLOT = f"for g in {shlex.join(CARDS)}; do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
-shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; " + SLOT)
+shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; ")
 
 
 def recipe_of(*parts):
@@ -149,7 +149,7 @@ rule shape:
     resources:
         gpu=1,
     shell:
-        NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone} {PAIRS_PARAMETER}"
+        SLOT + NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone} {PAIRS_PARAMETER}"
 
 
 rule benchmark:
@@ -198,7 +198,7 @@ rule pretraining:
     resources:
         gpu=1,
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
+        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
         " stage1_out={params.stage1_out} stage2_out={params.stage2_out}"
 
 
@@ -220,7 +220,7 @@ rule contrastive:
     resources:
         gpu=1,
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
+        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
         " stage1_out={params.stage1_out} stage2_out={params.stage2_out} stage3_out={params.out}"
 
 
@@ -240,7 +240,7 @@ rule stage:
     log:
         f"{RUN}/logs/{{stage}}-{{key}}-seed{{seed}}.log",
     shell:
-        "{PYTHON} -m cocoa_lib.train {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
+        SLOT + "{PYTHON} -m cocoa_lib.train {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
         " --recipe {params.recipe} --seed {wildcards.seed} --allow-parent > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
@@ -259,7 +259,7 @@ rule evaluate:
     log:
         f"{RUN}/logs/evaluate-{{arm}}-seed{{seed}}.log",
     shell:
-        "{PYTHON} -m cocoa_lib.mmeb {params.model} --root {DATA} --out {params.out}"
+        SLOT + "{PYTHON} -m cocoa_lib.mmeb {params.model} --root {DATA} --out {params.out}"
         " > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
@@ -277,7 +277,7 @@ rule probe:
     log:
         f"{RUN}/logs/probe-{{arm}}-seed{{seed}}.log",
     shell:
-        "{PYTHON} -m cocoa_lib.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
+        SLOT + "{PYTHON} -m cocoa_lib.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
 rule evaluation:
@@ -291,8 +291,10 @@ rule evaluation:
         name="04_mmeb_evaluation",
         model=stage_dir("stage3", MAIN, SEED),
         results=f"{RUN}/results/{MAIN}/seed{SEED}",
+    resources:
+        gpu=1,
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
+        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
 
 
 rule ablations:

@@ -62,9 +62,12 @@ def provenance() -> dict[str, Any]:
     import torch  # here: not all that read a checkpoint need it
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    commit = git("rev-parse", "--short=12", "HEAD") or "unknown"
+    commit = "unknown"
+    if git("ls-files", Path(__file__).name):  # else a repository that this package is merely installed below
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     return {
-        "commit": commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit,
         "versions": versions,
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",

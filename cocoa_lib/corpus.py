@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
 from .files import file_hash
-from .inputs import InputError
+from .inputs import PLACEHOLDER, InputError
 
 
 def fingerprint(data: Path) -> str:
@@ -128,6 +128,16 @@ def check_images(paths: Iterable[str | None]) -> None:
         )
 
 
+def check_bridges(rows: Iterable[dict[str, Any]], data: Path) -> None:
+    """Raises InputError if a row of stage 2 has nothing on one side of EOS: before training starts, as `check_images`."""
+    for row in rows:
+        if not PLACEHOLDER.sub("", row["target"]) or not (row["image"] or PLACEHOLDER.sub("", row["text"])):
+            raise InputError(
+                f"{data}: stage 2 needs a picture or a text, and a text to restore from it; mend or leave out the row "
+                f"with text {row['text'][:40]!r}, image {row['image'] or 'none'}, target {row['target'][:40]!r}"
+            )
+
+
 def subsets(data: Path) -> list[str]:
     """Names of the training subsets in the folder, sorted."""
     folder = data / "train"
@@ -148,11 +158,11 @@ def _item(text: str | None, image: str | None, images: Path, no_image: str | Non
     return {"text": text or "", "image": str(images / image) if image else no_image}
 
 
-def text_pairs(data: Path, max_per_subset: int | None = None) -> dict[str, Rows]:
+def text_pairs(data: Path) -> dict[str, Rows]:
     """Query -> positive text of each subset whose positives are text, for stage 2: {text, image, target}."""
     images, found = data / "images", {}
     for name in subsets(data):
-        table = _pairs(data, name, max_per_subset)
+        table = _pairs(data, name, None)
         has_text, has_image = (
             pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
             for column in ("pos_text", "pos_image_path")

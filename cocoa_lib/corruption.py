@@ -21,12 +21,12 @@ TEXT_STREAM, PATCH_STREAM = 0, 1
 
 def maskable(batch: Batch, inputs: Inputs, segment: int) -> BoolTensor:
     """(B, L) bool: ordinary text tokens of one segment. Special, image and padding tokens are never masked, nor is
-    position 0, which has no predecessor to be predicted from."""
+    a row's first token, which has no predecessor to be predicted from."""
     ids = batch["input_ids"]
     special = torch.tensor(sorted({*inputs.tokenizer.all_special_ids, inputs.vision_start_id, inputs.image_pad_id,
                                    inputs.vision_end_id, inputs.eos_id}))  # fmt: skip
     allowed = (batch["segment_ids"] == segment) & ~torch.isin(ids, special)
-    allowed[:, 0] = False
+    allowed[torch.arange(len(ids)), batch["attention_mask"].argmax(1)] = False  # the first that is not padding
     return allowed
 
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
+from sentence_transformers.util.file_io import load_dir_path
 from sentence_transformers.util.quantization import quantize_embeddings
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -86,8 +87,21 @@ class EosEmbedding(InputModule):
             shutil.copytree(whole, out, dirs_exist_ok=True)
 
     @classmethod
-    def load(cls, model_name_or_path: str, **kwargs) -> EosEmbedding:
-        return load_module(model_name_or_path)
+    def load(
+        cls, model_name_or_path: str, *, subfolder: str = "", token: bool | str | None = None,
+        cache_folder: str | None = None, revision: str | None = None, local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None, processor_kwargs: dict[str, Any] | None = None,
+        config_kwargs: dict[str, Any] | None = None, **kwargs,
+    ) -> EosEmbedding:  # fmt: skip
+        """As sentence-transformers asks: a folder or a name on the hub; `model_kwargs`: `load_module`'s settings.
+
+        Raises ValueError for other settings: a checkpoint's own processor and config are what it was trained with.
+        """
+        settings = model_kwargs or {}
+        if unknown := [*settings.keys() - {"dtype", "attn_implementation"}, *(processor_kwargs or ()), *(config_kwargs or ())]:
+            raise ValueError(f"{', '.join(unknown)}: not a setting of this model; model_kwargs takes dtype, attn_implementation")
+        where = {"token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        return load_module(load_dir_path(model_name_or_path, subfolder, **where) or model_name_or_path, **settings)
 
 
 def load_module(
@@ -291,7 +305,7 @@ def _cells(image: Any, processor: Any) -> int:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
             width, height = opened.size
         return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except Exception:  # decoders raise anything, and what is no picture at all has no `read`: named when its batch is made
         return 0
 
 

@@ -39,7 +39,6 @@ STYLE = {
     "svg.fonttype": "path",
 }
 mpl.rcParams.update(STYLE)  # one style for the session, so that titles set later follow it too
-META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 
 
 def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 3.0, **kwargs):

@@ -14,6 +14,7 @@ PIL processor, with or without torchvision: training and evaluation then see the
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,8 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _rgb(source, "the given image")
+    if not isinstance(source, (str, Path, io.IOBase)):
+        raise InputError(f"image: expected a path or a PIL image, found {type(source).__name__}")
     try:
         with Image.open(source, formats=FORMATS) as image:
             return _rgb(image, str(source))
@@ -116,7 +119,7 @@ def split_prompt(text: str, n_images: int) -> list[str | None]:
 
 @dataclass
 class Inputs:
-    """Tokenizer + image processor + the three settings that decide what the model sees; stored with a checkpoint.
+    """Tokenizer + image processor + the settings that decide what the model sees; a checkpoint stores all but padding_side.
 
     eos_token: the sources use both `<|endoftext|>` (151643, which is also Qwen2's padding) and `<|im_end|>` (151645).
         Default `<|im_end|>`: it ends a turn in the generative checkpoint and is never padding (ours).
@@ -131,10 +134,11 @@ class Inputs:
     padding_side: str = "right"
 
     def __post_init__(self) -> None:
-        ids = self.tokenizer.convert_tokens_to_ids([VISION_START, IMAGE_PAD, VISION_END, self.eos_token])
-        if None in ids or self.tokenizer.unk_token_id in ids:
-            raise InputError(f"the tokenizer lacks one of {VISION_START}, {IMAGE_PAD}, {VISION_END}, {self.eos_token}")
-        self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = ids
+        wanted = [VISION_START, IMAGE_PAD, VISION_END, self.eos_token]
+        vocabulary = self.tokenizer.get_vocab()  # not by the unknown token's id: Qwen2's is <|endoftext|>, which may be EOS
+        if lost := [token for token in wanted if token not in vocabulary]:
+            raise InputError(f"the tokenizer lacks {', '.join(lost)}; take a Qwen2-VL tokenizer, or another eos_token")
+        self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = (vocabulary[token] for token in wanted)
         pad = self.tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else pad
         self.keep_images(0)

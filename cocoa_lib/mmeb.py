@@ -599,6 +599,7 @@ def write_results(results: pd.DataFrame, per_query: pd.DataFrame, out_dir: str |
     results.csv: where it is, all are."""
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    (out / "results.csv").unlink(missing_ok=True)  # of an earlier evaluation: or it would stand beside the new ranks
     facts = json.dumps({"evaluator": results["evaluator"].iloc[0], **provenance}, indent=2, default=str)
     write_whole(out / "provenance.json", lambda aside: aside.write_text(facts, encoding="utf-8"))
     write_whole(out / "per_query.parquet", lambda aside: per_query.to_parquet(aside, index=False))
@@ -704,6 +705,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from accelerate import PartialState
 
     from .checkpoint import META, add_scores, provenance
+    from .corpus import fingerprint
     from .embedder import CocoaEmbedder
 
     # Of the hub: a branch moves, a commit does not: resolve once, use and record that.
@@ -713,6 +715,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
     state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives each process its own GPU
     tasks = choose_tasks(args.tasks, args.root)
+    data = fingerprint(Path(args.root)) if Path(args.root).is_dir() else args.revision
     embedder = CocoaEmbedder.load(args.model, dtype=getattr(torch, args.dtype))
     results, per_query = evaluate(
         embedder, args.root, args.image_root, tasks=tasks, n_queries=args.n_queries, batch_size=args.batch_size,
@@ -721,7 +724,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_processes=state.num_processes, wait=state.wait_for_everyone, workers=args.workers,
     )  # fmt: skip
     if state.is_main_process:
-        write_results(results, per_query, args.out, {**vars(args), "fingerprint": embedder.fingerprint, **provenance()})
+        facts = {**vars(args), "data": data, "fingerprint": embedder.fingerprint, **provenance()}
+        write_results(results, per_query, args.out, facts)
         missing = [task.name for task in choose_tasks(["all"], args.root) if task.name not in set(results["task"])]
         table = average_intervals(per_query, tasks).dropna()
         for row in table.itertuples():

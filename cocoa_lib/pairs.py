@@ -196,7 +196,9 @@ def build_pairs(
     class_name = pick_column(rows, class_column, CLASS_COLUMNS, "class", path)
     if image_name is None or text_name is None:
         raise InputError(f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them")
-    base = Path(image_root) if image_root else find_image_root(path, str(rows[0].get(image_name) or ""))
+    names = (str(row.get(image_name) or "") for row in rows[:20])  # of the first row whose picture is there
+    roots = ((find_image_root(path, name), name) for name in names)
+    base = Path(image_root) if image_root else next((root for root, name in roots if os.path.isfile(root / name)), path.parent)
     good, bad = check_rows(rows, image_name, text_name, base, progress)
     if bad and on_bad_row == "stop":
         listing = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
@@ -217,7 +219,8 @@ def build_pairs(
     tasks = _write_eval(root, {"Seen": seen, "Unseen": unseen}, good, class_name)
     _write_training(root, training, unseen, class_name)
     (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
-    listing = json.dumps([[row["_hash"], row["_text"]] for row in good]).encode()
+    # What `corpus.fingerprint` knows the data by: the split and what is stored, so the settings as well as the rows.
+    listing = json.dumps([[row["_hash"], row["_text"], _label(row, class_name)] for row in good] + [settings]).encode()
     manifest = {
         "generator": "pairs", "settings": settings, "image_root": base.name, "columns": [image_name, text_name, class_name],
         "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
@@ -275,10 +278,12 @@ def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tup
 
 
 def _write_training(root: Path, training: list[dict], unseen: list[dict], class_name: str | None) -> None:
+    labelled = [(row, own) for row in training if (own := _label(row, class_name))]
+    several = len({own for _, own in labelled}) > 1  # of one class there is nothing to tell apart, as in evaluation
     subsets = {
         "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
         "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],
-        "Class": [("", row["_file"], own, "", "", "") for row in training if (own := _label(row, class_name))],
+        "Class": [("", row["_file"], own, "", "", "") for row, own in labelled if several],
     }
     tables = {
         f"train/{name}/original-00000-of-00001": pd.DataFrame(rows, columns=TRAIN)

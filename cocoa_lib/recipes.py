@@ -120,6 +120,11 @@ class Stage2Recipe(Recipe):
     patch_fill: Literal["noise", "zero", "learned"] = "noise"  # as in stage 1
     packing: bool = False  # as in stage 1
 
+    def image_limit(self, max_length: int) -> int:
+        """Where B ends with a copy of A's picture, three quarters of the input are for both."""
+        limit = super().image_limit(max_length)
+        return max(1, min(limit, 3 * max_length // 8)) if self.image_weight > 0 else limit
+
 
 @dataclass(frozen=True)
 class Stage3Recipe(Recipe):

@@ -17,6 +17,7 @@ import json
 import logging
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -368,7 +369,8 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
         if Path(parent).is_absolute() and not Path(parent).exists():
             raise CheckpointError(f"{parent}: no such folder")
         digest = weights_hash(Path(parent)) if Path(parent).is_dir() else str(parent)  # of the hub: its name
-        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": 4096, "weights_sha256": digest}
+        # No limit of its own: the recipe's `max_length` holds.
+        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": sys.maxsize, "weights_sha256": digest}
     else:
         meta = read_meta(parent)
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
@@ -407,6 +409,8 @@ def run_stage(
         "data": corpus.fingerprint(data),
     }
     work = out.parent / f".{out.name}.work"
+    if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():  # said now, not when it has been trained
+        raise CheckpointError(f"{out}: holds files that are no checkpoint; remove them, or choose another output folder")
     state = join_processes()
     if not (out / META).is_file():
         # Launched as several, they are one run.
@@ -578,7 +582,10 @@ def _reconstruction(
     wanted = dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
     module = Reconstruction(model, learned_fill=learned, **{name: getattr(recipe, name) for name in wanted})
     rows, plan = ConcatDataset(parts), index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=seed)
-    corpus.check_images(rows[i]["image"] for i in set(plan.tolist()))
+    chosen = sorted(set(plan.tolist()))
+    corpus.check_images(rows[i]["image"] for i in chosen)
+    if stage == "stage2":
+        corpus.check_bridges((rows[i] for i in chosen), data)
     args = training_arguments(TrainingArguments, recipe, work, seed, show_progress)
     return ReconstructionTrainer(model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate)
 
@@ -617,7 +624,7 @@ def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalR
     rows = [*corpus.captions(data), *corpus.questions(data)]
     texts = [row["text"] for row in rows[::7]] + [row["target"] for row in rows[::7]] + list(topics.values())
     init = out.parent / f"{out.name}-init"
-    asked = {"shape": shape, "seed": seed}
+    asked = {"shape": shape, "seed": seed, "data": corpus.fingerprint(data)}  # its tokenizer is learnt from the data
     found = read_meta(init, check=False) if (init / META).is_file() else asked
     if {name: found.get(name) for name in asked} != asked:
         shutil.rmtree(init)  # left by an earlier call; a run that began from it is refused below, by its parent's hash

@@ -636,7 +636,7 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     for task in SMALL[:2]:
         (folder / "eval" / task.name).symlink_to(all_tasks / task.name)
     fields = [[t.name, t.meta_task, t.in_distribution, t.n_candidates] for t in SMALL[:2]]
-    (folder / "manifest.json").write_text(json.dumps({"generator": "pairs", "tasks": fields}))
+    (folder / "manifest.json").write_text(json.dumps({"generator": "pairs", "tasks": fields, "content_hash": "c0ffee"}))
     model = SimpleNamespace(load=lambda path, dtype: Embedder(oracle_vector, fingerprint=path))
     monkeypatch.setitem(sys.modules, "cocoa_lib.embedder", SimpleNamespace(CocoaEmbedder=model))
     monkeypatch.chdir(tmp_path)
@@ -653,6 +653,7 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     assert results["task"].nunique() == 2 and (results["n"] == 12).all()
     facts = json.loads((out / "provenance.json").read_text())
     assert facts["evaluator"] == "cocoa_lib mmeb, ties against the answer" and facts["fingerprint"] == "the-model"
+    assert facts["data"] == "c0ffee"
     assert len(pd.read_parquet(out / "per_query.parquet")) == 24
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
     mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
