@@ -98,9 +98,20 @@ class EosEmbedding(InputModule):
         Raises ValueError for other settings: a checkpoint's own processor and config are what it was trained with.
         """
         settings = model_kwargs or {}
-        if unknown := [*settings.keys() - {"dtype", "attn_implementation"}, *(processor_kwargs or ()), *(config_kwargs or ())]:
-            raise ValueError(f"{', '.join(unknown)}: not a setting of this model; model_kwargs takes dtype, attn_implementation")
-        where = {"token": token, "cache_folder": cache_folder, "revision": revision, "local_files_only": local_files_only}
+        if unknown := [
+            *settings.keys() - {"dtype", "attn_implementation"},
+            *(processor_kwargs or ()),
+            *(config_kwargs or ()),
+        ]:
+            raise ValueError(
+                f"{', '.join(unknown)}: not a setting of this model; model_kwargs takes dtype, attn_implementation"
+            )
+        where = {
+            "token": token,
+            "cache_folder": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
         return load_module(load_dir_path(model_name_or_path, subfolder, **where) or model_name_or_path, **settings)
 
 
@@ -305,7 +316,9 @@ def _cells(image: Any, processor: Any) -> int:
         with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
             width, height = opened.size
         return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-    except Exception:  # decoders raise anything, and what is no picture at all has no `read`: named when its batch is made
+    except (
+        Exception
+    ):  # decoders raise anything, and what is no picture at all has no `read`: named when its batch is made
         return 0
 
 

@@ -248,9 +248,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(
-        f"n = {seeds} seeds x {queries} queries\nfilled: differs from 0, corrected for the rows; open circle: only uncorrected"
-    )
+    axis.set_title(f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0; filled: once corrected, too")
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )

@@ -135,10 +135,14 @@ class Inputs:
 
     def __post_init__(self) -> None:
         wanted = [VISION_START, IMAGE_PAD, VISION_END, self.eos_token]
-        vocabulary = self.tokenizer.get_vocab()  # not by the unknown token's id: Qwen2's is <|endoftext|>, which may be EOS
+        vocabulary = (
+            self.tokenizer.get_vocab()
+        )  # not by the unknown token's id: Qwen2's is <|endoftext|>, which may be EOS
         if lost := [token for token in wanted if token not in vocabulary]:
             raise InputError(f"the tokenizer lacks {', '.join(lost)}; take a Qwen2-VL tokenizer, or another eos_token")
-        self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = (vocabulary[token] for token in wanted)
+        self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = (
+            vocabulary[token] for token in wanted
+        )
         pad = self.tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else pad
         self.keep_images(0)

@@ -198,7 +198,11 @@ def build_pairs(
         raise InputError(f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them")
     names = (str(row.get(image_name) or "") for row in rows[:20])  # of the first row whose picture is there
     roots = ((find_image_root(path, name), name) for name in names)
-    base = Path(image_root) if image_root else next((root for root, name in roots if os.path.isfile(root / name)), path.parent)
+    base = (
+        Path(image_root)
+        if image_root
+        else next((root for root, name in roots if os.path.isfile(root / name)), path.parent)
+    )
     good, bad = check_rows(rows, image_name, text_name, base, progress)
     if bad and on_bad_row == "stop":
         listing = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")

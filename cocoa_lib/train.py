@@ -410,7 +410,9 @@ def run_stage(
     }
     work = out.parent / f".{out.name}.work"
     if out.is_dir() and any(out.iterdir()) and not (out / META).is_file():  # said now, not when it has been trained
-        raise CheckpointError(f"{out}: holds files that are no checkpoint; remove them, or choose another output folder")
+        raise CheckpointError(
+            f"{out}: holds files that are no checkpoint; remove them, or choose another output folder"
+        )
     state = join_processes()
     if not (out / META).is_file():
         # Launched as several, they are one run.

@@ -85,6 +85,24 @@ def test_the_readmes_sentences_are_the_tables():
     assert f"on the first three {of_three}" in said and f"on the same three seeds: {of_three}" in said
 
 
+def test_the_readmes_numbers_of_pairs_are_the_tables():
+    from cocoa_lib import analysis
+
+    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    results, many = analysis.gather_results(ROOT / "reports" / "many")
+    said, first = " ".join(README.split()), per_query[per_query["seed"] < 3]
+    ends = [(f"cocoa_{end}", f"contrastive_{end}") for end in ("few", "2k", "4k")] + [("cocoa", "contrastive")]
+    behind = [f"{-analysis.contrast(first, {full: 1, alone: -1})['difference']:.1f}" for full, alone in ends]
+    assert f"On seeds 0 to 2 CoCoA is {', '.join(behind[:3])} and {behind[3]} points behind" in said
+    means = analysis.arm_scores(results).groupby("arm")["overall"].mean()
+    gain = {"many cocoa": 1, "many contrastive": -1}
+    both = pd.concat([per_query, many.assign(arm="many " + many["arm"])])
+    most = analysis.said(analysis.contrast(both, gain))
+    assert f"contrastive alone {means['contrastive']:.1f}, CoCoA {means['cocoa']:.1f}, {most};" in said
+    less = {"cocoa_longer": 1, "contrastive_longer": -1} | {arm: -factor for arm, factor in gain.items()}
+    assert f"less that with 64,000: {analysis.said(analysis.contrast(both, less))}, undecided" in said
+
+
 def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classification():
     """What README and notebook 05 say in words."""
     from cocoa_lib import analysis
