@@ -291,10 +291,8 @@ rule evaluation:
         name="04_mmeb_evaluation",
         model=stage_dir("stage3", MAIN, SEED),
         results=f"{RUN}/results/{MAIN}/seed{SEED}",
-    resources:
-        gpu=1,
     shell:
-        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
+        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
 
 
 rule ablations:
