@@ -261,6 +261,11 @@ def holm(p: Iterable[float]) -> np.ndarray:
     return adjusted
 
 
+def certain(row: Mapping[str, Any]) -> bool:
+    """Does a difference, up or down, stand once corrected? Several seeds, an interval without 0, p_holm < 0.05."""
+    return row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0) and row["p_holm"] < 0.05
+
+
 def verdict(row: Mapping[str, Any], *, corrected: bool = False) -> str:
     """A claimed gain from a row of `paired_effects`: "supported", "not supported" or "undecided".
 

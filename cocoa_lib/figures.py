@@ -463,14 +463,14 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     The arms in `named` have their names and intervals, the others are small and grey: many cost the same.
     """
     figure, axis = new(width=6.5, height=3.4)
-    chosen = table["arm"].isin(named)
+    chosen, dearest = table["arm"].isin(named), table["cost"].max()
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
     axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
-    axis.set_xlim(0, max(table["cost"].max(), rest["cost"].max() if len(rest) else 0) * 1.04)
+    axis.set_xlim(0, dearest * 1.04)
     place, gap = -np.inf, np.ptp(axis.get_ylim()) / 14
     for row in table.itertuples():  # names in a column beyond the axis, moved apart
         place = max(row.value, place + gap)

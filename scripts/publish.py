@@ -302,18 +302,12 @@ def answers(run: Path) -> list[dict[str, Any]]:
     there = {budget: weights for budget, weights in BUDGETS.items() if set(weights) <= set(per_query["arm"])}
     rows = [analysis.contrast(per_query, weights) for weights in there.values()]
     found = []
-    for (budget, weights), row, p_holm in zip(
-        there.items(), rows, analysis.holm(row["p"] for row in rows), strict=True
-    ):
-        certain = p_holm < 0.05 and row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
-        said = (
-            f"{'a gain' if row['low'] > 0 else 'a loss'}, certain after correction"
-            if certain
-            else "not certain after correction"
-        )
+    for (budget, weights), row, p in zip(there.items(), rows, analysis.holm(row["p"] for row in rows), strict=True):
+        certain, gain = analysis.certain({**row, "p_holm": p}), row["difference"] > 0
+        said = f"a {'gain' if gain else 'loss'}, certain" if certain else "not certain"
         found.append({
             "budget": budget.format(few=few, many=many), "number": analysis.said(row), "seeds": str(row["n_seeds"]),
-            "verdict": f"{said} for these rows", "gain": certain and row["low"] > 0, "arms": set(weights),
+            "verdict": f"{said} after correction for these rows", "gain": certain and gain, "arms": set(weights),
         })  # fmt: skip
     return found
 

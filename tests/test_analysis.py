@@ -373,3 +373,17 @@ def test_wilson_interval_by_hand():
 
     assert [probe(8).low, probe(8).high] == pytest.approx([100 * (centre - half), 100 * (centre + half)], rel=1e-5)
     assert probe(0).low == 0 and probe(10).high == 100
+
+
+@pytest.mark.parametrize(
+    "row, stands",
+    [
+        ({"low": 1, "high": 2, "p_holm": 0.04, "n_seeds": 3}, True),
+        ({"low": -2, "high": -1, "p_holm": 0.04, "n_seeds": 3}, True),
+        ({"low": -1, "high": 2, "p_holm": 0.04, "n_seeds": 3}, False),
+        ({"low": 1, "high": 2, "p_holm": 0.05, "n_seeds": 3}, False),
+        ({"low": 1, "high": 2, "p_holm": 0.04, "n_seeds": 1}, False),
+    ],
+)
+def test_what_stands_after_correction(row, stands):
+    assert analysis.certain(row) is stands
