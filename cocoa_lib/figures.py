@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
@@ -79,7 +80,7 @@ def show(figure: Figure, name: str = "", folder: str | Path = ""):
 
 
 def _done(figure: Figure, alt: str) -> Figure:
-    figure.alt = alt
+    figure.alt = " ".join(alt.split())  # of titles in two lines, too
     plt.close(figure)  # shown by the notebook as a value, not a second time by pyplot
     return figure
 
@@ -248,40 +249,51 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0; filled: once corrected, too")
+    axis.set_title(f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too); diamond: holds 0")
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )
     return _done(figure, f"Paired differences to {baseline} with 95 % intervals: {listing}.")
 
 
-def meta_task_bars(table: pd.DataFrame, *, title: str) -> Figure:
-    """Scores by meta-task: columns label, meta_task, value and optionally low, high; one group a meta-task."""
-    table = table.dropna(subset="value")  # a meta-task without tasks
+def meta_task_bars(panels: Mapping[str, pd.DataFrame]) -> Figure:
+    """Scores by meta-task, a panel a title, one above the other: columns label, meta_task, value and optionally low, high."""
+    panels = {title: table.dropna(subset="value") for title, table in panels.items()}  # a meta-task without tasks
+    figure, axes = new(len(panels), width=6.5, height=2.7 * len(panels), squeeze=False)
+    for axis, (title, table) in zip(axes[:, 0], panels.items(), strict=True):
+        _bars(axis, table)
+        axis.set_title(title)
+    listing = (
+        f"{title}. " + "; ".join(f"{row.label}, {row.meta_task}: {row.value:.1f}" for row in table.itertuples())
+        for title, table in panels.items()
+    )
+    return _done(figure, ". ".join(listing))
+
+
+def _bars(axis, table: pd.DataFrame) -> None:
+    """One group of bars a meta-task, a bar a label, named beside them where there are several."""
     labels, groups = list(dict.fromkeys(table["label"])), list(dict.fromkeys(table["meta_task"]))
-    figure, axis = new(width=6.5, height=3.0)
     width = 0.8 / len(labels)
     for i, label in enumerate(labels):
         part = table[table["label"] == label].set_index("meta_task").reindex(groups)
         x = np.arange(len(groups)) + (i - (len(labels) - 1) / 2) * width
         hatch = ("", "//", "..", "xx")[i % 4]  # told apart in grey
         axis.bar(x, part["value"], width * 0.92, color=COLOURS[i % 8], label=label, edgecolor="white", hatch=hatch)
+        tops = part["value"]
         if "low" in part and part["low"].notna().any():
             errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
             axis.errorbar(x, part["value"], yerr=errors, fmt="none", color="black", linewidth=1)
-        tops = part["high"].fillna(part["value"]) if "high" in part else part["value"]
+            tops = part["high"].fillna(part["value"])
         for position, value, top in zip(x, part["value"], tops, strict=True):
             if not np.isnan(value):
-                axis.annotate(f"{value:.1f}", (position, top + 1), ha="center", va="bottom", fontsize=7,
-                              rotation=90 if len(labels) > 2 else 0)  # fmt: skip
+                axis.annotate(f"{value:.1f}", (position, top), xytext=(0, 2), textcoords="offset points", ha="center",
+                              va="bottom", fontsize=7, rotation=90 if len(labels) > 2 else 0)  # fmt: skip
+    highest = table[[name for name in ("value", "high") if name in table]].max(axis=None)
+    axis.set_ylim(0, 1.25 * highest)
     axis.set_xticks(range(len(groups)), groups)
-    axis.set_ylim(0, 108)
     axis.set_ylabel("precision@1, %")
-    axis.set_title(title)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    return _done(
-        figure, f"{title}. " + "; ".join(f"{row.label}, {row.meta_task}: {row.value:.1f}" for row in table.itertuples())
-    )
+    if len(labels) > 1:
+        axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
 
 
 def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Figure:
@@ -358,8 +370,9 @@ def reach_grid(depths: Mapping[str, np.ndarray], layers: Sequence[int], names: S
             axis.set_yticks(range(len(names)), names, fontsize=6.5)
             axis.tick_params(length=0, pad=1)
         line[0].set_ylabel(layout, fontsize=9, fontweight="bold")
-    legend = ("blue: looks at it", "orange: can know it through another token", "grey: cannot know it")
-    figure.supxlabel(("   " if len(layers) > 2 else "\n").join(legend), fontsize=8)
+    words = {"looks at it": COLOURS[0], "can know it through another token": COLOURS[1], "cannot know it": "#f2f2f2"}
+    swatches = [Patch(facecolor=colour, edgecolor="#777777", label=text) for text, colour in words.items()]
+    figure.legend(handles=swatches, loc="outside lower center", ncols=3 if len(layers) > 2 else 1, fontsize=8)
     ends = "; ".join(
         f"{layout}: {np.mean((depth > 0) & (depth <= layers[-1])):.0%}" for layout, depth in depths.items()
     )
@@ -439,20 +452,29 @@ def similarity(cosine: np.ndarray) -> Figure:
 
 
 def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
-    """Paired differences by group: columns arm, group, difference, low, high; bold where the interval excludes 0."""
+    """Paired differences by group: columns arm, group, difference, low, high; bold where the interval excludes 0.
+
+    With p_holm, corrected for all cells, a star where that is below 0.05 as well.
+    """
     wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
     value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
+    drawn, clear = ~np.isnan(value), (low > 0) | (high < 0)
+    certain = np.zeros_like(clear)
+    if "p_holm" in table:
+        certain = clear & (table.pivot(index="arm", columns="group", values="p_holm").loc[arms, groups].to_numpy() < 0.05)
     limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
                 annot_kws={"size": 8, "color": "black"}, xticklabels=groups, yticklabels=arms)  # fmt: skip
-    for text, clear in zip(axis.texts, ((low > 0) | (high < 0))[~np.isnan(value)], strict=True):
-        text.set_weight("bold" if clear else "normal")
+    for text, bold, star in zip(axis.texts, clear[drawn], certain[drawn], strict=True):
+        text.set_weight("bold" if bold else "normal")
+        text.set_text(text.get_text() + "*" * bool(star))
     axis.tick_params(length=0, rotation=0)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
     axis.set_title(f"difference to '{baseline}', {unit}")
-    axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{seeds}")
+    star = f"; *: corrected for all cells, too ({certain.sum()} of {drawn.sum()})" if "p_holm" in table else ", uncorrected"
+    axis.set_xlabel(f"bold: the 95 % interval excludes 0{star}{seeds}")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
@@ -467,7 +489,10 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    axis.errorbar(table["cost"], table["value"], yerr=errors, fmt="o", color=COLOURS[0], markersize=5, linewidth=1)
+    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they stand a hair apart, the points do not
+    beside = (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
+    axis.plot(table["cost"], table["value"], "o", color=COLOURS[0], markersize=5)
+    axis.errorbar(table["cost"] + beside, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
     axis.set_xlim(0, dearest * 1.04)

@@ -69,7 +69,7 @@ CASES = {
     "restored_text": lambda: figures.restored_text([RESTORED, RESTORED[:2]], width=20),
     "task_scores": lambda: figures.task_scores(TASKS, order=["Count", "Digits"], title="t"),
     "forest": lambda: figures.forest(EFFECTS, baseline="base"),
-    "meta_task_bars": lambda: figures.meta_task_bars(BARS, title="t"),
+    "meta_task_bars": lambda: figures.meta_task_bars({"t": BARS}),
     "embedding_map": lambda: figures.embedding_map(POINTS, ["x", "y", "x", "y"]),
     "token_masks": lambda: figures.token_masks({"causal": TRIANGLE, "blocks": SQUARE, "all": TRIANGLE | True}, NAMES, "AAEB"),
     "reach_grid": lambda: figures.reach_grid({"bridge": DEPTH}, [1, 2], NAMES),
@@ -232,8 +232,10 @@ def test_meta_task_bars_are_as_high_as_the_table_says():
     assert [text.get_text() for text in axis.texts] == ["30.0", "60.0", "40.0", "20.0"]
     centres = [bar.get_x() + bar.get_width() / 2 for c in axis.containers[::2] for bar in c]
     assert np.round(centres).tolist() == [0, 1, 0, 1], "each bar stands at its group"
-    plain = figures.meta_task_bars(BARS.drop(columns=["low", "high"]), title="t").axes[0]
-    assert len(plain.containers) == 2
+    assert axis.get_ylim()[1] == 1.25 * 61 and axis.get_legend() is not None
+    plain, one = figures.meta_task_bars({"t": BARS.drop(columns=["low", "high"]), "one": BARS[BARS["label"] == "b"]}).axes
+    assert len(plain.containers) == 2 and plain.get_title(loc="left") == "t"
+    assert one.get_title(loc="left") == "one" and one.get_legend() is None, "one label needs no legend"
 
 
 def test_embedding_map_puts_each_point_in_its_group():
@@ -302,6 +304,9 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
     texts = (("+3.0", "bold"), ("-2.0", "normal"), ("+0.0", "normal"), ("-9.0", "bold"))
     assert drawn == {(at, text): weight for at, (text, weight) in zip(middle, texts, strict=True)}
     assert "b, ood: -9.0" in figure.alt
+    corrected = figures.effect_table(table.assign(p_holm=[0.2, 0.04, 0.9, 0.01]), baseline="base").axes[0]
+    assert [text.get_text() for text in corrected.texts] == ["+3.0", "-2.0", "+0.0", "-9.0*"], "a star needs both"
+    assert "corrected for all cells, too (1 of 4)" in corrected.get_xlabel()
     gap = figures.effect_table(table.iloc[1:], baseline="base").axes[0]  # an arm that lacks a group
     assert gap.collections[0].get_clim() == pytest.approx((-14.4, 14.4)), "the scale is that of what is there"
     assert [(text.get_text(), text.get_weight()) for text in gap.texts] == [
@@ -319,7 +324,10 @@ def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     named = ["far", "arm0", "arm1", "arm9"]
     figure = figures.cost_score(table, named=named, title="t", xlabel="steps")
     axis = figure.axes[0]
-    assert axis.containers[0][0].get_xydata().tolist() == [[1367, 27], [1367, 27.1], [1367, 27.9], [2000, 44]]
+    points = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "o"]
+    assert points == [[[1367, 27], [1367, 27.1], [1367, 27.9], [2000, 44]]]
+    bars = [segment[0, 0] for segment in axis.containers[0][2][0].get_segments()]
+    assert len(set(bars)) == 4 and np.allclose(bars, [1367, 1367, 1367, 2000], rtol=0.02), "no interval hides another"
     (rest,) = [line for line in axis.lines if line.get_label() == "the other arms"]
     assert set(rest.get_xdata()) == {1367} and len(rest.get_ydata()) == 10
     assert figure.alt.count("1,367") == 13, "the text of the figure lists all"
@@ -333,8 +341,8 @@ def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
 
 def test_cost_score_draws_cost_against_points():
     axis = CASES["cost_score"]().axes[0]
-    line, _, (bars,) = axis.containers[0]
-    assert line.get_xydata().tolist() == [[1, 20], [10, 30]]
+    _, _, (bars,) = axis.containers[0]
+    assert [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "o"] == [[[1, 20], [10, 30]]]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[18, 23], [30, 30]]
     assert [text.get_text() for text in axis.texts] == ["a", "b"]
     close = TIMES.assign(value=[50.0, 50.1], low=NAN, high=NAN)
@@ -357,7 +365,7 @@ def test_only_what_stands_after_correction_is_filled():
 
 def test_a_meta_task_without_tasks_is_left_out():
     table = pd.DataFrame({"label": "m", "meta_task": ["retrieval", "vqa"], "value": [50.0, np.nan]})
-    figure = figures.meta_task_bars(table, title="t")
+    figure = figures.meta_task_bars({"t": table})
     assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == ["retrieval"] and "nan" not in figure.alt
 
 
