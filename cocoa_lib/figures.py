@@ -249,7 +249,9 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
-    axis.set_title(f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too); diamond: holds 0")
+    axis.set_title(
+        f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too); diamond: holds 0"
+    )
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
     )
@@ -462,7 +464,9 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     drawn, clear = ~np.isnan(value), (low > 0) | (high < 0)
     certain = np.zeros_like(clear)
     if "p_holm" in table:
-        certain = clear & (table.pivot(index="arm", columns="group", values="p_holm").loc[arms, groups].to_numpy() < 0.05)
+        certain = clear & (
+            table.pivot(index="arm", columns="group", values="p_holm").loc[arms, groups].to_numpy() < 0.05
+        )
     limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
@@ -473,8 +477,8 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     axis.tick_params(length=0, rotation=0)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
     axis.set_title(f"difference to '{baseline}', {unit}")
-    star = f"; *: corrected for all cells, too ({certain.sum()} of {drawn.sum()})" if "p_holm" in table else ", uncorrected"
-    axis.set_xlabel(f"bold: the 95 % interval excludes 0{star}{seeds}")
+    star = f"\n*: corrected for all cells, too ({certain.sum()} of {drawn.sum()})" if "p_holm" in table else ""
+    axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{star}{seeds}")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
@@ -489,7 +493,9 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they stand a hair apart, the points do not
+    same = table.groupby("cost")[
+        "cost"
+    ]  # intervals at one cost would look like one: they stand a hair apart, the points do not
     beside = (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
     axis.plot(table["cost"], table["value"], "o", color=COLOURS[0], markersize=5)
     axis.errorbar(table["cost"] + beside, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)

@@ -150,24 +150,36 @@ def policy(html: str) -> str:
     )
 
 
-def provenance(run: Path) -> dict[str, str]:
-    """Profile, machine, commit and seeds of a run's results, as words for the top of a page."""
-    files = sorted(run.glob("results/*/seed*/provenance.json"))
+def provenance(run: Path, shown: str = "*") -> dict[str, str]:
+    """Profile, machine, commit and seeds of a run's results, or of those `shown` (ARM/seedK), as words for the top of a page."""
+    files = sorted(run.glob(f"results/{shown if '/' in shown else '*/seed*'}/provenance.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     said = {
         key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
     }
     seeds = sorted({int(path.parent.name[4:]) for path in files})
     changed = " (+changes: with files not committed)" * ("+changes" in said["commit"])
-    if len(commits := said["commit"].split(", ")) > 3:
-        said["commit"] = f"{len(commits)}, listed in notebook 05"
-    said["commit"] += changed
     return {
         "Profile": run.name,
         "Machine": said["machine"] or "not recorded",
-        "Commit of the results": said["commit"] or "not recorded",
+        "Commit of the results": said["commit"] + changed or "not recorded",
         "Seeds": ", ".join(map(str, seeds)) or "not recorded",
     }
+
+
+def _facts(page: dict[str, Any], run: Path) -> dict[str, str]:
+    """What stands at the top of a page: of its own model where it shows one, else of the run, whose many commits page 05 lists."""
+    facts = provenance(run)
+    own = provenance(run, f"cocoa/seed{page['seed']}") if page["seed"] else facts
+    commits, changed = facts["Commit of the results"], "+changes" in facts["Commit of the results"]
+    if page["seed"]:
+        facts["Commit of the results"] = own["Commit of the results"]
+        facts["Seeds"] = f"{page['seed']} on this page, of {facts['Seeds']}"
+    elif commits.count(",") > 2 and not page["file"].startswith("05"):
+        facts["Commit of the results"] = f"{commits.count(',') + 1}, at the top of notebook 05" + (
+            " (some +changes: with files not committed)" * changed
+        )
+    return {**facts, "Executed": page["date"]}
 
 
 def _executed(notebook: Path) -> dict[str, str]:
@@ -222,7 +234,6 @@ def site(run: Path, target: Path) -> None:
     """The executed notebooks of a run as pages: index.html, a page a notebook, style.css, figures/."""
     notebooks = [path for path in sorted(run.glob("notebooks/0*.ipynb")) if not path.name.endswith(".partial.ipynb")]
     aside = _aside(target)
-    facts = provenance(run)
     pages, css = _pages(notebooks, run, aside)
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     (aside / "style.css").write_text(style + css, encoding="utf-8")
@@ -231,9 +242,8 @@ def site(run: Path, target: Path) -> None:
         links = [("Contents", "index.html")]
         links += [(f"\u2190 {_short(pages[i - 1]['title'])}", pages[i - 1]["file"])] if i else []
         links += [(f"{_short(pages[i + 1]['title'])} \u2192", pages[i + 1]["file"])] if i + 1 < len(pages) else []
-        seeds = f"{page['seed']} on this page, of {facts['Seeds']}" if page["seed"] else facts["Seeds"]
         html = _layout(
-            title=page["title"], links=links, facts={**facts, "Seeds": seeds, "Executed": page["date"]},
+            title=page["title"], links=links, facts=_facts(page, run),
             headings=page["headings"], body=page["body"],
         )  # fmt: skip
         (aside / page["file"]).write_text(html, encoding="utf-8")
@@ -251,7 +261,8 @@ def site(run: Path, target: Path) -> None:
         )
     )
     links = [(_short(pages[0]["title"]) + " \u2192", pages[0]["file"])] if pages else []
-    facts["Executed"] = " to ".join(sorted({min(dates), max(dates)})) if dates else "not recorded"
+    executed = " to ".join(sorted({min(dates), max(dates)})) if dates else "not recorded"
+    facts = _facts({"seed": "", "file": "index.html", "date": executed}, run)
     html = _layout(title="CoCoA, the notebook collection", links=links, facts=facts, headings=[], body=index)
     (aside / "index.html").write_text(html, encoding="utf-8")
     _replace(aside, target)

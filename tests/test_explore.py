@@ -18,7 +18,7 @@ from PIL import Image
 
 from cocoa_lib import analysis
 from cocoa_lib.attention import EOS, dense_mask, describe, reachability, segments
-from cocoa_lib.backbone import hidden_states, position_ids, set_bidirectional
+from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
 from cocoa_lib.corruption import IGNORE
 from cocoa_lib.explore import (
     DIRECT,
@@ -37,6 +37,7 @@ from cocoa_lib.explore import (
     retrieval_explorer,
     retrieval_html,
 )
+from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import PatchDecoder
 from cocoa_lib.profiles import ROOT, read_arms
 
@@ -322,6 +323,19 @@ def upload(name: str, content: bytes):
     then = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
     file = {"name": name, "type": "image/png", "size": len(content), "last_modified": then}
     return ({**file, "content": memoryview(content)},)
+
+
+def test_they_answer_in_time_at_the_size_of_the_committed_backbone(picture):
+    """The laptop profile's model; the tests around this one have a smaller one."""
+    model, inputs = (
+        open_backbone(ROOT / "data" / "backbone", bidirectional=True),
+        Inputs.load(ROOT / "data" / "backbone"),
+    )
+    rows = rows_of(picture)
+    box = reconstruction_explorer(model, inputs, rows, PatchDecoder(model))
+    assert box.error.value == "" and seconds(box, "text_rate", 0.9, 0.3, 0.5) < 0.3
+    box = attention_explorer(model, inputs, rows)
+    assert box.error.value == "" and seconds(box, "sample", 1, 2, 0) < 0.3 and seconds(box, "layer", 1, 4, 2) < 0.3
 
 
 def png(image) -> bytes:

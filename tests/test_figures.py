@@ -233,7 +233,9 @@ def test_meta_task_bars_are_as_high_as_the_table_says():
     centres = [bar.get_x() + bar.get_width() / 2 for c in axis.containers[::2] for bar in c]
     assert np.round(centres).tolist() == [0, 1, 0, 1], "each bar stands at its group"
     assert axis.get_ylim()[1] == 1.25 * 61 and axis.get_legend() is not None
-    plain, one = figures.meta_task_bars({"t": BARS.drop(columns=["low", "high"]), "one": BARS[BARS["label"] == "b"]}).axes
+    plain, one = figures.meta_task_bars(
+        {"t": BARS.drop(columns=["low", "high"]), "one": BARS[BARS["label"] == "b"]}
+    ).axes
     assert len(plain.containers) == 2 and plain.get_title(loc="left") == "t"
     assert one.get_title(loc="left") == "one" and one.get_legend() is None, "one label needs no legend"
 

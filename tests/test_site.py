@@ -207,16 +207,23 @@ def test_the_index_tells_a_loss_from_what_is_not_certain():
     assert behind == "a loss, certain after correction for these rows"
 
 
-def test_many_commits_are_counted_not_listed_at_the_top(tmp_path):
-    from publish import provenance
+def test_a_page_names_its_own_commit_and_many_stand_on_page_05(tmp_path):
+    from publish import _facts, provenance
 
     run = make_run(tmp_path)
     assert provenance(run)["Commit of the results"] == "abc0, abc1"
     for i, arm in enumerate(("contrastive", "cocoa")):
         for seed in (0, 1):
-            facts = {"machine": "m", "commit": f"{i}{seed}+changes"}
+            facts = {"machine": "m", "commit": f"{i}{seed}" + "+changes" * (seed == 1)}
             (run / "results" / arm / f"seed{seed}" / "provenance.json").write_text(json.dumps(facts))
-    assert provenance(run)["Commit of the results"] == "4, listed in notebook 05 (+changes: with files not committed)"
+
+    def top(file, seed=""):
+        facts = _facts({"file": file, "seed": seed, "date": "today"}, run)
+        return facts["Commit of the results"], facts["Seeds"]
+
+    assert top("index.html") == ("4, at the top of notebook 05 (some +changes: with files not committed)", "0, 1")
+    assert top("05_ablations.html") == ("00, 01+changes, 10, 11+changes (+changes: with files not committed)", "0, 1")
+    assert top("03_contrastive_training.html", "0") == ("10", "0 on this page, of 0, 1")
 
 
 def test_a_change_of_the_script_changes_the_policy():
