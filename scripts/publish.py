@@ -168,7 +168,7 @@ def provenance(run: Path, shown: str = "*") -> dict[str, str]:
 
 
 def _facts(page: dict[str, Any], run: Path) -> dict[str, str]:
-    """What stands at the top of a page: of its own model where it shows one, else of the run, whose many commits page 05 lists."""
+    """What stands at the top of a page: of its own model, if it shows one, else of the run, whose many commits page 05 lists."""
     facts = provenance(run)
     own = provenance(run, f"cocoa/seed{page['seed']}") if page["seed"] else facts
     commits, changed = facts["Commit of the results"], "+changes" in facts["Commit of the results"]
