@@ -1,7 +1,8 @@
 """Every measurement, one after the other, each in a process of its own: `make bench`.
 
-The libraries are imported once, in the process that multiprocessing's forkserver forks all others from, those that measure memory
-too: a script starts as a fresh interpreter would, with nothing that another one left (threads, compiled code, freed blocks).
+The libraries are imported once, in the process that multiprocessing's forkserver forks the scripts from: each starts as in a
+fresh interpreter, with nothing that another one left (threads, compiled code, freed blocks). One that measures memory imports
+them once more, for a forkserver of its own.
 """
 
 from __future__ import annotations
