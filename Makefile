@@ -70,7 +70,7 @@ test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, 
 	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
 
 bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
-	@for script in stages logits encode gradcache ranking input_side packing attention growth; do OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) benchmarks/$$script.py || exit 1; done
+	@OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) benchmarks/bench.py
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
 	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 import torch
 from common import BACKBONE, RESULTS, WORDS, in_turn, peaks, record, save
@@ -14,10 +13,15 @@ from cocoa_lib.attention import EOS, A
 from cocoa_lib.backbone import hidden_states, open_backbone
 from cocoa_lib.embedder import CocoaEmbedder
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 LENGTHS, BATCHES, ITEMS = (64, 256, 1024, 4096), (4, 16, 64, 256), (64, 256, 1024, 4096)
+
+
+def model():
+    return open_backbone(BACKBONE, bidirectional=True)
+
+
+def embedder() -> CocoaEmbedder:
+    return CocoaEmbedder.load(BACKBONE)
 
 
 @torch.inference_mode()
@@ -34,20 +38,20 @@ def texts(n: int) -> list[str]:
     return [f"{i} " + " ".join(WORDS[: i % 20]) for i in range(n)]
 
 
-# An axis: its sizes, and how one of them is run, given (model, embedder).
-AXES: dict[str, tuple[Sequence[int], Callable]] = {
-    "tokens a sequence (batch 2)": (LENGTHS, lambda model, _, n: forward(model, 2, n)),
-    "sequences a batch (64 tokens)": (BATCHES, lambda model, _, n: forward(model, n, 64)),
-    "texts to encode": (ITEMS, lambda _, embedder, n: embedder.encode(texts(n))),
+# An axis: its sizes, what is opened, and how one size is run with it.
+AXES: dict[str, tuple[Sequence[int], Callable, Callable]] = {
+    "tokens a sequence (batch 2)": (LENGTHS, model, lambda opened, n: forward(opened, 2, n)),
+    "sequences a batch (64 tokens)": (BATCHES, model, lambda opened, n: forward(opened, n, 64)),
+    "texts to encode": (ITEMS, embedder, lambda opened, n: opened.encode(texts(n))),
 }
 
 
 def setup(axis: str, size: int) -> Callable[[], None]:
-    """For `peaks`: the model, after one small run."""
-    sizes, run = AXES[axis]
-    sides = open_backbone(BACKBONE, bidirectional=True), CocoaEmbedder.load(BACKBONE)
-    run(*sides, sizes[0])
-    return lambda: run(*sides, size)
+    """The step of one size, after one run of the smallest."""
+    sizes, opens, run = AXES[axis]
+    opened = opens()
+    run(opened, sizes[0])
+    return lambda: run(opened, size)
 
 
 def slopes(sizes: Sequence[int], middle: np.ndarray) -> list[float]:
@@ -66,6 +70,11 @@ def line(name: str, what: str, sizes: Sequence[int], of: dict[int, Sequence[floa
 
 def draw(curves: dict[str, dict[str, np.ndarray]]) -> None:
     """One panel an axis: time and memory relative to the smallest size, the line of slope 1 beside them."""
+    import matplotlib  # here, so that the processes that measure memory do not import it
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(1, len(curves), figsize=(9, 3), sharey=True, layout="constrained")
     for axis, (name, measured) in zip(axes, curves.items(), strict=True):
         sizes = AXES[name][0]
@@ -86,11 +95,12 @@ def draw(curves: dict[str, dict[str, np.ndarray]]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    sides = open_backbone(BACKBONE, bidirectional=True), CocoaEmbedder.load(BACKBONE)
-    memory = peaks(setup, [(name, n) for name, (sizes, _) in AXES.items() for n in sizes], n=2)
+    memory = peaks(setup, [(name, n) for name, (sizes, *_) in AXES.items() for n in reversed(sizes)])
     records, curves = [], {}
-    for name, (sizes, run) in AXES.items():
-        seconds = in_turn({str(n): lambda n=n, run=run: run(*sides, n) for n in sizes})
+    for name, (sizes, opens, run) in AXES.items():
+        opened = opens()
+        run(opened, sizes[0])  # in place of an uncounted round, most of which the largest size would take
+        seconds = in_turn({str(n): lambda n=n, run=run, opened=opened: run(opened, n) for n in sizes}, warm=True)
         found = {
             "time": {n: seconds[str(n)] for n in sizes},
             "peak memory": {n: memory[name, n] for n in sizes},
@@ -103,7 +113,7 @@ def main() -> None:
     save(
         "growth",
         records,
-        "committed backbone, forward pass; time (n 5), peak memory above the model (n 2); figure: growth.png, growth.svg",
+        "committed backbone, forward pass; time (n 5), memory above the model (n 5 processes); figure: growth.png, growth.svg",
     )
 
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,13 @@ import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save
 from encode import photographs
-from torch.utils.data import DataLoader
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from stages import contrastive_loss
+from torch.utils.data import DataLoader, Dataset
 
 from cocoa_lib import corpus, world
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.batches import Planned, stage1_batch, stage2_batch
+from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import load_profile
@@ -26,6 +29,7 @@ from cocoa_lib.recipes import make_recipe
 from cocoa_lib.train import KEPT_IMAGES
 
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
+STEPS = 7  # of which the first two do not count
 
 
 # In one process, so that what both need counts once: the libraries, then what this package adds.
@@ -44,7 +48,8 @@ def importing(n: int = 5) -> list[dict]:
         return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603
 
     seconds = in_turn({"package": lambda: run("import cocoa_lib"), "nothing": lambda: run("pass")}, n)
-    stack, whole = zip(*[map(float, run(STACK).split()) for _ in range(n)], strict=True)
+    with ThreadPoolExecutor(2) as pool:  # two at a time: the ratio is within a process
+        stack, whole = zip(*[map(float, out.split()) for out in pool.map(run, [STACK] * n)], strict=True)
     return [
         record("import cocoa_lib", "time, import cocoa_lib / an empty interpreter", seconds["package"], seconds["nothing"]),
         record("import cocoa_lib.embedder", "time, torch, transformers, sentence_transformers and cocoa_lib.embedder / the first "
@@ -62,17 +67,16 @@ def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dic
 
 
 def waiting(
-    stage: str, workers: int, module: Reconstruction, rows: list, collate: Callable, batch_size: int, n: int = 8
+    stage: str, workers: int, loss: Callable[[dict], torch.Tensor], data: Dataset, collate: Callable, batch_size: int
 ) -> dict:
-    """Share of a training step that the model waits for its batch, as the trainers load it; the first two do not count."""
-    data = Planned(rows, np.arange(n * batch_size) % len(rows))
+    """Share of a training step that the model waits for its batch, as the trainers load it: of `data`, in order."""
     loader = DataLoader(data, batch_size, collate_fn=collate, num_workers=workers)
     waited, whole, batches = [], [], iter(loader)
-    for _ in range(n):
+    for _ in range(STEPS):
         start = time.perf_counter()
         tensors = next(batches)
         made = time.perf_counter()
-        module(**tensors)["loss"].backward()
+        loss(tensors).backward()
         waited.append(made - start)
         whole.append(time.perf_counter() - start)
     text = f"time waiting / whole step of {batch_size}, laptop's model"
@@ -93,10 +97,22 @@ def stages(data: Path) -> list[dict]:
                    for at in range(0, 6 * recipe.batch_size, recipe.batch_size)]  # fmt: skip
         for workers in (0, 2):
             collate = partial(make, inputs=inputs, recipe=recipe, seed=0)
-            records.append(waiting(stage, workers, module, [rows[i] for i in mine], collate, recipe.batch_size))
+            taken = Planned([rows[i] for i in mine], np.arange(STEPS * recipe.batch_size) % len(mine))
+            loss = lambda batch, module=module: module(**batch)["loss"]  # noqa: E731
+            records.append(waiting(stage, workers, loss, taken, collate, recipe.batch_size))
         lengths = np.concatenate([make(b, inputs, recipe, 0)["attention_mask"].sum(1).numpy() for b in batches])
         records.append(padding(stage, "laptop", lengths, recipe.batch_size))
     return records
+
+
+def contrastive(data: Path) -> list[dict]:
+    """The same share in stage 3, with two workers."""
+    inputs, recipe = Inputs.load(BACKBONE, max_length=256), make_recipe("stage3", load_profile("laptop")["stage3"])
+    rows, sizes = corpus.pairs(data)
+    plan = index_plan(sizes, STEPS * recipe.batch_size, seed=0, block=recipe.same_task_block)
+    collate = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))
+    _, loss = contrastive_loss(inputs, recipe)
+    return [waiting("stage3", 2, loss, rows.select(plan), collate, recipe.batch_size)]
 
 
 def keeping(folder: Path) -> list[dict]:
@@ -135,12 +151,12 @@ def mmeb_like() -> list[dict]:
     return [padding(stage, "MMEB-like", text + before, 16) for stage, (text, before) in mmeb_lengths(1024).items()]
 
 
-def main(argv: Sequence[str] = ()) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = importing() + stages(data) + keeping(Path(folder))
+        records = importing() + stages(data) + contrastive(data) + keeping(Path(folder))
     save("input_side", records + mmeb_like(), "imports and shares: n 5; padding is counted")
 
 

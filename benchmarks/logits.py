@@ -65,7 +65,7 @@ def main() -> None:
     bytes_ = peaks(setup, [(stage, True), (stage, False)])
     records.append(record(f"logits, memory, {stage}", f"peak memory of a step, full / masked positions; {shape}",
                           bytes_[stage, True], bytes_[stage, False]))  # fmt: skip
-    save("logits", records, "equal losses (1e-4), then time (n 5) and memory (n 3 processes)")
+    save("logits", records, "equal losses (1e-4), then time (n 5) and memory (n 5 processes)")
 
 
 if __name__ == "__main__":

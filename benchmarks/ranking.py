@@ -48,18 +48,18 @@ def main() -> None:
     data = task(0)
     ours, naive = rank(*data)["rank"].to_numpy(), one_by_one(*data)
     assert (ours == naive).all() and 1 < ours.mean() < 500, ours.mean()
-    seconds = in_turn({"naive": lambda: one_by_one(*data), "ours": lambda: rank(*data), "all": setup(TASKS)}, n=5)
+    seconds = in_turn({"naive": lambda: one_by_one(*data), "ours": lambda: rank(*data), "all": setup(TASKS)}, warm=True)
     shape = f"{QUERIES} x {CANDIDATES} x {WIDTH}"
     whole = f"all {TASKS} tasks in {np.median(seconds['all']):.0f} s while measured"
-    memory = peaks(setup, [(1,), (TASKS,)])
-    inputs = [float(data[0].nbytes + data[1].nbytes + sum(own.nbytes for own in data[2]))] * 3
+    memory = peaks(setup, [(TASKS,), (1,)])
+    inputs = [float(data[0].nbytes + data[1].nbytes + sum(own.nbytes for own in data[2]))] * len(memory[1,])
     records = [
         record("ranking, time", f"a query at a time / rank, {shape}; {whole}", seconds["naive"], seconds["ours"]),
         record("ranking, growth", f"time of {TASKS} tasks / of one", seconds["all"], seconds["ours"]),
         record("ranking, memory, tasks", f"peak of {TASKS} tasks / of one", memory[TASKS,], memory[1,]),
         record("ranking, memory", f"peak of a task above its inputs / its inputs, {shape}", memory[1,], inputs),
     ]
-    save("ranking", records, "equal ranks, then time (n 5) and memory (n 3 processes)")
+    save("ranking", records, "equal ranks, then time (n 5) and memory (n 5 processes)")
 
 
 if __name__ == "__main__":

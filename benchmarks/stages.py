@@ -1,4 +1,5 @@
-"""How long a step of each stage takes, in turn, and how many contrastive steps take as long as all three stages.
+"""How long a step of each stage takes, in turn, and how many contrastive steps take as long as all three stages; what gradient
+checkpointing costs and saves in stage 1.
 
 The batches, recipes and number of steps are profile `long`'s, the model is the committed backbone. A step is forward,
 backward and AdamW; making the batch is left out (`input_side.py`: a twentieth of it).
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import BACKBONE, in_turn, record, save
+from common import BACKBONE, in_turn, peaks, record, save
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from torch.utils.data import ConcatDataset
 
@@ -24,23 +25,29 @@ from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
 from cocoa_lib.profiles import load_profile
-from cocoa_lib.recipes import make_recipe
+from cocoa_lib.recipes import Stage3Recipe, make_recipe
 
 PROFILE = "long"
+FEW = 16  # rows, where only with and without checkpointing are compared
 
 
-def stepper(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def stepper(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
     optimiser = torch.optim.AdamW(module.parameters(), lr=1e-5)
 
-    def step() -> None:
+    def step() -> float:
         optimiser.zero_grad()
-        loss().backward()
+        value = loss()
+        value.backward()
         optimiser.step()
+        return float(value.detach())
 
     return step
 
 
-def reconstruction(stage: str, data: Path, inputs: Inputs, **changes: float) -> Callable[[], None]:
+def reconstruction(
+    stage: str, data: Path, inputs: Inputs, *, saving: bool = False, **changes: float
+) -> Callable[[], float]:
+    """`saving`: with gradient checkpointing."""
     recipe = make_recipe(stage, load_profile(PROFILE)[stage] | changes)
     parts = [corpus.captions(data)] + (list(corpus.text_pairs(data).values()) if stage == "stage2" else [])
     rows = Planned(ConcatDataset(parts), index_plan([len(part) for part in parts], recipe.batch_size, seed=0))
@@ -49,21 +56,54 @@ def reconstruction(stage: str, data: Path, inputs: Inputs, **changes: float) -> 
     module = Reconstruction(
         open_backbone(BACKBONE, bidirectional=True), layout=recipe.layout, image_weight=recipe.image_weight
     )
+    if saving:
+        module.model.gradient_checkpointing_enable()
     return stepper(module.train(), lambda: module(**batch)["loss"])
 
 
-def contrastive(data: Path, inputs: Inputs) -> Callable[[], None]:
+def setup(saving: bool, data: Path) -> Callable[[], float]:
+    """A step of stage 1 on `FEW` rows, after one that allocates what the optimiser keeps."""
+    torch.manual_seed(0)  # of the decoder for patches
+    step = reconstruction("stage1", data, Inputs.load(BACKBONE, max_length=256), saving=saving, batch_size=FEW)
+    step()
+    return step
+
+
+def checkpointing(data: Path) -> list[dict]:
+    """What gradient checkpointing costs and saves: activations computed a second time, not kept."""
+    sides = {"with": setup(True, data), "without": setup(False, data)}
+    losses = {name: step() for name, step in sides.items()}  # the second ones: after equal gradients
+    assert abs(losses["with"] - losses["without"]) < 1e-4, losses
+    seconds, memory = in_turn(sides, warm=True), peaks(setup, [(saving, data) for saving in (True, False)])
+    shape = f"a step of stage 1, batch of {FEW}, committed backbone"
+    return [
+        record("gradient checkpointing, time", f"time, with / without; {shape}", seconds["with"], seconds["without"]),
+        record("gradient checkpointing, memory", f"peak memory, without / with; {shape}",
+               memory[False, data], memory[True, data]),
+    ]  # fmt: skip
+
+
+def contrastive_loss(inputs: Inputs, recipe: Stage3Recipe) -> tuple[EosEmbedding, Callable[[dict], torch.Tensor]]:
+    """The committed backbone, and its loss of a batch as the collator makes it."""
+    module = EosEmbedding(open_backbone(BACKBONE, bidirectional=True), inputs).train()
+    loss = CachedInfoNCE(module, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size)
+
+    def of(batch: dict) -> torch.Tensor:
+        return loss(
+            {name.removeprefix(side): value for name, value in batch.items() if name.startswith(side)}
+            for side in ("anchor_", "positive_")
+        )
+
+    return module, of
+
+
+def contrastive(data: Path, inputs: Inputs) -> Callable[[], float]:
     recipe = make_recipe("stage3", load_profile(PROFILE)["stage3"])
     rows, sizes = corpus.pairs(data)
     plan = index_plan(sizes, recipe.batch_size, seed=0, block=recipe.same_task_block)
     batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))([rows[int(i)] for i in plan])
-    module = EosEmbedding(open_backbone(BACKBONE, bidirectional=True), inputs).train()
-    loss = CachedInfoNCE(module, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size)
-    sides = ("anchor_", "positive_")
-    columns = [
-        {name.removeprefix(side): value for name, value in batch.items() if name.startswith(side)} for side in sides
-    ]
-    return stepper(module, lambda: loss([dict(column) for column in columns]))
+    module, loss = contrastive_loss(inputs, recipe)
+    return stepper(module, lambda: loss(batch))
 
 
 def main() -> None:
@@ -77,6 +117,7 @@ def main() -> None:
             "stage2 with the picture": reconstruction("stage2", data, inputs, image_weight=0.5)
         }  # arm image_from_eos
         seconds = in_turn(sides | picture | {"stage3": contrastive(data, inputs)})
+        price = checkpointing(data)
     steps = {stage: load_profile(PROFILE)[stage]["steps"] for stage in ("stage1", "stage2", "stage3")}
     text = f"time of a step, batches of profile {PROFILE}"
     records = [
@@ -85,7 +126,11 @@ def main() -> None:
     whole = np.sum([steps[stage] * np.array(seconds[stage]) for stage in steps], axis=0)
     text = "time of " + ", ".join(f"{n} steps of {stage}" for stage, n in steps.items()) + " / of one step of stage 3"
     records.append(record("contrastive steps that take as long as CoCoA", text, whole, seconds["stage3"]))
-    save("stages", records, f"committed backbone, recipes of profile {PROFILE}; time (n 5)")
+    save(
+        "stages",
+        price + records,
+        f"committed backbone, recipes of profile {PROFILE}; time (n 5) and memory (n 5 processes)",
+    )
 
 
 if __name__ == "__main__":

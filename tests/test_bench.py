@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,11 +31,62 @@ def test_a_result_says_what_was_compared_where_and_how_often(path):
 
 
 def test_every_script_is_run_by_make_bench_and_left_its_result():
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"common", "gpu"}
-    listed = re.search(r"^bench:.*\n\t@for script in (.*?); do", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[
-        1
-    ]
-    assert set(listed.split()) == scripts == {path.stem for path in FILES} - {"gpu", "attention_gpu", "encode_many"}
+    import bench
+
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"bench", "common", "gpu"}
+    assert re.search(r"^bench:.*\n.* benchmarks/bench.py$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert set(bench.SCRIPTS) == scripts == {path.stem for path in FILES} - {"gpu", "attention_gpu", "encode_many"}
+
+
+def test_make_bench_runs_each_script_clean_and_stops_at_one_that_fails(tmp_path):
+    """Nothing that one leaves is there in the next; the one that failed is named, and is the last."""
+    body = "import os, sys\n\n\ndef main():\n    print('{0}', sys.argv, os.environ.pop('LEFT', None), flush=True)\n    {1}\n"
+    for name, then in {"a": "os.environ['LEFT'] = 'a'", "b": "raise ValueError('b broke')", "c": "pass"}.items():
+        (tmp_path / f"script_{name}.py").write_text(body.format(name, then))
+    code = "import bench; bench.SCRIPTS, bench.PRELOAD = ['script_a', 'script_b', 'script_c'], []; bench.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "benchmarks")])},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["a ['script_a'] None", "b ['script_b'] None"]
+    assert done.returncode == 1 and "ValueError: b broke" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("benchmarks/script_b.py failed")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
+def test_a_peak_is_of_its_step_alone_and_there_are_five(monkeypatch):
+    """Not of what was in use before: the mark is set back."""
+    import common
+
+    np.ones(120 * 10**6, np.uint8).sum()
+    sent: list[float] = []  # MB; above 32 glibc gives every block back, whatever the process has done before
+    common._peak(type("", (), {"send": sent.append}), False, lambda mb: lambda: np.ones(mb * 10**6, np.uint8), (64,))
+    assert sent[0] / 1e6 == pytest.approx(64, abs=4)
+    monkeypatch.setattr(common, "peak", lambda make, size, *, in_use: float(size))
+    assert common.peaks(print, [(2,), (1,)]) == {(2,): [2.0] * 5, (1,): [1.0] * 5}
+
+
+def growth_sentence() -> str:
+    """Speed's sentence on growth, its numbers from the records, which are first checked to be as it says."""
+    slopes = {
+        tuple(name.split(", ")[1:]): np.array(line["slopes"]) for name, line in RECORDS.items() if "slopes" in line
+    }
+    length = slopes["tokens a sequence (batch 2)", "time"]
+    texts = slopes.pop(("texts to encode", "peak memory"))
+    linear = np.concatenate([length[:-1], *(x for key, x in slopes.items() if x is not length)])
+    assert len(slopes) == 5 and 0.7 < linear.min() and linear.max() < 1.35 < 1.5 < length[-1] and texts.max() < 0.7
+    return (
+        "From size to size, time and peak memory grow about linearly with batch and length, and time with the texts to encode "
+        f"(log-log slopes {linear.min():.2f} to {linear.max():.2f}); it stops being linear in time beyond 1,024 tokens a "
+        f"sequence ({length[-1]:.2f} from there to 4,096: attention compares all pairs), and the memory of `encode` grows less "
+        f"than linearly ({texts.min():.2f} to {texts.max():.2f})."
+    )
+
+
+def test_the_readme_says_where_growth_stops_being_linear():
+    sentence = growth_sentence()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert sentence in readme, f"README's section Speed should say: {sentence}"
 
 
 def test_the_readmes_ratios_are_the_measured_ones():
@@ -272,4 +325,4 @@ def test_the_suites_of_the_cpu_see_no_gpu():
     """Else `make bench` would mix both, and two processes of a test would share one GPU, which NCCL refuses."""
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^TESTENV = .*CUDA_VISIBLE_DEVICES=$", text, re.M)
-    assert re.search(r"^bench:.*\n.*; do .*CUDA_VISIBLE_DEVICES= .*benchmarks/", text, re.M)
+    assert re.search(r"^bench:.*\n.* CUDA_VISIBLE_DEVICES= .*benchmarks/", text, re.M)
