@@ -59,6 +59,21 @@ def test_the_docs_say_what_smaller_vectors_cost():
     assert (others.set_index("form").loc[["float16", "int8"], "high"] > 0).all()
 
 
+def test_the_docs_storage_is_dimensions_times_bytes():
+    docs = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    heads, _, *rows = re.search(r"^\| stored as \| 1536.*?\n\n", docs, re.M | re.S)[0].strip().splitlines()
+    dims = [int(n) for n in re.findall(r"\| (\d+) ", heads)]
+    shapes = [json.loads((ROOT / f"data/configs/{name}/config.json").read_text(encoding="utf-8"))
+              for name in ("qwen2_vl_2b", "qwen2_5_vl_3b", "qwen2_5_vl_7b")]  # fmt: skip
+    assert dims == [shape.get("text_config", shape)["hidden_size"] for shape in shapes] + [256]
+    size = {"float32": lambda n: 4 * n, "float16": lambda n: 2 * n, "int8": lambda n: n, "1 bit": lambda n: n / 8,
+            "PQ, 64 bytes": lambda n: 64}  # fmt: skip
+    assert len(rows) == len(size)
+    for form, *cells in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows):
+        told = [float(number) * {"TB": 1000, "GB": 1}[unit] for number, unit in map(str.split, cells)]
+        assert told == pytest.approx([size[form](n) for n in dims], rel=0.03), form  # GB of 10^9 vectors
+
+
 @pytest.mark.parametrize("form", ["float32", "float16", "int8", "1 bit", "half the dimensions, int8"])
 def test_a_stored_form_is_compared_as_search_compares_it(form):
     from precision import FORMS, stored

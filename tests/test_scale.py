@@ -428,10 +428,11 @@ def test_accelerate_launches_a_stage_with_a_launch_file(home, tmp_path):
     assert_close(home, "stage1", out)
 
 
-def test_the_docs_name_what_there_is():
-    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data)/[\w./-]+\.(?:yaml|py|md)", text))
-    assert len(named) >= 4 and [name for name in named if not (ROOT / name).is_file()] == []
+@pytest.mark.parametrize("name, at_least", [("cluster", 5), ("scaling", 3)])
+def test_the_docs_name_what_there_is(name, at_least):
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data|benchmarks|scripts)/[\w./-]+\.(?:yaml|py|md)", text))
+    assert len(named) >= at_least and [path for path in named if not (ROOT / path).is_file()] == []
 
 
 @pytest.fixture(scope="module")
