@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -35,7 +36,8 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
 
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"bench", "common", "gpu"}
     assert re.search(r"^bench:.*\n.* benchmarks/bench.py$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
-    assert set(bench.SCRIPTS) == scripts == {path.stem for path in FILES} - {"gpu", "attention_gpu", "encode_many"}
+    aside = {"gpu", "attention_gpu", "attention_long", "encode_many"}  # what `make bench` does not write
+    assert set(bench.SCRIPTS) == scripts == {path.stem for path in FILES} - aside
 
 
 def test_make_bench_runs_each_script_clean_and_stops_at_one_that_fails(tmp_path):
@@ -110,6 +112,21 @@ def test_the_docs_say_what_smaller_vectors_cost():
     assert list(others.loc[others["p_holm"] < 0.05, "form"]) == ["1 bit"]  # "the only form whose loss is certain"
     assert (others.set_index("form").loc[["float16", "int8"], "low"] < 0).all()
     assert (others.set_index("form").loc[["float16", "int8"], "high"] > 0).all()
+
+
+def test_the_docs_storage_is_dimensions_times_bytes():
+    docs = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    heads, _, *rows = re.search(r"^\| stored as \| 1536.*?\n\n", docs, re.M | re.S)[0].strip().splitlines()
+    dims = [int(n) for n in re.findall(r"\| (\d+) ", heads)]
+    shapes = [json.loads((ROOT / f"data/configs/{name}/config.json").read_text(encoding="utf-8"))
+              for name in ("qwen2_vl_2b", "qwen2_5_vl_3b", "qwen2_5_vl_7b")]  # fmt: skip
+    assert dims == [shape.get("text_config", shape)["hidden_size"] for shape in shapes] + [256]
+    size = {"float32": lambda n: 4 * n, "float16": lambda n: 2 * n, "int8": lambda n: n, "1 bit": lambda n: n / 8,
+            "PQ, 64 bytes": lambda n: 64}  # fmt: skip
+    assert len(rows) == len(size)
+    for form, *cells in ([cell.strip() for cell in row.strip("|").split("|")] for row in rows):
+        told = [float(number) * {"TB": 1000, "GB": 1}[unit] for number, unit in map(str.split, cells)]
+        assert told == pytest.approx([size[form](n) for n in dims], rel=0.03), form  # GB of 10^9 vectors
 
 
 @pytest.mark.parametrize("form", ["float32", "float16", "int8", "1 bit", "half the dimensions, int8"])
@@ -301,9 +318,64 @@ def test_attention_is_measured_so(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)
     seen = []
-    monkeypatch.setattr(attention, "check", lambda *a: seen.append(torch._dynamo.config.fail_on_recompile_limit_hit))
+    monkeypatch.setattr(
+        attention, "check", lambda *a, **how: seen.append(torch._dynamo.config.fail_on_recompile_limit_hit)
+    )
     attention.measure(32, 0.5, "cpu", n=1)
     assert seen == [True]
+
+
+def forms(length: int):
+    """One shape on a CPU: q, k, v that want gradients, the mask, and SDPA with it."""
+    import attention
+
+    qkv, ids = attention.tensors(length, 0.5, "cpu", torch.float32)
+    mask = attention.dense_mask(attention.LAYOUT, ids)
+    return [x.requires_grad_() for x in qkv], mask, lambda q, k, v, **how: F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_attention_is_compared_with_float64_there_and_back():
+    import attention
+
+    qkv, mask, dense = forms(40)
+    attention.check({"dense": lambda: dense(*qkv)}, qkv, mask, 1e-5, gradients=True)
+    seen = {"output": lambda out: 1.001 * out}  # wrong forth; below, right forth and wrong back
+    for name, x in zip("qkv", qkv, strict=True):
+        seen[f"gradient of {name}"] = lambda out, x=x: out + 1e-3 * (x - x.detach())
+    for what, spoil in seen.items():
+        side = {"dense": lambda spoil=spoil: spoil(dense(*qkv))}
+        with pytest.raises(AssertionError, match=f"dense, {what}: off by"):
+            attention.check(side, qkv, mask, 1e-5, gradients=True)
+        if what != "output":
+            attention.check(side, qkv, mask, 1e-5)
+
+
+def test_what_a_gpu_would_run_of_the_attention_script(monkeypatch):
+    """Its whole branch, in bf16, on a CPU by another name; for Flex, which has no backward pass there, SDPA stands in."""
+    import attention
+
+    asked, check = [], attention.check
+    monkeypatch.setattr(attention, "check", lambda *a, **how: (asked.append(how), check(*a, **how)))
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    monkeypatch.setattr(attention, "flex_attention", lambda *qkv, block_mask: forms(40)[2](*qkv))
+    names = [line["name"].split(", L 40")[0] for line in attention.measure(40, 0.5, "cpu:0", n=1)]
+    assert names == [f"attention, {what}" for what in ("forward", "block mask / forward", "forward + backward")]
+    assert asked == [{}, {"gradients": True}]
+
+
+def test_long_attention_is_kept_by_itself(monkeypatch, tmp_path):
+    import attention
+
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    attention.main(["--long", "--lengths", "48", "--out", str(tmp_path)])
+    (path,) = tmp_path.iterdir()
+    names = [line["name"] for line in json.loads(path.read_text())["results"]]
+    assert path.stem == "attention_long" and len(names) == 4
+    assert all(name.endswith("12 heads of 128, one layer") for name in names)
+    seen = []
+    monkeypatch.setattr(attention, "measure", lambda length, share, device: seen.append(length) or [])
+    attention.main(["--long", "--out", str(tmp_path)])
+    assert seen == [1024, 1024, 4096, 4096, 8192, 8192]
 
 
 def test_an_attention_shape_that_fails_is_told(monkeypatch, tmp_path):

@@ -108,7 +108,7 @@ def expected(folder, recipe):
 
 
 def test_the_table_in_the_docs_is_the_estimate():
-    text, profile = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), load_profile("paper")
+    text, profile = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8"), load_profile("paper")
     for name, label in (("2B", "Qwen2-VL-2B"), ("3B", "Qwen2.5-VL-3B"), ("7B", "Qwen2.5-VL-7B")):
         cells = []
         for stage in ("stage1", "stage2", "stage3"):
@@ -134,7 +134,7 @@ def test_the_hours_of_encoding_in_the_docs_are_the_estimate():
 
 
 def test_the_docs_say_which_chunks_of_gradcache_fit():
-    text, values = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), load_profile("paper")["stage3"]
+    text, values = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8"), load_profile("paper")["stage3"]
     recipe = make_recipe("stage3", values | {"mini_batch_size": 16})
     two, three, seven = (
         estimate.estimate(CONFIGS / folder, "stage3", recipe, Data(), devices=8)["memory"] / 1e9

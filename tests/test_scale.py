@@ -34,7 +34,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cocoa_lib import corpus, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
-from cocoa_lib.checkpoint import save_checkpoint
+from cocoa_lib.checkpoint import read_meta, save_checkpoint
 from cocoa_lib.lock import locked
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
@@ -411,10 +411,28 @@ def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
         assert launch_environment(name) == launch_environment("fsdp_1x8")  # which the tests above ran with
 
 
-def test_the_docs_name_what_there_is():
-    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data)/[\w./-]+\.(?:yaml|py|md)", text))
-    assert len(named) >= 4 and [name for name in named if not (ROOT / name).is_file()] == []
+def test_accelerate_launches_a_stage_with_a_launch_file(home, tmp_path):
+    """The documented line, on two processes of a CPU. (No --cpu, which starts one: without a GPU the file's kind takes gloo.)"""
+    out = tmp_path / "stage1"
+    launch = (
+        f"-m accelerate.commands.accelerate_cli launch --config_file {NOTEBOOKS / 'profiles/accelerate/ddp_1x8.yaml'}"
+    )
+    stage = "--num_processes 2 --main_process_port 0 -m cocoa_lib.train stage1 --allow-parent"
+    command = [sys.executable, *shlex.split(f"{launch} {stage}"), "--recipe", json.dumps(TINY)]
+    command += ["--parent", str(home / "init"), "--data", str(home / "world"), "--out", str(out)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(out)) == 2, "each process names the folder when it is done"
+    assert read_meta(out)["run"]["stage"] == "stage1" and not list(tmp_path.glob(".*"))  # reading compares all hashes
+    assert_close(home, "stage1", out)
+
+
+@pytest.mark.parametrize("name, at_least", [("cluster", 5), ("scaling", 3)])
+def test_the_docs_name_what_there_is(name, at_least):
+    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data|benchmarks|scripts)/[\w./-]+\.(?:yaml|py|md)", text))
+    assert len(named) >= at_least and [path for path in named if not (ROOT / path).is_file()] == []
 
 
 @pytest.fixture(scope="module")
