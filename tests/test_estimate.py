@@ -7,6 +7,7 @@ nothing that depends on values (the head on masked places only, rotary positions
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
-from cocoa_lib import backbone, estimate, world
+from cocoa_lib import backbone, estimate, train, world
 from cocoa_lib.attention import A, dense_mask
 from cocoa_lib.backbone import language_model
 from cocoa_lib.estimate import SHAPES, Data, build, item_cost
@@ -319,3 +320,65 @@ def test_without_adapter_and_checkpointing_both_are_proposed(small):
         found["gradient_checkpointing: true"] < before
         and found["FSDP (notebooks/profiles/accelerate/fsdp_1x8.yaml)"] < before
     )
+
+
+@pytest.fixture
+def start(small, tmp_path, monkeypatch, capsys):
+    """A training command on a GPU that is not there, of `memory` bytes -> what it printed; its training prints a word."""
+    world.build(tmp_path / "data", seed=0, n_pairs=16, n_queries=4, n_corpus=4)
+    monkeypatch.setattr(train, "run_stage", lambda *args, **kwargs: "TRAINED")
+
+    def run(*more, parent=small["2B"], data=tmp_path / "data", gpu=True, memory=1e12, main_process=True):
+        device = torch.device("cuda" if gpu else "cpu")
+        state = SimpleNamespace(is_main_process=main_process, num_processes=2, device=device)
+        monkeypatch.setattr(train, "join_processes", lambda: state)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+        words = ["stage1", "--parent", parent, "--data", data, "--out", tmp_path / "out", *more]
+        train.main([str(word) for word in words])
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert last == "TRAINED", "an estimate stops no training, and comes before it"
+        return lines
+
+    return run
+
+
+def test_training_says_beforehand_what_it_needs_and_what_to_change(start, small, tmp_path):
+    recipe, item = make_recipe("stage1", {"batch_size": 8}), estimate.measure(tmp_path / "data")
+    found = start("--recipe", '{"batch_size": 8}', memory=1e8)
+    assert found[1:] == [estimate.HEAD, *estimate.report(small["2B"], "stage1", recipe, item, 0.1, 2)]
+    assert "one of 2 device(s), hours at 35% of 989 TFLOP/s" in found[0] and str(item) in found[0]
+    assert "does not fit into 0.1 GB" in found[3]
+    assert any(line.startswith("    gradient_checkpointing: true: ") for line in found[4:])
+    assert len(start("--recipe", '{"batch_size": 8}')) == 3, "no advice where it fits"
+
+
+def test_the_estimate_of_a_launch_with_fsdp_is_sharded(start, monkeypatch):
+    monkeypatch.setattr(estimate, "report", lambda *args, sharded: [f"{sharded=}"])
+    assert start()[-1] == "sharded=False"
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert start()[-1] == "sharded=True"
+
+
+def test_the_estimate_is_printed_where_it_is_of_use(start, tmp_path):
+    assert start("--profile", "paper", gpu=False), "the real models, also where the command is only tried"
+    assert start("--profile", "smoke", gpu=False) == [], "the small model on a CPU"
+    assert start(main_process=False) == []
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cocoa.json").write_text("{}")
+    assert start() == [], "nothing will be trained"
+
+
+def test_why_there_is_no_estimate_is_said_in_a_line(start, tmp_path, monkeypatch):
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    for values, why in (
+        ({"parent": tmp_path / "bert"}, "is a bert, the formula knows qwen2_vl"),
+        ({"parent": tmp_path / "absent"}, "absent"),
+        ({"data": tmp_path / "bert"}, "no training subsets"),
+    ):
+        (line,) = start(**values)
+        assert line.startswith("no estimate of memory and time: ") and why in line
+    monkeypatch.setattr(estimate, "item_cost", lambda *args: None + 1)
+    with pytest.raises(TypeError):
+        start()  # a mistake in our own code is no reason to be quiet
