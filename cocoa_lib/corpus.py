@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
 from .files import file_hash
-from .inputs import PLACEHOLDER, InputError
+from .inputs import PLACEHOLDER, InputError, image_size
 
 
 def fingerprint(data: Path) -> str:
@@ -119,13 +119,31 @@ def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
 
 
 def check_images(paths: Iterable[str | None]) -> None:
-    """Raises InputError if picture files are missing or empty: before training starts, not at step 40,000."""
+    """Raises InputError if picture files are missing, empty, unreadable or too large: before training starts, not at step
+    40,000, and then again at each resume.
+
+    Only headers are read: 20,000 PNG and JPEG files of 64 x 64 in the system's cache took 0.6 s of one core, and 0.1 s to be
+    looked for (threads made it 0.9 s: it is Python's own work).
+    """
     wanted = sorted({path for path in paths if path})
     if lost := [path for path in wanted if not (os.path.isfile(path) and os.path.getsize(path))]:
         raise InputError(
             f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or empty, e.g. "
             f"{', '.join(lost[:3])}; unpack the archive they belong to, or leave their rows out"
         )
+    if unusable := [why for path in wanted if (why := _unusable(path))]:
+        raise InputError(
+            f"{len(unusable)} of the {len(wanted)} picture files that this run needs cannot be used: replace or shrink them, "
+            f"or leave their rows out, e.g.\n  " + "\n  ".join(unusable[:3])
+        )
+
+
+def _unusable(path: str) -> str | None:
+    try:
+        image_size(path)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def check_bridges(rows: Iterable[dict[str, Any]], data: Path) -> None:

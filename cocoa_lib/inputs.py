@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,26 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         return _rgb(source, "the given image")
     if not isinstance(source, (str, Path, io.IOBase)):
         raise InputError(f"image: expected a path or a PIL image, found {type(source).__name__}")
+    with _opened(source) as image:
+        return _rgb(image, str(source))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) in pixels of a picture file as stored, not yet turned by EXIF; only the header is read.
+
+    Raises InputError as `load_image` does, as far as a header tells: a file missing, of no known format, or too large.
+    """
+    with _opened(path) as image:
+        _check_header(image, str(path))
+        return image.size
+
+
+@contextmanager
+def _opened(source: str | Path | io.IOBase) -> Iterator[Image.Image]:
+    """A picture file whose header is read; whatever PIL says of it, or of its pixels then, becomes an InputError."""
     try:
         with Image.open(source, formats=FORMATS) as image:
-            return _rgb(image, str(source))
+            yield image
     except FileNotFoundError:
         raise InputError(f"{source}: no such image file; check the path and the image folder") from None
     except InputError:
@@ -69,17 +87,21 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         raise InputError(f"{source}: not a readable image ({error}); replace or leave out this file") from error
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise InputError(
             f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it"
         )
+    if image.mode == "F":
+        raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_header(image, name)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, of which `convert` would clip all above 255 to white
         grey = np.asarray(image)
         image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
-    if image.mode == "F":
-        raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

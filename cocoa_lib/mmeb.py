@@ -693,7 +693,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16: a GPU's fast kernels"
     )
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures ahead of the model")
+    parser.add_argument(
+        "--workers", type=int, default=0,
+        help="processes that read pictures ahead of the model; 4 for photographs on a GPU. Default 0: they hand batches over in "
+        "shared memory, of which a container may have too little, and are started anew for each window of items",
+    )  # fmt: skip
     parser.add_argument("--n-queries", type=int, help="queries a task, drawn by the seed (default: all)")
     parser.add_argument("--ties", choices=("against", "public"), default="against")
     parser.add_argument("--duplicates", choices=("error", "once"), default="error")

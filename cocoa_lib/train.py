@@ -15,6 +15,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import math
 import shutil
 import signal
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 import pandas as pd
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
@@ -639,6 +641,27 @@ def train_backbone(data: Path, out: Path, shape: dict[str, int], recipe: CausalR
 BUILDERS = {stage: partial(_reconstruction, stage) for stage in ("causal", "stage1", "stage2")} | {"stage3": _stage3}
 
 
+def print_estimate(stage: str, recipe: Recipe, source: str | Path, data: Path) -> None:
+    """What the stage will need here, on the main process: `estimate.report`, or in a line why there is none."""
+    from . import estimate
+
+    state = join_processes()
+    if not state.is_main_process:
+        return
+    n, sharded, memory = state.num_processes, parse_flag_from_env("ACCELERATE_USE_FSDP"), math.inf
+    if state.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(state.device).total_memory / 1e9
+    try:
+        item = estimate.measure(data)
+        lines = estimate.report(source, stage, recipe, item, memory, n, sharded=sharded)
+    except (OSError, ValueError) as error:  # no config.json, no pairs, an unreadable picture, another family of models
+        lines = [f"no estimate of memory and time: {str(error).splitlines()[0]}"]
+    else:
+        speed = f"{estimate.UTILISATION:.0%} of {estimate.PEAK / 1e12:.0f} TFLOP/s"
+        lines = [f"estimated for one of {n} device(s), hours at {speed}; an item: {item}", estimate.HEAD, *lines]
+    print(*lines, sep="\n", flush=True)  # noqa: T201
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cocoa_lib.train", description="Run one stage of CoCoA.")
     parser.add_argument("stage", choices=sorted(BUILDERS))
@@ -655,6 +678,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     values = load_profile(args.profile).get(args.stage, {}) if args.profile else {}
     recipe = make_recipe(args.stage, values | json.loads(args.recipe))
+    # Where memory and hours can run out: on a GPU, or with the profile of the real models; the small model needs no warning.
+    if (torch.cuda.is_available() or args.profile == "paper") and not (Path(args.out) / META).is_file():
+        print_estimate(args.stage, recipe, args.parent, Path(args.data))
     folder = run_stage(
         args.stage,
         recipe,

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image, ImageFile
 
-from cocoa_lib import corpus
+from cocoa_lib import corpus, inputs
 from cocoa_lib.inputs import InputError
 
 CORPUS = {
@@ -153,3 +154,26 @@ def test_many_rows_need_little_memory(tmp_path):
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     grown = {name: float(value) for name, value in map(str.split, done.stdout.splitlines())}
     assert set(grown) == {"captions", "text_pairs", "pairs"} and max(grown.values()) < 20, grown
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_that_training_would_stop_at_are_named_before_it(tmp_path, monkeypatch):
+    paths = [str(tmp_path / name) for name in ("bomb.png", "fine.png", "floats.tiff", "huge.png", "words.png")]
+    Image.new("1", (10_000, 10_000)).save(paths[0], compress_level=1)
+    Image.new("RGB", (64, 64)).save(paths[1])
+    Image.new("F", (8, 8)).save(paths[2])
+    Image.new("1", (20_000, 10_000)).save(paths[3], compress_level=1)  # PIL itself refuses to open it
+    Path(paths[4]).write_text("no picture")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("a picture was decoded"))
+    corpus.check_images([paths[1], None, ""])
+    with pytest.raises(InputError) as failure:
+        corpus.check_images(paths)
+    first, *lines = str(failure.value).splitlines()
+    assert first.startswith("4 of the 5 picture files") and "shrink them, or leave their rows out" in first
+    assert len(lines) == 3
+    assert lines[0] == f"  {paths[0]}: 10000 x 10000 pixels is over the limit of 64,000,000; shrink it"
+    assert lines[1].startswith(f"  {paths[2]}: floating-point") and lines[2].startswith(f"  {paths[3]}: not a readable")
+    monkeypatch.undo()
+    for path in (paths[0], *paths[2:]):
+        with pytest.raises(InputError):
+            inputs.load_image(path)  # what training would have said, at its step
