@@ -581,7 +581,8 @@ def test_the_loss_of_identical_embeddings_leaves_copies_out():
 
     rows = torch.zeros(6, 1)
     for keys in (None, (torch.arange(6), torch.tensor([0, 0, 0, 1, 2, 3]))):
-        columns = [{"input_ids": rows} | ({} if keys is None else {"key": keys[i]}) for i in range(2)]
+        column = {"input_ids": rows, "attention_mask": torch.ones(6, 1)}
+        columns = [column | ({} if keys is None else {"key": keys[i]}) for i in range(2)]
         loss = CachedInfoNCE(Constant(), temperature=0.02, mini_batch_size=4)
         assert np.isclose(loss(columns).item(), loss.chance, rtol=1e-6)
         assert np.isclose(loss.chance, np.log(6) if keys is None else (3 * np.log(4) + 3 * np.log(6)) / 6)
