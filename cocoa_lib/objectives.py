@@ -23,7 +23,7 @@ from .backbone import hidden_states, language_model, layout_mask, needed_elsewhe
 from .checkpoint import DECODER
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
-from .packing import pack
+from .packing import longest_first, pack, take_rows
 
 
 def _cross_entropy_at(states: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
@@ -202,6 +202,10 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     gradients are the same; with two columns to the bit (three are added up in another order). On several processes DDP
     takes only one forward pass a step where columns use other parameters (texts, no vision tower), so GradCache stays.
 
+    Several chunks are cut from each column's rows sorted by length, so that a text of 20 tokens is not computed at the width
+    of a picture of 600; the embeddings are put back into the batch's order before anything else sees them. Chunks stay equal
+    in rows, not in tokens: processes that share their weights must do the same number of forward passes.
+
     Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
     integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
     another row, is no negative. (The library's own loss leaves duplicates to its batch sampler, which starves on
@@ -211,20 +215,38 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     def __init__(self, model: nn.Module, *, temperature: float = 0.02, mini_batch_size: int = 8) -> None:
         super().__init__()
         self.model, self.temperature, self.mini_batch_size = model, temperature, mini_batch_size
+        self._order: list[LongTensor] | None = None  # rows of each column as they are embedded; None: as they are given
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         sentence_features = list(sentence_features)
         self._keys = [features.get("key") for features in sentence_features]
-        if get_world_size() == 1 and len(sentence_features[0]["input_ids"]) <= self.mini_batch_size:
+        self._order = None
+        if len(sentence_features[0]["input_ids"]) > self.mini_batch_size:
+            self._order = [longest_first(column) for column in sentence_features]
+            sentence_features = [
+                column | {"order": order} for column, order in zip(sentence_features, self._order, strict=True)
+            ]
+        elif get_world_size() == 1:
             return self.calculate_loss(
                 [[self.model(dict(column))["sentence_embedding"]] for column in sentence_features]
             )
         return self.forward_cached(sentence_features, labels)
 
+    def embed_minibatch(self, sentence_feature: dict[str, Tensor], begin: int, end: int, **settings):
+        """The library's, of rows `begin` to `end` of the order. Picked here: a sorted column would hold all pixels twice."""
+        column = dict(sentence_feature)
+        if (order := column.pop("order", None)) is not None:
+            column = take_rows(column, order[begin:end])
+            begin, end = 0, end - begin
+        return super().embed_minibatch(column, begin, end, **settings)
+
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        columns = [gathered(torch.cat(chunks), with_grad=True) for chunks in reps]
+        embedded = [torch.cat(chunks) for chunks in reps]
+        if self._order is not None:
+            embedded = [rows[order.argsort()] for rows, order in zip(embedded, self._order, strict=True)]
+        columns = [gathered(rows, with_grad=True) for rows in embedded]
         local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
         mine = torch.arange(local, device=columns[0].device) + get_rank() * local
         exclude = self._duplicates(mine, total)

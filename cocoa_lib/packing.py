@@ -1,7 +1,7 @@
-"""Several samples in one row: the tokens that would be padding are not computed.
+"""Fewer tokens of padding are computed: several samples in one row, or rows alike in length together.
 
-Needs attention that can keep samples apart, which the dense and the Flex mask of every layout do (`sample_ids`). Each sample
-keeps the 3-D positions it has alone, so that loss and gradients are those of the padded batch (source: ours; the idea is
+Packing needs attention that can keep samples apart, which the dense and the Flex mask of every layout do (`sample_ids`). Each
+sample keeps the 3-D positions it has alone, so that loss and gradients are those of the padded batch (source: ours; the idea is
 sequence packing as of Krell et al., 2021, arXiv 2107.02027).
 """
 
@@ -36,6 +36,17 @@ def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     return packed
 
 
+def longest_first(batch: Batch) -> LongTensor:
+    """(B,): the rows of a padded batch by their number of real tokens; what does not fit into memory then fails at once."""
+    return batch["attention_mask"].sum(1).argsort(descending=True, stable=True)
+
+
+def take_rows(batch: Batch, rows: LongTensor) -> Batch:
+    """These rows (n,) of a padded batch (B, L), in this order, with their pictures: (n, L)."""
+    pictures = _pictures(batch, rows.tolist())
+    return {name: values[rows] for name, values in batch.items() if name not in pictures} | pictures
+
+
 def _first_fit(lengths: list[int]) -> list[list[int]]:
     """Samples by row, longest first, each into the first row with room; a row has room for the longest."""
     rows: list[list[int]] = []
@@ -51,7 +62,7 @@ def _first_fit(lengths: list[int]) -> list[list[int]]:
 
 
 def _pictures(batch: Batch, order: list[int]) -> Batch:
-    """What belongs to pictures, in a new order of samples: the model hands pixels out row by row."""
+    """What belongs to these samples' pictures, in their order: the model hands pixels out row by row."""
     if "pixel_values" not in batch:
         return {}
     grids = batch["image_grid_thw"]
@@ -62,7 +73,8 @@ def _pictures(batch: Batch, order: list[int]) -> Batch:
         if name in batch:
             each = grids.prod(-1) * len(batch[name]) // int(grids.prod(-1).sum())
             parts = batch[name].split(each.tolist())
-            moved[name] = torch.cat([parts[image] for image in images.tolist()])
+            none = batch[name][:0]  # a chunk of GradCache's may have none
+            moved[name] = torch.cat([none, *(parts[image] for image in images.tolist())])
     return moved
 
 

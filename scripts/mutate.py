@@ -92,6 +92,11 @@ MUTATIONS = (
     Mutation("two processes weigh alike, however few tokens one has", "objectives",
              "text, image = text * text_share, image * image_share", "pass",
              "test_train.py::test_two_processes_give_the_gradient_of_the_whole_batch"),
+    Mutation("embeddings stay in the order of their length", "objectives", "rows[order.argsort()]", "rows",
+             "test_objectives.py::test_chunks_of_sorted_rows_have_the_loss_and_gradients_of_the_full_batch"),
+    Mutation("pictures stay where rows are sorted", "packing", "parts[image] for image in images.tolist()",
+             "parts[image] for image in images.sort().values.tolist()",
+             "test_objectives.py::test_chunks_of_sorted_rows_have_the_loss_and_gradients_of_the_full_batch"),
     # corruption, batches, recipes
     Mutation("corruption depends on the place in the batch", "corruption",
              "rng = np.random.default_rng([seed, draw, TEXT_STREAM])", "rng = np.random.default_rng([seed, row, TEXT_STREAM])",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cocoa_lib.attention import EOS, LAYOUTS, A, B
 from cocoa_lib.backbone import hidden_states, set_bidirectional
 from cocoa_lib.batches import causal_batch, stage1_batch, stage2_batch
 from cocoa_lib.corruption import IGNORE, hide_cells, mask_cells, mask_text, maskable, patch_noise
+from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.objectives import (
     CachedInfoNCE,
     PatchDecoder,
@@ -301,16 +303,20 @@ class Toy(nn.Module):
 
 
 def columns(n=10, n_columns=3, keys=None):
+    """Rows of 1 to 9 tokens, which the toy does not read."""
     generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 10, (n_columns, n, 1), generator=generator)
     return [
-        {"input_ids": torch.randn(n, 6, generator=generator)} | ({} if keys is None else {"key": keys[i]})
+        {"input_ids": torch.randn(n, 6, generator=generator), "attention_mask": (torch.arange(9) < lengths[i]).long()}
+        | ({} if keys is None else {"key": keys[i]})
         for i in range(n_columns)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 5, 10])
 def test_gradcache_equals_the_full_batch_with_dropout(chunk):
-    """Dropout masks depend on the chunking, so the full-batch run uses the very masks: chunks embedded in one graph."""
+    """Dropout masks depend on the chunking, so the full-batch run uses the very masks: chunks, of rows sorted by length,
+    embedded in one graph; one chunk is not sorted."""
     torch.manual_seed(0)
     model = Toy().train()
     features = columns()
@@ -320,10 +326,14 @@ def test_gradcache_equals_the_full_batch_with_dropout(chunk):
     cached = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     torch.manual_seed(7)
-    whole = [
-        torch.cat([model({"input_ids": part})["sentence_embedding"] for part in f["input_ids"].split(chunk)])
-        for f in features
-    ]
+    whole = []
+    for column in features:
+        order = (
+            column["attention_mask"].sum(1).argsort(descending=True, stable=True) if chunk < 10 else torch.arange(10)
+        )
+        parts = column["input_ids"][order].split(chunk)
+        embedded = torch.cat([model({"input_ids": part})["sentence_embedding"] for part in parts])
+        whole.append(embedded[order.argsort()])
     full = info_nce(whole[0], torch.cat(whole[1:]), torch.arange(10), temperature=0.1)
     full.backward()
     assert torch.allclose(loss, full, rtol=1e-6)
@@ -360,6 +370,79 @@ def test_keys_reach_the_loss(chunk):
     exclude = torch.cat([torch.ones(10, 10).bool(), torch.zeros(10, 10).bool()], dim=1)
     expected = info_nce(embedded[0], torch.cat(embedded[1:]), torch.arange(10), temperature=0.1, exclude=exclude)
     assert torch.allclose(loss, expected)
+
+
+def mixed_columns(inputs, picture):
+    """Three columns of seven items, 2 to some 100 tokens: with no picture, one or two, of several sizes, in no order."""
+    long = "What color is the square? " * 8
+    queries = [{"text": "a"}, {"text": "b", "image": picture(64, 64)}, {"text": long}, {"text": "c d"},
+               {"text": "e", "image": [picture(32, 48), picture(64, 64, 1)]}, {"text": "a red circle"},
+               {"text": long, "image": picture(64, 64, 2)}]  # fmt: skip
+    positives = [{"text": f"a small blue {i}" * (1 + 9 * (i % 3 == 1))} for i in range(7)]
+    negatives = [{"text": "", "image": picture(64, 16 + 16 * (i % 3), i)} if i % 2 else {"text": "x"} for i in range(7)]
+    keys = torch.arange(7), torch.tensor([7, 8, 7, 9, 8, 10, 11]), torch.arange(12, 19)  # two pairs of equal positives
+    made = [inputs.collate(items) for items in (queries, positives, negatives)]
+    return [column | {"key": key} for column, key in zip(made, keys, strict=True)]
+
+
+def outcome(module, embed, features):
+    """Loss, gradients by name, and the shapes of what the module was given."""
+    seen = []
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0]["input_ids"].shape)))
+    module.zero_grad()
+    loss = embed([dict(column) for column in features])
+    loss.backward()
+    hook.remove()
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return loss.detach(), gradients, seen
+
+
+def full_batch(module, keys, features):
+    query, *others = [module(column)["sentence_embedding"] for column in features]
+    exclude = torch.cat([keys[1][:, None] == key[None] for key in keys[1:]], dim=1)
+    return info_nce(query, torch.cat(others), torch.arange(7), temperature=0.1, exclude=exclude)
+
+
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 6])
+def test_chunks_of_sorted_rows_have_the_loss_and_gradients_of_the_full_batch(small, picture, pooling, chunk):
+    model, inputs = small
+    module, features = EosEmbedding(model, inputs, pooling), mixed_columns(inputs, picture)
+    keys = [column["key"] for column in features]
+    loss, gradients, _ = outcome(module, CachedInfoNCE(module, temperature=0.1, mini_batch_size=chunk), features)
+    full, expected, _ = outcome(module, partial(full_batch, module, keys), features)
+    assert torch.allclose(loss, full, rtol=1e-5) and gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
+
+
+def test_chunks_of_sorted_rows_compute_less_padding_and_as_many_chunks(small, picture):
+    model, inputs = small
+    module, features = EosEmbedding(model, inputs), mixed_columns(inputs, picture)
+    objective = CachedInfoNCE(module, mini_batch_size=2)
+    _, _, chunks = outcome(module, objective, features)
+    objective._order = None
+    _, _, given = outcome(module, objective.forward_cached, features)
+    assert [rows for rows, _ in chunks] == [rows for rows, _ in given] == [2, 2, 2, 1] * 3 * 2  # columns, passes
+    by_length = [column["attention_mask"].sum(1).sort(descending=True).values for column in features]
+    assert [length for _, length in chunks] == 2 * [int(rows[0]) for column in by_length for rows in column.split(2)]
+    real = 2 * sum(int(lengths.sum()) for lengths in by_length)
+    padding, before = (sum(n * length for n, length in shapes) - real for shapes in (chunks, given))
+    assert 0 < padding < before / 4
+
+
+def test_one_chunk_is_embedded_in_the_order_given_to_the_bit(small, picture):
+    model, inputs = small
+    module, features = EosEmbedding(model, inputs), mixed_columns(inputs, picture)
+    keys = [column["key"] for column in features]
+    objective = CachedInfoNCE(module, temperature=0.1, mini_batch_size=3)
+    outcome(module, objective, features)  # what a call sorts, the next one need not
+    objective.mini_batch_size = 7
+    loss, gradients, seen = outcome(module, objective, features)
+    full, expected, whole = outcome(module, partial(full_batch, module, keys), features)
+    assert torch.equal(loss, full) and seen == whole and gradients.keys() == expected.keys()
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
 def test_same_draw_same_noise():

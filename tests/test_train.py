@@ -581,10 +581,31 @@ def test_the_loss_of_identical_embeddings_leaves_copies_out():
 
     rows = torch.zeros(6, 1)
     for keys in (None, (torch.arange(6), torch.tensor([0, 0, 0, 1, 2, 3]))):
-        columns = [{"input_ids": rows} | ({} if keys is None else {"key": keys[i]}) for i in range(2)]
+        column = {"input_ids": rows, "attention_mask": torch.ones(6, 1)}
+        columns = [column | ({} if keys is None else {"key": keys[i]}) for i in range(2)]
         loss = CachedInfoNCE(Constant(), temperature=0.02, mini_batch_size=4)
         assert np.isclose(loss(columns).item(), loss.chance, rtol=1e-6)
         assert np.isclose(loss.chance, np.log(6) if keys is None else (3 * np.log(4) + 3 * np.log(6)) / 6)
+
+
+@pytest.mark.parametrize("chunk", [3, 8])
+def test_stage_3_and_encode_never_call_the_language_model_head(home, tmp_path, chunk):
+    """At 152 k numbers a token it would cost more than the rest of a small batch; stage 2, which needs it, calls it."""
+    pair = corpus.pairs(home / "world")[0][0]
+
+    def refuse(module, args):
+        if isinstance(module, torch.nn.Linear) and module.out_features == words:
+            raise AssertionError("the head was called")
+
+    words = len(load_inputs(home / "stage3", read_meta(home / "stage3")).tokenizer)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        folder = go(home, "stage3", tmp_path / "stage3", tiny("stage3", steps=1, mini_batch_size=chunk))
+        assert CocoaEmbedder.load(folder).encode(list(pair.values())).shape == (2, 64)
+        with pytest.raises(AssertionError, match="the head was called"):
+            go(home, "stage2", tmp_path / "stage2", tiny("stage2", steps=1))
+    finally:
+        hook.remove()
 
 
 # --- two processes ------------------------------------------------------------------------------------------------------
