@@ -243,6 +243,17 @@ def test_the_readme_says_what_notebook_02_found():
     assert "squared error {} against {}, notebook 02".format(*errors) in readme
 
 
+def test_what_passes_through_eos_is_the_committed_table():
+    table = pd.read_csv(ROOT / "benchmarks" / "results" / "bridge.csv")
+    (short, after_150), (long, after_1000) = table.groupby("steps")["through_eos"]
+    assert (short, len(after_150), long, len(after_1000)) == (150, 3, 1000, 5)
+    ends = [f"{values.min():.1f} to {values.max():.1f}" for values in (after_1000, after_150)]
+    said = "On seeds 0 to 4 that is {} points; after a stage 2 of 150 steps (profile `laptop`, seeds 0 to 2) {}"
+    assert said.format(*ends) in " ".join(README.split())
+    first = table[(table["steps"] == 1000) & (table["seed"] == 0)].iloc[0]
+    assert f"{first['own']:.1f} % come back with\n  the right picture and {first['other']:.1f} % with a wrong one" in README
+
+
 def test_what_stage_1_restores_is_the_committed_table():
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "stage1_error.csv").set_index("arm").round(3)
     short, longer = table.loc["cocoa"].iloc[0], table.loc["stage1_longer"]
