@@ -269,6 +269,7 @@ def shard_on_cpu(patch, **changes):
 SHARDED = {stage: (stage, {}) for stage in STAGES} | {
     "pictures": ("stage2", {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"}),
     "adapter": ("stage3", {"lora_r": 4, "lora_dropout": 0.0}),
+    "chunks": ("stage3", {"mini_batch_size": 2}),  # two on each process, of rows sorted by length
 }
 
 
