@@ -25,6 +25,8 @@ def forkserver() -> ForkServerContext:
 
 def run(script: str) -> None:
     sys.argv = [script]  # called by itself, without arguments
+    # A forkserver's child starts its own processes by forkserver as well, and then `encode`'s workers import everything anew.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     importlib.import_module(script).main()
 
 

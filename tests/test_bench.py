@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -42,7 +43,8 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
 
 def test_make_bench_runs_each_script_clean_and_stops_at_one_that_fails(tmp_path):
     """Nothing that one leaves is there in the next; the one that failed is named, and is the last."""
-    body = "import os, sys\n\n\ndef main():\n    print('{0}', sys.argv, os.environ.pop('LEFT', None), flush=True)\n    {1}\n"
+    body = "import multiprocessing, os, sys\n\n\ndef main():\n    print('{0}', sys.argv, os.environ.pop('LEFT', None), "
+    body += "multiprocessing.get_start_method(), flush=True)\n    {1}\n"
     for name, then in {"a": "os.environ['LEFT'] = 'a'", "b": "raise ValueError('b broke')", "c": "pass"}.items():
         (tmp_path / f"script_{name}.py").write_text(body.format(name, then))
     code = "import bench; bench.SCRIPTS, bench.PRELOAD = ['script_a', 'script_b', 'script_c'], []; bench.main()"
@@ -50,7 +52,8 @@ def test_make_bench_runs_each_script_clean_and_stops_at_one_that_fails(tmp_path)
         [sys.executable, "-c", code], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "benchmarks")])},
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["a ['script_a'] None", "b ['script_b'] None"]
+    usual = multiprocessing.get_all_start_methods()[0]  # as in a fresh interpreter
+    assert done.stdout.splitlines() == [f"a ['script_a'] None {usual}", f"b ['script_b'] None {usual}"]
     assert done.returncode == 1 and "ValueError: b broke" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("benchmarks/script_b.py failed")
 
