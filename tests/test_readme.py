@@ -254,6 +254,11 @@ def test_what_passes_through_eos_is_the_committed_table():
     assert f"{first['own']:.1f} % come back with\n  the right picture and {first['other']:.1f} % with a wrong one" in README
 
 
+def test_how_long_the_first_picture_takes_is_the_committed_table():
+    seconds = pd.read_csv(ROOT / "benchmarks" / "results" / "first_figure.csv")["seconds"]
+    assert f"it takes {seconds.min():.1f} to {seconds.max():.1f} s\n" in README and len(seconds) == 6
+
+
 def test_what_stage_1_restores_is_the_committed_table():
     table = pd.read_csv(ROOT / "benchmarks" / "results" / "stage1_error.csv").set_index("arm").round(3)
     short, longer = table.loc["cocoa"].iloc[0], table.loc["stage1_longer"]
