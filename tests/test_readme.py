@@ -251,7 +251,10 @@ def test_what_passes_through_eos_is_the_committed_table():
     said = "On seeds 0 to 4 that is {} points; after a stage 2 of 150 steps (profile `laptop`, seeds 0 to 2) {}"
     assert said.format(*ends) in " ".join(README.split())
     first = table[(table["steps"] == 1000) & (table["seed"] == 0)].iloc[0]
-    assert f"{first['own']:.1f} % come back with\n  the right picture and {first['other']:.1f} % with a wrong one" in README
+    assert (
+        f"{first['own']:.1f} % come back with\n  the right picture and {first['other']:.1f} % with a wrong one"
+        in README
+    )
 
 
 def test_how_long_the_first_picture_takes_is_the_committed_table():
