@@ -126,7 +126,7 @@ def training_curves(
             axis.plot(log["step"], running, color=colour, linewidth=1.8)
             end = running.dropna().iloc[-1] if len(log) >= smooth else log[column].iloc[-1]
             axis.annotate(label, (log["step"].iloc[-1], end), xytext=(4, 0), textcoords="offset points", color=colour,
-                          va="center", fontsize=8)  # fmt: skip
+                          va="bottom" if "\n" in label else "center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
             axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, -3), ha="right",
@@ -246,6 +246,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     axis.set_yticks(y, effects["arm"])
     axis.invert_yaxis()
     axis.set_ylim(len(effects) - 0.4, -0.6)
+    axis.locator_params(axis="x", nbins=7)
     axis.set_xlabel(f"difference to '{baseline}', {unit} (right: better); bar: 95 % interval")
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
