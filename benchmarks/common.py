@@ -141,7 +141,7 @@ def peaks(
     """Arguments of `make` -> `peak` of `n` fresh processes, two at a time: memory, unlike time, does not mind a neighbour.
 
     Callers name the longest first, so that none is left to run alone at the end. Not `n` steps of one process: what stays of
-    the first (up to 2 MB) would be missing in the others: a fifth of the peak where 1,024 texts are encoded.
+    the first would be missing in the others.
     """
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda args: peak(make, *args, in_use=in_use), [args for args in runs for _ in range(n)]))

@@ -247,6 +247,21 @@ def cell_errors(restored: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], 
     return float(errors[0]), float(errors[1])
 
 
+def count_right(
+    model, inputs: Inputs, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Any], **how: Any
+) -> np.ndarray:
+    """Hidden tokens of each row that come back exactly with the given picture, and how many were hidden: (rows, 2) int.
+
+    how: what `reconstruct` takes. The same tokens are hidden whatever the pictures are.
+    """
+    right = []
+    for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
+        batch, words, _ = reconstruct(model, inputs, {**row, "image": picture}, draw=i, **how)
+        truth = batch["labels"][batch["labels"] != IGNORE].tolist()
+        right.append((sum(a == b for a, b in zip(words, truth, strict=True)), len(truth)))
+    return np.array(right)
+
+
 def restored_words(batch: Batch, predicted: Sequence[int], inputs: Inputs) -> list[tuple[str, str | None]]:
     """The text of a batch of one, token by token: (as restored, what stood there), or (text, None) where nothing was hidden."""
     guesses, words = iter(predicted), []

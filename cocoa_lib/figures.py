@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from . import analysis
+
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777", "#000000")
 STYLE = {
@@ -238,7 +240,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
         colour = COLOURS[0] if clear else "grey"
         axis.plot([row.low, row.high], [i, i], color=colour, linewidth=2)
         axis.plot(row.difference, i, "o" if clear else "D", color=colour, markersize=6,
-                  markerfacecolor=colour if clear and row.p_holm < 0.05 else "white")  # fmt: skip
+                  markerfacecolor=colour if analysis.certain(row._asdict()) else "white")  # fmt: skip
         text = f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
         text += f"  {row.n_seeds} seeds" * (effects["n_seeds"].nunique() > 1)
         axis.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
@@ -457,28 +459,26 @@ def similarity(cosine: np.ndarray) -> Figure:
 def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
     """Paired differences by group: columns arm, group, difference, low, high; bold where the interval excludes 0.
 
-    With p_holm, corrected for all cells, a star where that is below 0.05 as well.
+    With p_holm, corrected for all cells, and n_seeds, a star where `analysis.certain`.
     """
     wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
     value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
-    drawn, clear = ~np.isnan(value), (low > 0) | (high < 0)
-    certain = np.zeros_like(clear)
+    drawn, clear, stands = ~np.isnan(value), (low > 0) | (high < 0), np.zeros_like(value, dtype=bool)
     if "p_holm" in table:
-        certain = clear & (
-            table.pivot(index="arm", columns="group", values="p_holm").loc[arms, groups].to_numpy() < 0.05
-        )
+        certain = table.assign(certain=[analysis.certain(row) for row in table.to_dict("records")])
+        stands = certain.pivot(index="arm", columns="group", values="certain").loc[arms, groups].to_numpy() == True  # noqa: E712
     limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
                 annot_kws={"size": 8, "color": "black"}, xticklabels=groups, yticklabels=arms)  # fmt: skip
-    for text, bold, star in zip(axis.texts, clear[drawn], certain[drawn], strict=True):
+    for text, bold, star in zip(axis.texts, clear[drawn], stands[drawn], strict=True):
         text.set_weight("bold" if bold else "normal")
         text.set_text(text.get_text() + "*" * bool(star))
     axis.tick_params(length=0, rotation=0)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
     axis.set_title(f"difference to '{baseline}', {unit}")
-    star = f"\n*: corrected for all cells, too ({certain.sum()} of {drawn.sum()})" if "p_holm" in table else ""
+    star = f"\n*: corrected for all cells, too ({stands.sum()} of {drawn.sum()})" if "p_holm" in table else ""
     axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{star}{seeds}")
     listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
@@ -494,9 +494,7 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    same = table.groupby("cost")[
-        "cost"
-    ]  # intervals at one cost would look like one: they stand a hair apart, the points do not
+    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they, not the points, stand apart
     beside = (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
     axis.plot(table["cost"], table["value"], "o", color=COLOURS[0], markersize=5)
     axis.errorbar(table["cost"] + beside, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)

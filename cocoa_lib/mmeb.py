@@ -623,6 +623,15 @@ def published() -> pd.DataFrame:
     return table
 
 
+def compared() -> pd.DataFrame:
+    """Rows of `published` for a picture: the 3 B models that CoCoA is compared with, one each, with a `label`."""
+    table = published().assign(label=lambda t: t["model"] + " " + t["size"])
+    table = table[table["model"].str.contains("CoCoA|MoCa|contrastive only") & (table["size"] == "3B")].drop_duplicates(
+        "label"
+    )
+    return table.sort_values("model", key=lambda model: model.str.startswith("MoCa"), kind="stable")
+
+
 # Command line
 
 
@@ -695,7 +704,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--workers", type=int, default=0,
-        help="processes that read pictures ahead of the model; 4 for photographs on a GPU. Default 0: they hand batches over in "
+        help="processes that read pictures ahead of the model. Default 0: they hand batches over in "
         "shared memory, of which a container may have too little, and are started anew for each window of items",
     )  # fmt: skip
     parser.add_argument("--n-queries", type=int, help="queries a task, drawn by the seed (default: all)")

@@ -29,14 +29,11 @@ def restored(folder: Path, data: Path) -> dict[str, float]:
     how = {"text_rate": recipe["text_mask_rate"], "objective": recipe["objective"], "layout": recipe["layout"]}
     rows = corpus.captions(data, "heldout")[:N_PROBE]
     own = [row["image"] for row in rows]
-    right, hidden = {"own": 0, "other": 0}, 0
-    for name, pictures in (("own", own), ("other", own[1:] + own[:1])):
-        for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
-            batch, words, _ = explore.reconstruct(model, inputs, {**row, "image": picture}, draw=i, **how)
-            truth = batch["labels"][batch["labels"] != -100].tolist()
-            right[name] += sum(a == b for a, b in zip(words, truth, strict=True))
-            hidden += len(truth) * (name == "own")
-    return {name: 100 * count / hidden for name, count in right.items()} | {"n": hidden}
+    sides = {"own": own, "other": own[1:] + own[:1]}
+    counts = {
+        name: explore.count_right(model, inputs, rows, pictures, **how).sum(0) for name, pictures in sides.items()
+    }
+    return {name: 100 * right / hidden for name, (right, hidden) in counts.items()} | {"n": counts["own"][1]}
 
 
 def main(out: Path, runs: list[Path]) -> None:

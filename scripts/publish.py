@@ -150,9 +150,9 @@ def policy(html: str) -> str:
     )
 
 
-def provenance(run: Path, shown: str = "*") -> dict[str, str]:
-    """Profile, machine, commit and seeds of a run's results, or of those `shown` (ARM/seedK), as words for the top of a page."""
-    files = sorted(run.glob(f"results/{shown if '/' in shown else '*/seed*'}/provenance.json"))
+def provenance(run: Path, shown: str = "*/seed*") -> dict[str, str]:
+    """Profile, machine, commit and seeds of a run's results, those of ARM/SEED, as words for the top of a page."""
+    files = sorted(run.glob(f"results/{shown}/provenance.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     said = {
         key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
@@ -169,16 +169,14 @@ def provenance(run: Path, shown: str = "*") -> dict[str, str]:
 
 def _facts(page: dict[str, Any], run: Path) -> dict[str, str]:
     """What stands at the top of a page: of its own model, if it shows one, else of the run, whose many commits page 05 lists."""
-    facts = provenance(run)
-    own = provenance(run, f"cocoa/seed{page['seed']}") if page["seed"] else facts
-    commits, changed = facts["Commit of the results"], "+changes" in facts["Commit of the results"]
+    facts, name = provenance(run), "Commit of the results"
+    commits = facts[name].split(", ")
     if page["seed"]:
-        facts["Commit of the results"] = own["Commit of the results"]
+        facts[name] = provenance(run, f"cocoa/seed{page['seed']}")[name]
         facts["Seeds"] = f"{page['seed']} on this page, of {facts['Seeds']}"
-    elif commits.count(",") > 2 and not page["file"].startswith("05"):
-        facts["Commit of the results"] = f"{commits.count(',') + 1}, at the top of notebook 05" + (
-            " (some +changes: with files not committed)" * changed
-        )
+    elif len(commits) > 3 and not page["file"].startswith("05"):
+        changed = " (some +changes: with files not committed)" * ("+changes" in facts[name])
+        facts[name] = f"{len(commits)}, at the top of notebook 05{changed}"
     return {**facts, "Executed": page["date"]}
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cocoa_lib import analysis
+from cocoa_lib import analysis, explore
 from cocoa_lib.attention import EOS, dense_mask, describe, reachability, segments
 from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
 from cocoa_lib.corruption import IGNORE
@@ -174,6 +174,27 @@ def test_errors_are_those_of_hidden_cells_alone():
     ]
     decoder, average = cell_errors(restored, merge_size=1)
     assert decoder == (1 + 9) / 2 and average == (9 + 1) / 2
+
+
+def test_restored_tokens_are_counted_by_row_and_whatever_the_pictures_hide_the_same(
+    bidirectional, picture, monkeypatch
+):
+    model, inputs = bidirectional
+    rows, how = rows_of(picture)[:2], {"text_rate": 0.7, "layout": "eos_bridged"}
+    own, swapped = [row["image"] for row in rows], [row["image"] for row in rows][::-1]
+    first, second = (explore.count_right(model, inputs, rows, pictures, **how) for pictures in (own, swapped))
+    assert first.shape == (2, 2) and (first[:, 0] <= first[:, 1]).all() and (first[:, 1] > 0).all()
+    assert (first[:, 1] == second[:, 1]).all()
+    given = []
+
+    def perfect(model, inputs, row, *, draw, **how):
+        given.append((row["image"], draw))
+        labels = torch.tensor([[IGNORE, 5, 6]])
+        return {"labels": labels}, [5, 6 + draw], {}
+
+    monkeypatch.setattr(explore, "reconstruct", perfect)
+    assert explore.count_right(model, inputs, rows, swapped, **how).tolist() == [[2, 2], [1, 2]]
+    assert given == [(swapped[0], 0), (swapped[1], 1)]
 
 
 def test_reconstruction_explorer(bidirectional, picture):

@@ -306,7 +306,7 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
     texts = (("+3.0", "bold"), ("-2.0", "normal"), ("+0.0", "normal"), ("-9.0", "bold"))
     assert drawn == {(at, text): weight for at, (text, weight) in zip(middle, texts, strict=True)}
     assert "b, ood: -9.0" in figure.alt
-    corrected = figures.effect_table(table.assign(p_holm=[0.2, 0.04, 0.9, 0.01]), baseline="base").axes[0]
+    corrected = figures.effect_table(table.assign(p_holm=[0.2, 0.04, 0.9, 0.01], n_seeds=3), baseline="base").axes[0]
     assert [text.get_text() for text in corrected.texts] == ["+3.0", "-2.0", "+0.0", "-9.0*"], "a star needs both"
     assert "corrected for all cells, too (1 of 4)" in corrected.get_xlabel()
     gap = figures.effect_table(table.iloc[1:], baseline="base").axes[0]  # an arm that lacks a group

@@ -113,6 +113,26 @@ def test_the_readmes_numbers_of_pairs_are_the_tables():
     assert f"changes CoCoA with 8,000 pairs by {read}." in said
 
 
+def test_at_equal_time_every_arm_with_few_contrastive_steps_is_behind():
+    from cocoa_lib import analysis
+
+    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    there = set(per_query["arm"])
+    longer = [
+        name for name, arm in read_arms().items() if arm.kind == "arm" and (arm.stage1, arm.stage2) != (None, None)
+    ]
+    less = {
+        name: "contrastive_417" if name == "stage1_only" else "contrastive_longer" for name in longer if name in there
+    }
+    rows = [analysis.contrast(per_query, {name: 1, other: -1}) for name, other in less.items()]
+    rows.append(analysis.contrast(per_query, {"cocoa_longer": 1, "contrastive_longer": -1}))  # a row of that table, too
+    p = analysis.holm(row["p"] for row in rows)
+    assert len(less) == 12 and all(row["high"] < 0 for row in rows[:-1]) and max(p[:-1]) < 0.05 < p[-1]
+    assert "At equal time every arm with 250 contrastive steps is behind, certainly so once corrected" in " ".join(
+        README.split()
+    )
+
+
 def test_the_readme_says_what_a_longer_stage_1_is_worth_within_the_method():
     from cocoa_lib import analysis
 
