@@ -665,3 +665,11 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
         mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "GQA"])
     with pytest.raises(FileNotFoundError, match="runs/lap/data: no such folder, and not a hub name"):
         mmeb.main(["the-model", "--root", "runs/lap/data", "--image-root", ".", "--out", str(out)])
+
+
+def test_the_compared_models_are_the_baselines_then_cocoa_and_moca():
+    rows = mmeb.compared()
+    assert set(rows["size"]) == {"3B"} and rows["label"].is_unique
+    causal, bidirectional, ours, moca = rows["label"]
+    assert "causal, contrastive only" in causal and "bidirectional, contrastive only" in bidirectional
+    assert ours.startswith("CoCoA") and moca.startswith("MoCa")
