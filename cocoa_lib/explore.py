@@ -285,15 +285,15 @@ def reconstruction_html(batch: Batch, predicted: Sequence[int], patches: Mapping
             continue
         right += (hit := text == truth)
         colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
-        was = "" if hit else f"<s>{escape(truth)}</s>"
-        words.append(f'<span style="border-bottom:3px solid {colour}"><b>{escape(text)}</b>{was}{mark}</span>')
+        was = "" if hit else f" <small>(was &ldquo;{escape(truth)}&rdquo;)</small>"
+        words.append(f'<span style="border-bottom:3px solid {colour}"><b>{escape(text)}</b>{mark}{was}</span>')
     pictures = ""
     for title, each in patches.items():
         image = Image.fromarray(cells_image(each, batch["image_grid_thw"][0], inputs))
         pictures += f'<figure style="margin:4px">{_img(image, title)}<figcaption>{title}</figcaption></figure>'
     return (
         f'<div style="display:flex;flex-wrap:wrap">{pictures}</div><p style="white-space:pre-wrap">{"".join(words)}</p>'
-        f"<p>{right} of {len(predicted)} hidden tokens come back (&#10003;); struck out: what stood there.</p>"
+        f"<p>{right} of {len(predicted)} hidden tokens come back (&#10003;); in brackets: what stood there.</p>"
     )
 
 

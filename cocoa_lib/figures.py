@@ -233,7 +233,7 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
 
 def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
     """Paired differences to a baseline with 95 % intervals: columns arm, difference, low, high, p_holm, n_seeds, n_queries."""
-    figure, axis = new(width=6.5, height=0.42 * len(effects) + 1.2)
+    figure, axis = new(width=6.5, height=0.42 * len(effects) + 1.35)
     y = np.arange(len(effects))
     for i, row in enumerate(effects.itertuples()):
         clear = row.n_seeds > 1 and (row.low > 0 or row.high < 0)  # one seed says nothing of others
@@ -253,7 +253,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
     seeds = span(effects["n_seeds"])
     queries = int(effects["n_queries"].iloc[0])
     axis.set_title(
-        f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too); diamond: holds 0"
+        f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too)\ndiamond: contains 0"
     )
     listing = "; ".join(
         f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
@@ -501,12 +501,15 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
     axis.set_xlim(0, dearest * 1.04)
-    place, gap = -np.inf, np.ptp(axis.get_ylim()) / 14
-    for row in table.itertuples():  # names in a column beyond the axis, moved apart
-        place = max(row.value, place + gap)
-        axis.annotate(row.arm, (row.cost, row.value), xytext=(1.03, place), textcoords=axis.get_yaxis_transform(), fontsize=8,
-                      va="center", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.6, "relpos": (0, 0.5)})  # fmt: skip
+    placed: list[tuple[float, float]] = []
+    for row in table.itertuples():  # names beside their points, moved apart upwards; of the dearest on the left
+        place, gap = row.value, np.ptp(axis.get_ylim()) / 14
+        for x, y in placed:
+            place = y + gap if abs(x - row.cost) < dearest / 3 and abs(y - place) < gap else place
+        placed.append((row.cost, place))
+        left = row.cost > 0.7 * dearest
+        axis.annotate(row.arm, (row.cost, place), xytext=(-8 if left else 8, 0), textcoords="offset points", fontsize=8,
+                      va="center", ha="right" if left else "left")  # fmt: skip
     if len(rest):
         axis.legend(loc="best", fontsize=8)
     axis.set_xlabel(xlabel)

@@ -204,7 +204,7 @@ def test_reconstruction_explorer(bidirectional, picture):
     html = box.outputs["reconstruction"].value
     assert box.error.value == "" and html.count("<img") == 3 and "http" not in html
     assert seconds(box, "text_rate", 0.9, 0.3, 0.5, 0.7, 1.0) < 0.3
-    count = len(re.findall(r"&#1000[37];</span>", box.outputs["reconstruction"].value))
+    count = len(re.findall(r"</b>&#1000[37];", box.outputs["reconstruction"].value))
     assert f"of {count} hidden tokens" in box.outputs["reconstruction"].value
     box.controls["patch_rate"].value = 0.0
     assert box.outputs["reconstruction"].value.count("<img") == 1  # nothing hidden, nothing to predict

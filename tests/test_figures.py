@@ -7,6 +7,7 @@ does. After a change that is meant, look at the new figures and write them with 
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -334,11 +335,10 @@ def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     assert set(rest.get_xdata()) == {1367} and len(rest.get_ydata()) == 10
     assert figure.alt.count("1,367") == 13, "the text of the figure lists all"
     figure.canvas.draw()
-    names = [text.xyann for text in axis.texts]  # beyond the axis, a height in points of precision
-    height = axis.bbox.height / np.ptp(axis.get_ylim())  # pixels a point
-    assert [text.get_text() for text in axis.texts] == ["arm0", "arm1", "arm9", "far"]
-    assert all(x > 1 and axis.get_ylim()[0] < y <= axis.get_ylim()[1] for x, y in names)
-    assert (np.diff([y for _, y in names]) * height > 12).all(), "names do not overlap: 8 pt are 12 pixels here"
+    boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
+    assert list(boxes) == ["arm0", "arm1", "arm9", "far"]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2)), "names do not overlap"
+    assert all(figure.bbox.contains(*corner) for box in boxes.values() for corner in box.corners())
 
 
 def test_cost_score_draws_cost_against_points():
