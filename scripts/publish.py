@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pandas as pd
 from bleach.css_sanitizer import CSSSanitizer
 from bleach.sanitizer import Cleaner
 from bs4 import BeautifulSoup, Tag
@@ -34,6 +35,7 @@ from cocoa_lib.profiles import profile_of, read_arms
 
 KEPT = ("results.csv", "averages.csv", "per_query.parquet", "provenance.json", "probe.csv")  # of those that are there
 TEMPLATES = Path(__file__).resolve().parent / "site"
+RECORDS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 # What the index says of each notebook: the figure that stands for it, and one sentence.
 TOUR = {
     "00": ("scenes", "The benchmark, generated in MMEB's own layout, and the small causal model that everything starts from."),
@@ -108,6 +110,7 @@ def render(notebook: Path, figures: Path) -> tuple[BeautifulSoup, dict[str, byte
         mark.decompose()
     for table in soup.find_all("table"):
         _align(table)
+    _keep_together(soup)
     return soup, resources["outputs"], "\n".join(resources["inlining"]["css"])
 
 
@@ -122,14 +125,36 @@ def _align(table: Tag) -> None:
                     row[place]["class"] = [*row[place].get("class", []), "text"]
 
 
+INTERVAL = re.compile(r"([+-]?[\d.]+ \[[+-]?[\d.]+, [+-]?[\d.]+\](?: \*)?)")
+
+
+def _keep_together(soup: BeautifulSoup) -> None:
+    """No line ends within a number and its interval; code is left alone."""
+    for text in soup.find_all(string=INTERVAL):
+        if text.find_parent(["pre", "code", "title", "text"]):
+            continue
+        pieces: list[Any] = INTERVAL.split(text)
+        for i in range(1, len(pieces), 2):
+            span = soup.new_tag("span", attrs={"class": "interval"})
+            span.string, pieces[i] = pieces[i], span
+        text.replace_with(*pieces)
+
+
 def headings(soup: BeautifulSoup) -> list[dict[str, str]]:
-    """The second-level headings: id, title and all words of the section, for the contents and its filter."""
+    """The second-level headings: id, title and all words of the section, those of tables and of what stands for pictures
+    too, for the contents and its filter. Not code, and not the numbers of tables."""
     found: list[dict[str, Any]] = []
-    for each in soup.select(".words > *"):
-        if each.name == "h2":
-            found.append({"id": each["id"], "title": each.get_text(), "words": set()})
-        if found:
-            found[-1]["words"] |= set(re.findall(r"\w[\w.-]*", each.get_text(" ").lower()))
+    for each in soup.descendants:
+        if isinstance(each, Tag):
+            if each.name == "h2" and "words" in each.parent.get("class", []):
+                found.append({"id": each["id"], "title": each.get_text(), "words": set()})
+            said = each.get("alt", "") if each.name == "img" else ""
+        else:
+            said = "" if each.find_parent(["pre", "code"]) else str(each)
+        if found and said:
+            found[-1]["words"] |= {
+                word for word in re.findall(r"\w+(?:[.,-]\w+)*", said.lower()) if not re.fullmatch(r"\d+\.\d+", word)
+            }
     return [{**each, "words": " ".join(sorted(each["words"]))} for each in found]
 
 
@@ -254,6 +279,8 @@ def site(run: Path, target: Path) -> None:
             answers=(found := answers(run)),
             short=in_short(found),
             claimed=claimed(),
+            scale=scale(run),
+            notes=committed_run(run),
             recipe=recipe(run),
             baseline="contrastive",
         )
@@ -289,22 +316,34 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
 BUDGETS = {
     "{few} contrastive steps on both sides": {"cocoa": 1, "contrastive": -1},
     "{many} contrastive steps on both sides": {"cocoa_longer": 1, "contrastive_longer": -1},
-    "CoCoA with {few}, contrastive training alone with {many}": {"cocoa": 1, "contrastive_longer": -1},
-    "a model of half the width, {few} contrastive steps on both sides": {"cocoa_half": 1, "contrastive_half": -1},
+    "CoCoA with {few}, contrastive training alone with {many}, which take less time": {
+        "cocoa": 1,
+        "contrastive_longer": -1,
+    },
+    "three quarters of the width, {few} contrastive steps on both sides": {
+        "cocoa_width_96": 1,
+        "contrastive_width_96": -1,
+    },
+    "half the width, {few} contrastive steps on both sides": {"cocoa_half": 1, "contrastive_half": -1},
     "half the width, CoCoA with {few}, contrastive training alone with {many}": {
         "cocoa_half": 1,
         "contrastive_half_longer": -1,
     },
-    "half the width, {few} steps on both sides, but CoCoA's training without its bottleneck": {
+    "half the width, {few} steps on both sides, but CoCoA's reconstruction without its bottleneck": {
         "no_truncation_half": 1,
         "contrastive_half": -1,
+    },
+    "no reconstruction at all, but the mean of all states as embedding against that at EOS": {
+        "contrastive_mean": 1,
+        "contrastive": -1,
     },
 }
 
 
 def answers(run: Path) -> list[dict[str, Any]]:
-    """Full CoCoA less contrastive learning alone on each budget that the run has arms for, and how certain that is."""
-    _, per_query = analysis.gather_results(run)
+    """What the index answers, where the run has the arms: each sum of BUDGETS in points, both sides, by seed, how certain."""
+    results, per_query = analysis.gather_results(run)
+    by_seed = analysis.arm_scores(results).pivot(index="seed", columns="arm", values="overall")
     steps = profile_of(run).get("stage3", {}).get("steps")
     few = f"{steps:,}" if steps else "the profile's"
     many = f"{read_arms()['contrastive_longer'].stage3['steps']:,}"
@@ -314,11 +353,40 @@ def answers(run: Path) -> list[dict[str, Any]]:
     for (budget, weights), row, p in zip(there.items(), rows, analysis.holm(row["p"] for row in rows), strict=True):
         certain, gain = analysis.certain({**row, "p_holm": p}), row["difference"] > 0
         said = f"a {'gain' if gain else 'loss'}, certain" if certain else "not certain"
+        one, other = (by_seed[list(weights)].dropna()[arm] for arm in weights)
         found.append({
             "budget": budget.format(few=few, many=many), "number": analysis.said(row), "seeds": str(row["n_seeds"]),
-            "verdict": f"{said} after correction for these rows", "gain": certain and gain, "arms": set(weights),
+            "levels": f"{one.mean():.1f} against {other.mean():.1f}",
+            "by_seed": ", ".join(f"{value:+.1f}" for value in one - other),
+            "verdict": f"{said} after correction for these rows (Holm: p {'below 0.001' if p < 0.001 else f'{p:.3f}'})",
+            "gain": certain and gain, "arms": set(weights),
         })  # fmt: skip
     return found
+
+
+def scale(run: Path) -> str:
+    """Tasks, queries and what a random guess scores, in words."""
+    results, per_query = analysis.gather_results(run)
+    tasks = results.drop_duplicates("task")
+    guess = f"; a random guess scores {(100 / tasks['n_candidates']).mean():.1f}" if "n_candidates" in tasks else ""
+    return f"{len(tasks)} tasks, {per_query.drop_duplicates(['task', 'query']).shape[0]:,} queries in all{guess}"
+
+
+def committed_run(run: Path) -> list[str]:
+    """Sentences that a reader of the committed results needs, and that no table of a run can say; none for other runs."""
+    if run.name != "long":
+        return []
+    timed = json.loads((RECORDS / "stages.json").read_text(encoding="utf-8"))["results"]
+    (time,) = (row for row in timed if row["name"] == "contrastive steps that take as long as CoCoA")
+    errors = pd.read_csv(RECORDS / "stage1_error.csv")
+    errors = errors[errors["arm"] == "cocoa"]
+    return [
+        "Seeds 3 and 4 of the committed results were added after the first three had been looked at.",
+        f"The three stages of CoCoA take as long as {time['ratio']:,.0f} [{time['lowest']:,.0f}, {time['highest']:,.0f}] "
+        "contrastive steps, so that with as many of these on both sides CoCoA always takes longer: with 1,100, twice as long.",
+        f"Its stage 1 restores words here, but no cells of pictures: squared error {errors['decoder'].mean():.3f} where an "
+        f"average cell has {errors['average'].mean():.3f} (seeds {errors['seed'].min()} to {errors['seed'].max()}).",
+    ]
 
 
 def in_short(answers: list[dict[str, Any]]) -> str:
@@ -330,7 +398,7 @@ def in_short(answers: list[dict[str, Any]]) -> str:
     if any("cocoa_half" in row["arms"] for row in answers):
         text += f", {words[gained['cocoa_half']]} with one of half the width"
         if gained["cocoa_half"] and gained["no_truncation_half"]:
-            text += ", where the same training without the bottleneck gains as well"
+            text += ", where the same reconstruction without the bottleneck gains too"
     return text
 
 
@@ -340,7 +408,11 @@ def claimed() -> dict[str, str]:
     table = table[table["size"] == "3B"].set_index("model")["overall"]
     score = table["CoCoA (Qwen2.5-VL)"]
     leads = {mask: score - table[f"Qwen2.5-VL {mask}, contrastive only"] for mask in ("causal", "bidirectional")}
-    return {"score": f"{score:.1f}", **{mask: f"{lead:.1f}" for mask, lead in leads.items()}}
+    return {
+        "score": f"{score:.1f}",
+        "moca": f"{table['MoCa (Qwen2.5-VL)']:.1f}",
+        **{mask: f"{lead:.1f}" for mask, lead in leads.items()},
+    }
 
 
 def recipe(run: Path) -> str:
@@ -349,7 +421,9 @@ def recipe(run: Path) -> str:
         return ""
     stages = {n: profile[f"stage{n}"] for n in (1, 2, 3)}
     steps = [f"stage {n} {each['steps']:,} steps of {each['batch_size']}" for n, each in stages.items()]
-    return f"Profile {run.name}: {', '.join(steps)}"
+    shape = profile["backbone"]
+    width = f"language model of {shape['layers']} layers, full width: hidden states of {shape['hidden_size']} numbers"
+    return f"Profile {run.name}: {', '.join(steps)}; {width}"
 
 
 def _scores_and_effects(run: Path, baseline: str, arms: list[str]):

@@ -17,12 +17,12 @@ if (filter) {
     const words = filter.value.toLowerCase().split(/\s+/);
     let found = 0;
     document.querySelectorAll("#contents li[data-words]").forEach((item) => {
-      item.hidden = !words.every((word) => item.dataset.words.includes(word));
+      item.hidden = !words.every((word) => (" " + item.dataset.words).includes(" " + word));  // from the start of a word
       found += item.hidden ? 0 : 1;
     });
     document.querySelectorAll("#contents > li").forEach((page) => {
       page.hidden = !page.querySelector("li[data-words]:not([hidden])");
     });
-    document.getElementById("found").textContent = found + " sections";
+    document.getElementById("found").textContent = found === 0 ? "no section" : found === 1 ? "1 section" : found + " sections";
   });
 }

@@ -76,7 +76,7 @@ def test_the_filter_finds_a_section_by_its_words(watched, hostile):
     page.fill("#filter", "aardvark see")
     assert page.locator("#contents li[data-words]:visible").count() == 2
     page.fill("#filter", "zebra")
-    assert page.locator("#contents li:visible").count() == 0 and page.inner_text("#found") == "0 sections"
+    assert page.locator("#contents li:visible").count() == 0 and page.inner_text("#found") == "no section"
     assert faults == []
 
 
