@@ -192,16 +192,16 @@ def provenance(run: Path, shown: str = "*/seed*") -> dict[str, str]:
     }
 
 
-def _facts(page: dict[str, Any], run: Path) -> dict[str, str]:
+def _facts(name: str, page: dict[str, str], run: Path) -> dict[str, str]:
     """What stands at the top of a page: of its own model, if it shows one, else of the run, whose many commits page 05 lists."""
-    facts, name = provenance(run), "Commit of the results"
-    commits = facts[name].split(", ")
+    facts, commit = provenance(run), "Commit of the results"
+    commits = facts[commit].split(", ")
     if page["seed"]:
-        facts[name] = provenance(run, f"cocoa/seed{page['seed']}")[name]
+        facts[commit] = provenance(run, f"cocoa/seed{page['seed']}")[commit]
         facts["Seeds"] = f"{page['seed']} on this page, of {facts['Seeds']}"
-    elif len(commits) > 3 and not page["file"].startswith("05"):
-        changed = " (some +changes: with files not committed)" * ("+changes" in facts[name])
-        facts[name] = f"{len(commits)}, at the top of notebook 05{changed}"
+    elif len(commits) > 3 and not name.startswith("05"):
+        changed = " (some +changes: with files not committed)" * ("+changes" in facts[commit])
+        facts[commit] = f"{len(commits)} commits, listed at the top of notebook 05{changed}"
     return {**facts, "Executed": page["date"]}
 
 
@@ -237,15 +237,38 @@ def _pages(notebooks: list[Path], run: Path, aside: Path) -> tuple[list[dict[str
         for name, data in pictures.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_bytes(data)
-        wanted, sentence = TOUR.get(notebook.name[:2], ("", ""))
-        shown = [{"file": tag["src"], "alt": tag["alt"]} for tag in body.select("figure img[src^=figures]")]
-        stands = [each for each in shown if Path(each["file"]).stem == f"{notebook.name[:2]}_{wanted}"] or shown
-        title = body.h1.get_text() if body.h1 else notebook.stem
-        found.append({
-            "file": f"{notebook.stem}.html", "title": title, "sentence": sentence, "body": str(body),
-            "headings": headings(body), "picture": stands[0] if stands else None, **_executed(notebook),
-        })  # fmt: skip
+        executed = _executed(notebook)
+        found.append(_page(f"{notebook.stem}.html", body) | executed | {"facts": _facts(notebook.name, executed, run)})
     return found, css
+
+
+def _page(file: str, body: Tag) -> dict[str, Any]:
+    """What the index and the page itself need of a notebook's cells as HTML."""
+    wanted, sentence = TOUR.get(file[:2], ("", ""))
+    shown = [{"file": tag["src"], "alt": tag["alt"]} for tag in body.select("figure img[src^=figures]")]
+    stands = [each for each in shown if Path(each["file"]).stem == f"{file[:2]}_{wanted}"] or shown
+    return {
+        "file": file, "title": body.h1.get_text() if body.h1 else Path(file).stem, "sentence": sentence,
+        "body": body.decode_contents().strip(), "headings": headings(body),
+        "picture": stands[0] if stands else None,
+    }  # fmt: skip
+
+
+def _kept(target: Path, run: Path, aside: Path, executed: set[str]) -> list[dict[str, Any]]:
+    """Pages of the same profile whose notebooks this run has not executed again: they stay, with what stands at their top."""
+    found = []
+    for path in sorted(target.glob("0*.html")):
+        page = BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
+        facts = {tag.dt.get_text(): tag.dd.get_text() for tag in page.select(".facts div")}
+        if path.name in executed or facts.get("Profile") != run.name:
+            continue
+        if page.main.select_one("details.contents"):
+            page.main.select_one("details.contents").decompose()
+        for picture in {tag["src"] for tag in page.select("img[src^=figures]")}:
+            (aside / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(target / picture, aside / picture)
+        found.append(_page(path.name, page.main) | {"facts": facts, "date": facts["Executed"]})
+    return found
 
 
 def _short(title: str) -> str:
@@ -254,10 +277,12 @@ def _short(title: str) -> str:
 
 
 def site(run: Path, target: Path) -> None:
-    """The executed notebooks of a run as pages: index.html, a page a notebook, style.css, figures/."""
+    """The executed notebooks of a run as pages: index.html, a page a notebook, style.css, figures/. Pages of the same profile
+    whose notebooks were not executed again stay as they are."""
     notebooks = [path for path in sorted(run.glob("notebooks/0*.ipynb")) if not path.name.endswith(".partial.ipynb")]
     aside = _aside(target)
     pages, css = _pages(notebooks, run, aside)
+    pages = sorted(pages + _kept(target, run, aside, {page["file"] for page in pages}), key=lambda page: page["file"])
     style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     (aside / "style.css").write_text(style + css, encoding="utf-8")
     dates = [page["date"] for page in pages if page["date"][:1].isdigit()]
@@ -266,7 +291,7 @@ def site(run: Path, target: Path) -> None:
         links += [(f"\u2190 {_short(pages[i - 1]['title'])}", pages[i - 1]["file"])] if i else []
         links += [(f"{_short(pages[i + 1]['title'])} \u2192", pages[i + 1]["file"])] if i + 1 < len(pages) else []
         html = _layout(
-            title=page["title"], links=links, facts=_facts(page, run),
+            title=page["title"], links=links, facts=page["facts"],
             headings=page["headings"], body=page["body"],
         )  # fmt: skip
         (aside / page["file"]).write_text(html, encoding="utf-8")
@@ -287,7 +312,7 @@ def site(run: Path, target: Path) -> None:
     )
     links = [(_short(pages[0]["title"]) + " \u2192", pages[0]["file"])] if pages else []
     executed = " to ".join(sorted({min(dates), max(dates)})) if dates else "not recorded"
-    facts = _facts({"seed": "", "file": "index.html", "date": executed}, run)
+    facts = _facts("index.html", {"seed": "", "date": executed}, run)
     html = _layout(title="CoCoA, the notebook collection", links=links, facts=facts, headings=[], body=index)
     (aside / "index.html").write_text(html, encoding="utf-8")
     _replace(aside, target)

@@ -128,6 +128,20 @@ def test_pages_are_in_order_and_reachable(reports, pages):
     )
 
 
+def test_a_page_whose_notebook_was_not_executed_again_stays(tmp_path, pages):
+    from publish import publish
+
+    run, site = make_run(tmp_path), tmp_path / "reports" / "site"
+    publish(run, tmp_path / "reports" / "tiny")
+    before = {path.name: path.read_bytes() for path in site.rglob("*") if path.is_file()}
+    (run / "notebooks" / "00_first.ipynb").unlink()
+    publish(run, tmp_path / "reports" / "tiny")
+    assert {path.name: path.read_bytes() for path in site.rglob("*") if path.is_file()} == before, "to the byte"
+    other = run.rename(run.with_name("other"))
+    publish(other, tmp_path / "reports" / "other")
+    assert sorted(path.name for path in site.glob("*.html")) == ["01_second.html", "index.html"], "of another profile"
+
+
 def test_every_page_says_which_run_it_shows(pages):
     for page in pages.values():
         facts = {each.dt.get_text(): each.dd.get_text() for each in page.select(".facts > div")}
@@ -176,8 +190,8 @@ def test_the_index_finds_words_of_sections_and_says_what_was_gained(pages):
     )
     first = index.select_one("#gain ~ ul li").get_text()
     assert first == (
-        "+100.0 [+100.0, +100.0]: the profile's contrastive steps on both sides (2 seeds): a gain, "
-        "certain after correction for these rows."
+        "+100.0 [+100.0, +100.0], 100.0 against 0.0: the profile's contrastive steps on both sides; a gain, certain after "
+        "correction for these rows (Holm: p below 0.001). By seed: +100.0, +100.0."
     )
 
 
@@ -254,10 +268,13 @@ def test_a_page_names_its_own_commit_and_many_stand_on_page_05(tmp_path):
             (run / "results" / arm / f"seed{seed}" / "provenance.json").write_text(json.dumps(facts))
 
     def top(file, seed=""):
-        facts = _facts({"file": file, "seed": seed, "date": "today"}, run)
+        facts = _facts(file, {"seed": seed, "date": "today"}, run)
         return facts["Commit of the results"], facts["Seeds"]
 
-    assert top("index.html") == ("4, at the top of notebook 05 (some +changes: with files not committed)", "0, 1")
+    assert top("index.html") == (
+        "4 commits, listed at the top of notebook 05 (some +changes: with files not committed)",
+        "0, 1",
+    )
     assert top("05_ablations.html") == ("00, 01+changes, 10, 11+changes (+changes: with files not committed)", "0, 1")
     assert top("03_contrastive_training.html", "0") == ("10", "0 on this page, of 0, 1")
 
