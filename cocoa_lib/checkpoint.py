@@ -47,7 +47,8 @@ def read_note(path: Path) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine size: what a result needs to say where it came from."""
+    """Versions, commit and machine: what a result needs to say where it came from. The kind of CPU, since the same seed gives
+    other numbers on another: sums are made in another order, and training carries that on."""
 
     def git(*args: str) -> str:
         here = Path(__file__).parent
@@ -70,7 +71,7 @@ def provenance() -> dict[str, Any]:
         "commit": commit,
         "versions": versions,
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}{gpu}",
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{gpu}",
     }
 
 

@@ -108,7 +108,7 @@ def smoke_run(folder: Path) -> dict[str, Any]:
         "where": {
             "versions": made["versions"],
             "python": made["python"],
-            "machine": f"{made['machine']}, {torch.backends.cpu.get_cpu_capability()}",
+            "machine": made["machine"],
         },
     }
 

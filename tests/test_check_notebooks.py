@@ -1,6 +1,7 @@
 """The notebook check finds each fault that it promises to find, and nothing in a sound notebook."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import nbformat
@@ -160,3 +161,14 @@ def test_main_reports_and_fails(tmp_path, capsys):
 def test_missing_path_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         check_notebooks.main([str(tmp_path / "nowhere")])
+
+
+def test_no_two_notebooks_save_a_figure_under_one_name():
+    """They share a folder: the later one would replace the earlier one's."""
+    owner: dict[str, str] = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        names = re.findall(r'"(\w+)", figures(?:_folder)?\)|^    \("(\w+)", "stage\d"', "\n".join(cells), flags=re.MULTILINE)
+        for name in {one or other for one, other in names}:
+            assert owner.setdefault(name, path.name) == path.name, name
+    assert {"stage1_words", "word_rate", "01_reachability"} <= set(owner)

@@ -280,6 +280,22 @@ def test_what_passes_through_eos_is_the_committed_table():
     )
 
 
+def test_what_another_cpu_gives_is_the_committed_table():
+    from cocoa_lib import analysis
+
+    def overall(run):
+        results, _ = analysis.gather_results(ROOT / "reports" / run)
+        return analysis.arm_scores(results).query("seed == 0").set_index("arm")["overall"].map("{:.1f}".format)
+
+    here, there = overall("long"), overall("other-cpu")
+    said = "seed 0 of `cocoa` (profile `long`) scores {} instead of {}, and of `contrastive`, which trains for a fifth of the "
+    said += "time, {}"
+    assert said.format(there["cocoa"], here["cocoa"], here["contrastive"]) + " both times" in " ".join(README.split())
+    assert here["contrastive"] == there["contrastive"]
+    files = (ROOT / "reports" / "other-cpu").glob("results/*/seed0/provenance.json")
+    assert {json.loads(file.read_text())["versions"]["torch"] for file in files} == {"2.13.0+cpu"}
+
+
 def test_the_notebooks_name_what_other_seeds_say():
     from cocoa_lib import analysis
 
