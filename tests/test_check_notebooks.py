@@ -168,7 +168,9 @@ def test_no_two_notebooks_save_a_figure_under_one_name():
     owner: dict[str, str] = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        names = re.findall(r'"(\w+)", figures(?:_folder)?\)|^    \("(\w+)", "stage\d"', "\n".join(cells), flags=re.MULTILINE)
+        names = re.findall(
+            r'"(\w+)", figures(?:_folder)?\)|^    \("(\w+)", "stage\d"', "\n".join(cells), flags=re.MULTILINE
+        )
         for name in {one or other for one, other in names}:
             assert owner.setdefault(name, path.name) == path.name, name
     assert {"stage1_words", "word_rate", "01_reachability"} <= set(owner)

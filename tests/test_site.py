@@ -208,6 +208,10 @@ def test_the_index_says_in_short_what_its_rows_say():
         "no certain gain with a model of full width, a certain gain with one of half the width, where the same "
         "reconstruction without the bottleneck gains too"
     )
+    behind = [{"arms": {"cocoa", "contrastive_longer"}, "gain": False, "loss": True}]
+    assert in_short(behind).endswith(
+        "; a certain loss against contrastive training alone that is simply longer and still takes less time"
+    )
     alone = in_short(rows(cocoa=True, cocoa_half=False, no_truncation_half=True))
     assert alone == "a certain gain with a model of full width, no certain gain with one of half the width"
 
