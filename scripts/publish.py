@@ -409,7 +409,8 @@ def committed_run(run: Path) -> list[str]:
     return [
         "Seeds 3 and 4 of the committed results, and last the half width, were added after the first three had been looked at.",
         f"The three stages of CoCoA take as long as {time['ratio']:,.0f} [{time['lowest']:,.0f}, {time['highest']:,.0f}] "
-        f"contrastive steps (timed as a whole, lowest and highest of {time['n']}; page 05 adds single steps up), so that with as many of these on both sides CoCoA always takes longer: with 1,100, twice as long.",
+        f"contrastive steps (timed as a whole, lowest and highest of {time['n']}; page 05 adds single steps up), "
+        "so that with as many of these on both sides CoCoA always takes longer: with 1,100, twice as long.",
         f"Its stage 1 restores words here, but no cells of pictures: squared error {errors['decoder'].mean():.3f} where an "
         f"average cell has {errors['average'].mean():.3f} (seeds {errors['seed'].min()} to {errors['seed'].max()}).",
     ]
