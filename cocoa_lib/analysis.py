@@ -297,9 +297,14 @@ def seed_interval(values: Iterable[float]) -> dict[str, Any]:
     return facts | {"low": float(low), "high": float(high), "p": float(test.pvalue)}
 
 
-def said(row: Mapping[str, Any]) -> str:
+def said(row: Mapping[str, Any], places: int = 1) -> str:
     """A row of effects as texts and tables write it: "+1.8 [-1.7, +4.7]"."""
-    return f"{row['difference']:+.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+    return f"{row['difference']:+.{places}f} [{row['low']:+.{places}f}, {row['high']:+.{places}f}]"
+
+
+def tested(p: float) -> str:
+    """A p-value as texts and tables write it."""
+    return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 # Probes

@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -72,11 +71,8 @@ def show(figure: Figure, name: str = "", folder: str | Path = ""):
         data = save(figure, path(folder), name).read_bytes()
     else:
         png = io.BytesIO()
-        with mpl.rc_context(STYLE):  # the same pixels as `savefig`, which draws twice: explorers wait for this
-            figure.set_dpi(STYLE["savefig.dpi"])
-            canvas = FigureCanvasAgg(figure)
-            canvas.draw()
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(png, "PNG", compress_level=2)
+        with mpl.rc_context(STYLE):
+            figure.savefig(png, metadata={"Software": None})
         data = png.getvalue()
     return Shown(data=data, alt=getattr(figure, "alt", ""))
 
@@ -508,7 +504,7 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
             place = y + gap if abs(x - row.cost) < dearest / 3 and abs(y - place) < gap else place
         placed.append((row.cost, place))
         left = row.cost > 0.7 * dearest
-        axis.annotate(row.arm, (row.cost, place), xytext=(-8 if left else 8, 0), textcoords="offset points", fontsize=8,
+        axis.annotate(row.arm, (row.cost, place), xytext=(-8 if left else 8, -4), textcoords="offset points", fontsize=8,
                       va="center", ha="right" if left else "left")  # fmt: skip
     if len(rest):
         axis.legend(loc="best", fontsize=8)
