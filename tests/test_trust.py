@@ -234,15 +234,10 @@ def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     assert_harmless(explore.attention_html(found, inputs, layer=1, head=None, direction="from_eos"))
 
 
-def test_an_arms_name_is_a_name(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1, 1))
-    figure.alt = HOSTILE
+def test_an_arms_name_is_a_name():
     effects = pd.DataFrame([{"arm": HOSTILE, "difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.1, "p_holm": 0.1, "n_seeds": 3,
                              "n_queries": 9}])  # fmt: skip
     scores = pd.Series({HOSTILE: 50.0, "base<b onclick=x>": 49.0})
-    monkeypatch.setattr(explore.figures, "forest", lambda *args, **kwargs: figure)
     html = explore.ablation_html(effects, scores, baseline="base<b onclick=x>", metric="p@1", group="overall")
     assert_harmless(html)
 
