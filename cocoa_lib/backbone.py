@@ -38,6 +38,8 @@ LORA_TARGETS = (
 # Qwen2's control tokens, in Qwen2's order, and the mask token that stages 1 and 2 need.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>")
 MASK_TOKEN = "<|mask|>"
+# Shapes of a batch that are compiled; past torch's own limit of 8 the others would run unfused, with a mere warning.
+COMPILED_SHAPES = 64
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
@@ -86,14 +88,27 @@ def open_backbone(
         model.to(torch.accelerator.current_accelerator())
     if flex:
         language_model(model).config._attn_implementation = "flex_attention"
-        # Each shape of a batch is compiled; past torch's own limit of 8 the others would run unfused, with a mere warning.
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = COMPILED_SHAPES
         if (reason := _flex_failure(model)) is not None:
             language_model(model).config._attn_implementation = "sdpa"
             logger.warning("flex_attention is not available here (%s); using sdpa, which gives the same", reason)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=flash and dtype == torch.float32):
         probe_attention(model, bidirectional)
     return model.to("cpu").eval()
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """From now on the language model's layers run compiled, one program for all of them; the weights keep their names.
+
+    In place, so that gradient checkpointing, GradCache, an adapter and FSDP go on as before. The vision tower, whose windows
+    are lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
+    """
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
+    torch._inductor.config.fallback_random = (
+        True  # an adapter's dropout, which GradCache draws twice, as it is uncompiled
+    )
+    for layer in language_model(model).layers:
+        layer.compile(dynamic=True)  # lengths differ from batch to batch
 
 
 def _flex_failure(model: PreTrainedModel) -> str | None:

@@ -51,7 +51,7 @@ from transformers import (
 from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
-from .backbone import add_adapter, language_model, new_backbone, open_backbone, set_mask_token
+from .backbone import add_adapter, compile_layers, language_model, new_backbone, open_backbone, set_mask_token
 from .batches import Planned, causal_batch, index_plan, pair_features, stage1_batch, stage2_batch
 from .checkpoint import (
     META,
@@ -455,6 +455,8 @@ def _run(
             model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora
         )
         run = run | {"lora_modules": matched}
+    if recipe.torch_compile:  # before FSDP, after the adapter
+        compile_layers(model)
     whole = shard(trainer, model, adapter) if trainer.is_fsdp_enabled else (trainer.model, model, adapter)
     watch = Watch(checkpoint)
     for default in (PrinterCallback, ProgressCallback, NotebookProgressCallback):

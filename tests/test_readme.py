@@ -319,6 +319,17 @@ def test_the_notebooks_name_what_other_seeds_say():
     assert f"seeds 0 to 4 score {said} in the mean" in text("04_mmeb_evaluation")
 
 
+def test_what_we_learnt_is_what_the_page_shows():
+    cells = json.loads((ROOT / "notebooks" / "05_ablations.ipynb").read_text(encoding="utf-8"))["cells"]
+    (lessons,) = ["".join(cell["source"]) for cell in cells if "## What we learnt" in "".join(cell["source"])]
+    page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
+    shown = " ".join(page.get_text(" ").split("Of the committed run, profile")[0].split())
+    said = re.findall(r"[+-]\d+\.\d \[[^\]]+\]", lessons)
+    assert len(said) > 30 and [each for each in said if each not in shown] == []
+    without = [line for line in lessons.splitlines() if line.startswith("- ") and not re.search(r"\d", line)]
+    assert without == []
+
+
 def test_how_long_the_first_picture_takes_is_the_committed_table():
     seconds = pd.read_csv(ROOT / "benchmarks" / "results" / "first_figure.csv")["seconds"]
     assert f"it takes {seconds.min():.1f} to {seconds.max():.1f} s\n" in README and len(seconds) == 6
