@@ -104,9 +104,8 @@ def compile_layers(model: PreTrainedModel) -> None:
     are lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
     """
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
-    torch._inductor.config.fallback_random = (
-        True  # an adapter's dropout, which GradCache draws twice, as it is uncompiled
-    )
+    # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
+    torch._inductor.config.fallback_random = True
     for layer in language_model(model).layers:
         layer.compile(dynamic=True)  # lengths differ from batch to batch
 

@@ -323,8 +323,8 @@ def test_effect_table_writes_every_difference_and_marks_the_clear_ones():
 
 def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     rows = [{"arm": f"arm{i}", "cost": 1367.0, "value": 27 + i / 10, "low": 25.0, "high": 29.0} for i in range(13)]
-    table = pd.DataFrame([*rows, {**rows[0], "arm": "far", "cost": 2000.0, "value": 44.0}])
-    named = ["far", "arm0", "arm1", "arm9"]
+    table = pd.DataFrame([*rows, {**rows[0], "arm": "cocoa_stage1_longer", "cost": 2000.0, "value": 44.0}])
+    named = ["cocoa_stage1_longer", "arm0", "arm1", "arm9"]
     figure = figures.cost_score(table, named=named, title="t", xlabel="steps")
     axis = figure.axes[0]
     points = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "o"]
@@ -336,7 +336,7 @@ def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     assert figure.alt.count("1,367") == 13, "the text of the figure lists all"
     figure.canvas.draw()
     boxes = {text.get_text(): text.get_window_extent() for text in axis.texts}
-    assert list(boxes) == ["arm0", "arm1", "arm9", "far"]
+    assert list(boxes) == ["arm0", "arm1", "arm9", "cocoa_stage1_longer"]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2)), "names do not overlap"
     assert all(figure.bbox.contains(*corner) for box in boxes.values() for corner in box.corners())
 

@@ -307,7 +307,7 @@ def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, mo
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
-@pytest.mark.parametrize(("stage", "values"), [("stage2", LORA | {"steps": 1}), ("stage3", {"steps": 2})])
+@pytest.mark.parametrize(("stage", "values"), [("stage2", LORA | {"steps": 2}), ("stage3", {"steps": 2})])
 def test_compiled_layers_train_the_same(home, tmp_path, monkeypatch, stage, values):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     monkeypatch.setattr(torch._inductor.config, "fallback_random", torch._inductor.config.fallback_random)
@@ -318,10 +318,10 @@ def test_compiled_layers_train_the_same(home, tmp_path, monkeypatch, stage, valu
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
     losses = [name for name in a if name.endswith("loss")]  # with the same dropout, in GradCache's two passes as well
-    assert losses and (a[losses] - b[losses]).abs().max().max() < 1e-5
+    assert losses and (a[losses] - b[losses]).abs().max().max() < 1e-6
     one, other = weights(plain), weights(compiled)
     assert one.keys() == other.keys()
-    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-4
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 5e-6
 
 
 # --- interrupted --------------------------------------------------------------------------------------------------------

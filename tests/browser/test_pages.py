@@ -75,6 +75,8 @@ def test_the_filter_finds_a_section_by_its_words(watched, hostile):
     page.goto((hostile / "index.html").as_uri())
     page.fill("#filter", "aardvark see")
     assert page.locator("#contents li[data-words]:visible").count() == 2
+    page.fill("#filter", "ardvark")
+    assert page.locator("#contents li:visible").count() == 0, "words are found from their beginning"
     page.fill("#filter", "zebra")
     assert page.locator("#contents li:visible").count() == 0 and page.inner_text("#found") == "no section"
     assert faults == []
