@@ -75,6 +75,7 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa_half": 1, "contrastive_half": -1}, True),
         ({"cocoa_half": 1, "no_truncation_half": -1}, True),
         ({"cocoa_half": 1, "contrastive_half": -1, "cocoa": -1, "contrastive": 1}, True),
+        ({"cocoa_width_96": 1, "contrastive_width_96": -1}, True),
         ({"contrastive_half_longer": 1, "cocoa_half": -1}, False),  # said as "points behind"
         ({"cocoa_mean": 1, "cocoa": -1}, True),
         ({"cocoa_mean": 1, "contrastive_mean": -1}, True),
@@ -84,6 +85,11 @@ def test_the_readmes_sentences_are_the_tables():
         found = analysis.contrast(per_query, weights, group=group[0] if group else "overall")
         value, low, high = (format(found[name], "+.1f" if signed else ".1f") for name in ("difference", "low", "high"))
         assert re.search(rf"(?<![\d.]){re.escape(f'{value} [{low}, {high}]')}", said), weights
+    overall = analysis.arm_scores(results).groupby("arm")["overall"].mean()
+    three_quarters = [f"{overall[arm]:.1f}" for arm in ("cocoa_width_96", "contrastive_width_96")]
+    assert "seeds 0 to 2): CoCoA {}, contrastive alone {}, ".format(*three_quarters) in said
+    gains = [overall[f"cocoa{width}"] - overall[f"contrastive{width}"] for width in ("_half", "_width_96", "")]
+    assert gains == sorted(gains, reverse=True), "in means the gain falls with the width"
     of_three = analysis.said(analysis.contrast(per_query[per_query["seed"] < 3], {"cocoa": 1, "contrastive": -1}))
     assert f"on the first three {of_three}" in said and f"on the same three seeds: {of_three}" in said
 

@@ -17,7 +17,7 @@ if (filter) {
     const words = filter.value.toLowerCase().split(/\s+/);
     let found = 0;
     document.querySelectorAll("#contents li[data-words]").forEach((item) => {
-      item.hidden = !words.every((word) => item.dataset.words.includes(word));  // from the start of a word
+      item.hidden = !words.every((word) => (" " + item.dataset.words).includes(" " + word));  // from the start of a word
       found += item.hidden ? 0 : 1;
     });
     document.querySelectorAll("#contents > li").forEach((page) => {
