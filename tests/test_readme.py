@@ -35,7 +35,7 @@ def test_the_readmes_table_is_the_reports(report):
 def test_the_readmes_sentences_are_the_tables():
     from cocoa_lib import analysis
 
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    results, per_query = analysis.gather_results(ROOT / "reports" / "long")
     few = {"cocoa_few": 1, "contrastive_few": -1}
     # As the introduction says it: "3.6 points lower [0.5, 7.0]".
     said = re.sub(r"([\d.]+) points(?: lower)? \[", r"\1 [", re.sub(r"\s+", " ", README))
