@@ -180,7 +180,8 @@ def provenance(run: Path, shown: str = "*/seed*") -> dict[str, str]:
     files = sorted(run.glob(f"results/{shown}/provenance.json"))
     records = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     said = {
-        key: ", ".join(sorted({str(each[key]) for each in records if each.get(key)})) for key in ("machine", "commit")
+        key: between.join(sorted({str(each[key]) for each in records if each.get(key)}))
+        for key, between in (("machine", "; "), ("commit", ", "))  # a machine's name has commas of its own
     }
     seeds = sorted({int(path.parent.name[4:]) for path in files})
     changed = " (+changes: with files not committed)" * ("+changes" in said["commit"])

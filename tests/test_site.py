@@ -266,13 +266,14 @@ def test_a_page_names_its_own_commit_and_many_stand_on_page_05(tmp_path):
     assert provenance(run)["Commit of the results"] == "abc0, abc1"
     for i, arm in enumerate(("contrastive", "cocoa")):
         for seed in (0, 1):
-            facts = {"machine": "m", "commit": f"{i}{seed}" + "+changes" * (seed == 1)}
+            facts = {"machine": f"{seed} cores, m", "commit": f"{i}{seed}" + "+changes" * (seed == 1)}
             (run / "results" / arm / f"seed{seed}" / "provenance.json").write_text(json.dumps(facts))
 
     def top(file, seed=""):
         facts = _facts(file, {"seed": seed, "date": "today"}, run)
         return facts["Commit of the results"], facts["Seeds"]
 
+    assert _facts("index.html", {"seed": "", "date": "today"}, run)["Machine"] == "0 cores, m; 1 cores, m"
     assert top("index.html") == (
         "4 commits, listed at the top of notebook 05 (some +changes: with files not committed)",
         "0, 1",
