@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_lib.attention import dense_mask
-from cocoa_lib.backbone import language_model, set_bidirectional
+from cocoa_lib.backbone import compile_layers, language_model, set_bidirectional
 from cocoa_lib.batches import stage1_batch, stage2_batch
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.estimate import item_cost
@@ -69,9 +69,8 @@ def switch(model, way: str, device: str) -> None:
     """From now on, steps in this way. (Compiled layers are so for good: `set_stance` says whether that is used.)"""
     language_model(model).config._attn_implementation = "flex_attention" if way == FLEX else "sdpa"
     model.gradient_checkpointing_enable() if way == CHECKPOINTING else model.gradient_checkpointing_disable()
-    for layer in language_model(model).layers if way == COMPILED else ():
-        if layer._compiled_call_impl is None:
-            layer.compile(backend="eager" if device == "cpu" else "inductor")  # on a CPU: only that it can be traced
+    if way == COMPILED and language_model(model).layers[0]._compiled_call_impl is None:
+        compile_layers(model, "eager" if device == "cpu" else "inductor")  # on a CPU: only that it can be traced
 
 
 def batches(stage: str, recipe, inputs, rows: int, side: int) -> list[dict[str, torch.Tensor]]:

@@ -97,17 +97,17 @@ def open_backbone(
     return model.to("cpu").eval()
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """From now on the language model's layers run compiled, one program for all of them; the weights keep their names.
 
-    In place, so that gradient checkpointing, GradCache, an adapter and FSDP go on as before. The vision tower, whose windows
-    are lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
+    In place, so that gradient checkpointing, GradCache and an adapter go on as before. The vision tower, whose windows are
+    lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
     """
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
     torch._inductor.config.fallback_random = True
     for layer in language_model(model).layers:
-        layer.compile(dynamic=True)  # lengths differ from batch to batch
+        layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 
 
 def _flex_failure(model: PreTrainedModel) -> str | None:

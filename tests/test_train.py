@@ -315,7 +315,6 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
     limit, drawn = torch._dynamo.config.recompile_limit, torch._inductor.config.fallback_random
     with torch._dynamo.config.patch(recompile_limit=limit), torch._inductor.config.patch(fallback_random=drawn):
         compiled = go(home, stage, tmp_path / "compiled", tiny(stage, torch_compile=True, **values))
-    assert torch._dynamo.config.recompile_limit == limit, "as it was, for the tests after this one"
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
     losses = [name for name in a if name.endswith("loss")]  # with the same dropout, in GradCache's two passes as well
