@@ -181,13 +181,13 @@ def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width:
     for sample in samples:
         lines.append([])
         for text, truth in sample:
+            # A line break would be drawn as one, over the next lines.
+            text, meant = (part and part.replace("\n", "\u21b5") for part in (text, truth))
             bare = text.strip() or text
-            marked = (
-                text if truth is None else f" [{bare}\u2713]" if text == truth else f" [{bare}\u2717 {truth.strip()}]"
-            )
+            marked = text if truth is None else f" [{bare}\u2713]" if text == meant else f" [{bare}\u2717 {meant.strip()}]"
             if sum(len(part) for part, _ in lines[-1]) + len(marked) > width:
                 lines.append([])
-            colour = "black" if truth is None else COLOURS[2] if text == truth else COLOURS[5]
+            colour = "black" if truth is None else COLOURS[2] if text == meant else COLOURS[5]
             lines[-1].append((marked if lines[-1] else marked.lstrip(), colour))
         lines.append([])
     figure, axis = new(width=6.5, height=0.19 * len(lines) + 0.1)

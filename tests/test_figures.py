@@ -181,6 +181,11 @@ def test_restored_text_marks_what_is_right_and_says_what_stood_there():
     assert all(x + len(text) <= 20 for text, (_, (x, _)) in texts.items()) and "2 of 3 are right" in figure.alt
 
 
+def test_restored_text_draws_a_line_break_as_a_sign():
+    figure = figures.restored_text([[("a", None), ("\n", " red"), ("\n", "\n"), ("b\nc", None)]])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["a", " [\u21b5\u2717 red]", " [\u21b5\u2713]", "b\u21b5c"]
+
+
 def test_pictures_stand_over_their_texts():
     axes = CASES["pictures"]().axes
     assert len(axes) == 4 and not axes[3].images
