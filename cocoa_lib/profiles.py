@@ -25,7 +25,7 @@ from .recipes import RECIPES, RecipeError, make_recipe, unknown_name
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 KINDS = ("arm", "budget", "sweep")
-SHAPE = tuple("hidden_size layers heads vision_dim vision_layers patch_size vocab_size image_pixels".split())
+SHAPE = tuple("hidden_size layers heads vision_dim vision_layers patch_size vocab_size image_pixels seed".split())
 SECTIONS = tuple("benchmark backbone causal stage1 stage2 stage3 evaluation seeds arms sweeps pairs".split())
 
 
