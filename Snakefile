@@ -19,6 +19,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir)))
+from cocoa_lib.files import source_hash
 from cocoa_lib.lock import locked
 from cocoa_lib.profiles import load_profile, read_arms
 from cocoa_lib.recipes import unknown_name
@@ -163,6 +164,8 @@ rule benchmark:
     params:
         name="00_data_and_backbone",
         recipe=recipe_of("benchmark", "backbone", "causal"),
+        pairs=PAIR_OPTIONS,
+        source=source_hash(Path(PAIRS)) if PAIRS else "",  # of a folder, what lies below it too
     threads: workflow.cores
     shell:
         NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {PAIRS_PARAMETER}"

@@ -195,7 +195,8 @@ def _combine(hits: pd.DataFrame, sums: list[Mapping[str, float]], n_boot: int, s
         of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
     rows = []
     for by_seed, drawn in zip([delta.sum(axis=1) for delta in deltas], of_queries.T, strict=True):
-        boot = np.round(drawn + _seed_deviations(by_seed, n_boot, seed), 9).ravel()  # so that a sum of zero is zero
+        of_seeds = _seed_draws(n, n_boot, seed) @ by_seed if (n := len(by_seed)) > 1 else 0.0
+        boot = np.round(drawn + of_seeds, 9).ravel()  # so that a sum of zero is zero
         low, high = np.percentile(boot, [2.5, 97.5])
         p = min(1.0, 2 * (1 + min((boot <= 0).sum(), (boot >= 0).sum())) / (len(boot) + 1))
         facts = {"difference": by_seed.mean(), "low": low, "high": high, "p": p}
@@ -211,11 +212,6 @@ def _weighted(hits: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
     if not shared:
         raise ValueError(f"arms {', '.join(weights)} have no seed in common")
     return np.sum([factor * hits.loc[arm].loc[shared].to_numpy() for arm, factor in weights.items()], axis=0)
-
-
-def _seed_deviations(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
-    """(n,) a value a seed -> (SEED_DRAWS, n_boot) deviations of resampled means (`paired_effects`); n = 1: zeros (1, n_boot)."""
-    return np.zeros((1, n_boot)) if len(values) == 1 else _seed_draws(len(values), n_boot, seed) @ values
 
 
 @lru_cache(maxsize=8)
@@ -266,32 +262,29 @@ def certain(row: Mapping[str, Any]) -> bool:
     return row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0) and row["p_holm"] < 0.05
 
 
-def verdict(row: Mapping[str, Any], *, corrected: bool = False) -> str:
-    """A claimed gain from a row of `paired_effects`: "supported", "not supported" or "undecided".
+def verdict(row: Mapping[str, Any]) -> str:
+    """A claimed gain from a row of effects: "supported", "not supported" or "undecided".
 
-    Supported: low > 0. Not supported: high <= 0. Undecided: anything else, and any interval of a single seed, which
-    says nothing of other seeds. `corrected` asks of a supported claim p_holm < 0.05 as well: use it where a table holds
-    several claims.
+    Supported: certain, and up. Not supported: high <= 0. Undecided: anything else, and any interval of a single seed, which says
+    nothing of other seeds.
     """
-    if row.get("n_seeds", 2) < 2:
-        return "undecided"
-    if row["low"] > 0 and not (corrected and row["p_holm"] >= 0.05):
+    if certain(row) and row["low"] > 0:
         return "supported"
-    return "not supported" if row["high"] <= 0 else "undecided"
+    return "not supported" if row["n_seeds"] > 1 and row["high"] <= 0 else "undecided"
 
 
 def seed_interval(values: Iterable[float]) -> dict[str, Any]:
     """Of a value a seed (n,), against zero, by Student's t: difference (the mean), low, high (95 %), p, n_seeds.
 
-    One value gives nan for low, high and p. Raises ValueError for no values, or values that are not finite.
+    One value, or values without any spread, give nan for low, high and p: they do not say how sure they are. Raises ValueError
+    for no values, or values that are not finite.
     """
     values = np.asarray(list(values), dtype=float)
     if not values.size or not np.isfinite(values).all():
         raise ValueError(f"expected finite values, found {values.tolist()}")
     facts = {"difference": float(values.mean()), "n_seeds": len(values)}
-    if len(values) == 1 or np.ptp(values) == 0:  # no spread: scipy would divide by zero
-        end, p = (float("nan"),) * 2 if len(values) == 1 else (facts["difference"], float(facts["difference"] == 0))
-        return facts | {"low": end, "high": end, "p": p}
+    if np.ptp(values) == 0:
+        return facts | dict.fromkeys(("low", "high", "p"), float("nan"))
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(0.95)
     return facts | {"low": float(low), "high": float(high), "p": float(test.pvalue)}
@@ -339,7 +332,7 @@ def training_costs(run: str | Path, arms: Mapping[str, Any]) -> pd.DataFrame:
     arms: name -> `profiles.Arm`. Stages that arms share count in full for each, as they would if it were run alone.
     """
     rows = []
-    for folder in sorted(Path(run).glob("seed*")):
+    for folder in sorted(path for path in Path(run).glob("seed*") if path.name[4:].isdigit()):
         for name, arm in arms.items():
             stages = [stage for stage in ("stage1", "stage2", "stage3") if getattr(arm, stage) is not None]
             metas = [folder / stage / arm.key(stage) / "cocoa.json" for stage in stages]

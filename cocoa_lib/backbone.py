@@ -25,7 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .attention import EOS, PAD, A, additive, block_mask, dense_mask
-from .inputs import IMAGE_PAD, VISION_END, VISION_START, Batch, Inputs
+from .inputs import IMAGE_PAD, VISION_END, VISION_START, Batch, InputError, Inputs
 
 logger = logging.getLogger(__name__)
 
@@ -171,21 +171,11 @@ def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
     return positions.to(batch["input_ids"].device)
 
 
-def attention_input(model: PreTrainedModel, batch: Batch, layout: str | None):
-    """What to pass as `attention_mask`: the 2-D mask where the model's own mode is the layout, else the layout's mask.
-
-    Raises ValueError for flash-attention with a layout it cannot express.
-    """
-    text = language_model(model).config
-    own = "bidirectional" if getattr(text, "is_causal", True) is False else "causal"
-    flex = text._attn_implementation == "flex_attention"
-    if layout in (None, own) and "sample_ids" not in batch and not flex:
-        return batch["attention_mask"]
-    return layout_mask(model, batch, layout or own)
-
-
 def layout_mask(model: PreTrainedModel, batch: Batch, layout: str):
-    """The layout in the form that the model's attention functions take: bool, additive or BlockMask, each (B, 1, L, L)."""
+    """The layout in the form that the model's attention functions take: bool, additive or BlockMask, each (B, 1, L, L).
+
+    Raises ValueError for flash-attention, which takes none.
+    """
     implementation = language_model(model).config._attn_implementation
     segments, samples = batch["segment_ids"], batch.get("sample_ids")  # samples: of packed rows
     if implementation == "flex_attention":
@@ -201,14 +191,18 @@ def layout_mask(model: PreTrainedModel, batch: Batch, layout: str):
 def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = None) -> Tensor:
     """One forward pass without logits: final, normed hidden states (B, L, H) under the given layout.
 
-    `layout=None` is the model's own mode. No language-model head is applied here: at 152 k x L numbers a sample it
-    would cost more than the rest of a small batch, and nothing in stage 3 or inference reads it.
+    `layout=None` is the model's own mode, which needs the 2-D mask alone; another is passed as a mask of its own. No
+    language-model head is applied here: at 152 k x L numbers a sample it would cost more than the rest of a small batch, and
+    nothing in stage 3 or inference reads it.
     """
     keys = ("pixel_values", "image_grid_thw")
     images = {key: batch[key] for key in keys if len(batch.get(key, ()))}  # a chunk of GradCache's may have none
+    text = language_model(model).config
+    own = "bidirectional" if getattr(text, "is_causal", True) is False else "causal"
+    plain = layout in (None, own) and "sample_ids" not in batch and text._attn_implementation != "flex_attention"
     hidden = model.model(
         input_ids=batch["input_ids"],
-        attention_mask=attention_input(model, batch, layout),
+        attention_mask=batch["attention_mask"] if plain else layout_mask(model, batch, layout or own),
         position_ids=position_ids(model, batch),
         use_cache=False,
         **images,
@@ -252,6 +246,10 @@ def set_mask_token(model: PreTrainedModel, inputs: Inputs, token: str) -> None:
     """
     if not token:
         return
+    if token in (VISION_START, IMAGE_PAD, VISION_END, inputs.eos_token, inputs.tokenizer.pad_token):
+        raise InputError(
+            f"mask_token {token!r} has a part of its own in every input; choose another, or leave it empty"
+        )
     inputs.tokenizer.add_special_tokens({"mask_token": token})  # adds what the vocabulary lacks
     rows = model.get_input_embeddings().num_embeddings
     if inputs.tokenizer.mask_token_id >= rows:

@@ -84,10 +84,14 @@ def _turn_pieces(turns: Sequence[tuple[str, str]]) -> list[tuple[str, bool]]:
     return pieces
 
 
+def stage1_item(row: dict[str, Any]) -> dict[str, Any]:
+    """What stage 1 reads of a row: its picture and all its text."""
+    return {"text": f"{row['text']} {row['target']}".strip(), "image": row["image"]}
+
+
 def stage1_batch(rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recipe, seed: int) -> Batch:
     """Image + caption, bidirectional; text tokens and image cells hidden."""
-    items = [{"text": f"{row['text']} {row['target']}".strip(), "image": row["image"]} for row in rows]
-    batch = inputs.collate(items, eos=False)
+    batch = inputs.collate([stage1_item(row) for row in rows], eos=False)
     batch = _masked(batch, rows, inputs, recipe.text_mask_rate, seed, segment=A)
     return _with_hidden_cells(batch, rows, inputs, recipe, seed, segment=A)
 

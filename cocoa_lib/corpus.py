@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
 from .files import file_hash
-from .inputs import PLACEHOLDER, InputError, image_size
+from .inputs import PLACEHOLDER, InputError, image_size, item_images, split_prompt
 
 
 def fingerprint(data: Path) -> str:
@@ -130,19 +130,30 @@ def check_images(paths: Iterable[str | None]) -> None:
             f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or empty, e.g. "
             f"{', '.join(lost[:3])}; unpack the archive they belong to, or leave their rows out"
         )
-    if unusable := [why for path in wanted if (why := _unusable(path))]:
+    unusable = []
+    for path in wanted:
+        try:
+            image_size(path)
+        except InputError as error:
+            unusable.append(str(error))
+    if unusable:
         raise InputError(
             f"{len(unusable)} of the {len(wanted)} picture files that this run needs cannot be used: replace or shrink them, "
             f"or leave their rows out, e.g.\n  " + "\n  ".join(unusable[:3])
         )
 
 
-def _unusable(path: str) -> str | None:
-    try:
-        image_size(path)
-    except InputError as error:
-        return str(error)
-    return None
+def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
+    """Raises InputError for an item {text, image} that holds nothing, or whose text marks other than as many pictures as it
+    has: before training starts, as `check_images`."""
+    for item in items:
+        text, n_images = item["text"] or "", len(item_images(item))
+        try:
+            if not any(piece is None or piece for piece in split_prompt(text, n_images)):
+                raise InputError("neither text nor picture")
+        except InputError as error:
+            row = f"the row with text {text[:40]!r}, image {item['image'] or 'none'}"
+            raise InputError(f"{data}: {error}; mend or leave out {row}") from None
 
 
 def check_bridges(rows: Iterable[dict[str, Any]], data: Path) -> None:

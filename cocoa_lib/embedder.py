@@ -11,10 +11,10 @@ name, so no flag is needed and no code of the folder is run; the model is the sa
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,9 +32,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .backbone import hidden_states, open_backbone, pool
+from .backbone import hidden_states, language_model, open_backbone, pool
 from .checkpoint import META, CheckpointError, load_inputs, read_meta, read_note, save_checkpoint
-from .inputs import FORMATS, PLACEHOLDER, Batch, InputError, Inputs, item_images
+from .inputs import PLACEHOLDER, Batch, InputError, Inputs, image_size, item_images
 
 logger = logging.getLogger(__name__)
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
@@ -60,6 +60,15 @@ class EosEmbedding(InputModule):
     def tokenizer(self):
         return self.inputs.tokenizer
 
+    @property
+    def max_seq_length(self) -> int:
+        """`Inputs.max_length`, by the name that sentence-transformers reads and sets."""
+        return self.inputs.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.inputs.max_length = value
+
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs) -> Batch:
         """Strings, pictures or {text, image} dicts -> batch. `prompt` is put before the text."""
         items = [as_item(item) for item in inputs]
@@ -80,10 +89,10 @@ class EosEmbedding(InputModule):
         out = Path(output_path)
         if (out / META).exists():
             raise CheckpointError(f"{out}: already a checkpoint, which is never written over; choose another folder")
+        causal = getattr(language_model(self.model).config, "is_causal", True)  # where no stage has recorded it
+        meta = {"layout": "causal" if causal else "bidirectional", **self.meta, "pooling": self.pooling}
         with TemporaryDirectory(dir=out.parent) as aside:
-            whole = save_checkpoint(
-                Path(aside) / out.name, self.model, self.inputs, {**self.meta, "pooling": self.pooling}
-            )
+            whole = save_checkpoint(Path(aside) / out.name, self.model, self.inputs, meta)
             shutil.copytree(whole, out, dirs_exist_ok=True)
 
     @classmethod
@@ -134,8 +143,24 @@ def load_module(
 
 
 def sentence_transformer(folder: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
-    """A checkpoint folder as a sentence-transformers model, e.g. for its evaluators or mteb's; `settings`: `load_module`'s."""
-    return SentenceTransformer(modules=[load_module(folder, **settings)], device=device)
+    """A checkpoint folder as a sentence-transformers model, e.g. for its evaluators or mteb's; `settings`: `load_module`'s.
+
+    Prompts and what else sentence-transformers keeps beside the modules come along. Raises ValueError where the folder holds
+    modules after ours.
+    """
+    modules, kept = (Path(folder) / name for name in ("modules.json", "config_sentence_transformers.json"))
+    if modules.is_file() and len(found := json.loads(modules.read_text(encoding="utf-8"))) > 1:
+        names = ", ".join(str(module.get("type")) for module in found)
+        raise ValueError(
+            f"{folder}: several modules ({names}); open it by SentenceTransformer(..., trust_remote_code=True)"
+        )
+    saved = read_note(kept) if kept.is_file() else {}
+    names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
+    return SentenceTransformer(
+        modules=[load_module(folder, **settings)],
+        device=device,
+        **{name: saved[name] for name in names if name in saved},
+    )
 
 
 def mteb_model(folder: str | Path, **settings: Any) -> Any:
@@ -182,15 +207,11 @@ class CocoaEmbedder:
         """
         module = load_module(folder, dtype=dtype, attn_implementation=attn_implementation)
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        seen = [
-            module.meta["weights_sha256"],
-            module.inputs.eos_token,
-            module.inputs.max_length,
-            module.pooling,
-            str(dtype),
-            module.meta.get("layout"),
-            module.meta.get("files_sha256", {}).get("preprocessor_config.json", "")[:16],
-        ]
+        meta, inputs = module.meta, module.inputs
+        seen = [meta["weights_sha256"], inputs.eos_token, inputs.max_length, module.pooling, dtype, meta.get("layout")]
+        seen += [
+            digest[:16] for _, digest in sorted(meta.get("files_sha256", {}).items())
+        ]  # config, tokenizer, processor
         return cls(module, "-".join(map(str, seen)))  # all that an embedding depends on, besides the item
 
     def encode(
@@ -221,6 +242,8 @@ class CocoaEmbedder:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        if hasattr(items, "columns"):  # a DataFrame is iterated by its columns' names
+            raise ValueError(f"items: a {type(items).__name__}; give its rows: table.to_dict('records'), or one column")
         if precision in ("int8", "uint8") and ranges is None:  # ranges of its own for each window would not compare
             raise ValueError(f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v")
         if on_bad_item not in ("stop", "skip"):
@@ -313,12 +336,9 @@ def item_lengths(items: Sequence[dict[str, Any]], inputs: Inputs) -> tuple[np.nd
 
 def _cells(image: Any, processor: Any) -> int:
     try:
-        with nullcontext(image) if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS) as opened:
-            width, height = opened.size
+        width, height = image.size if isinstance(image, Image.Image) else image_size(image)
         return processor.get_number_of_image_patches(height, width) // processor.merge_size**2
-    except (
-        Exception
-    ):  # decoders raise anything, and what is no picture at all has no `read`: named when its batch is made
+    except (InputError, ValueError):  # named when its batch is made
         return 0
 
 

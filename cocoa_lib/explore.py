@@ -515,7 +515,7 @@ def ablation_html(effects: pd.DataFrame, scores: pd.Series, *, baseline: str, me
         "difference": [f"{value:+.1f}" for value in effects["difference"]],
         "95 % interval": [f"{low:+.1f} to {high:+.1f}" for low, high in zip(effects["low"], effects["high"], strict=True)],
         "p, corrected": [f"{p:.3f}" for p in effects["p_holm"]],
-        "gain over baseline": [analysis.verdict(row, corrected=True) for row in effects.to_dict("records")],
+        "gain over baseline": [analysis.verdict(row) for row in effects.to_dict("records")],
         "seeds": effects["n_seeds"],
         "queries a seed": effects["n_queries"],
     })  # fmt: skip

@@ -184,7 +184,9 @@ def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width:
             # A line break would be drawn as one, over the next lines.
             text, meant = (part and part.replace("\n", "\u21b5") for part in (text, truth))
             bare = text.strip() or text
-            marked = text if truth is None else f" [{bare}\u2713]" if text == meant else f" [{bare}\u2717 {meant.strip()}]"
+            marked = (
+                text if truth is None else f" [{bare}\u2713]" if text == meant else f" [{bare}\u2717 {meant.strip()}]"
+            )
             if sum(len(part) for part, _ in lines[-1]) + len(marked) > width:
                 lines.append([])
             colour = "black" if truth is None else COLOURS[2] if text == meant else COLOURS[5]
@@ -302,7 +304,7 @@ def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Fi
     figure, axes = new(1, len(points), width=3.2 * len(points), height=3.0, squeeze=False)
     names = list(dict.fromkeys(groups))
     for axis, (title, xy) in zip(axes[0], points.items(), strict=True):
-        for name, colour, marker in zip(names, COLOURS, "osD^vPX*", strict=False):
+        for name, colour, marker in zip(names, itertools.cycle(COLOURS), itertools.cycle("osD^vPX*p"), strict=False):
             chosen = np.array([group == name for group in groups])
             axis.plot(*xy[chosen].T, marker, color=colour, markersize=3, alpha=0.7, label=name)
         axis.set_title(title)
@@ -467,7 +469,8 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
-                annot_kws={"size": 8, "color": "black"}, xticklabels=groups, yticklabels=arms)  # fmt: skip
+                annot_kws={"size": 8, "color": "black"}, xticklabels=[textwrap.fill(group, 18) for group in groups],
+                yticklabels=arms)  # fmt: skip
     for text, bold, star in zip(axis.texts, clear[drawn], stands[drawn], strict=True):
         text.set_weight("bold" if bold else "normal")
         text.set_text(text.get_text() + "*" * bool(star))
@@ -490,10 +493,10 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
     errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they, not the points, stand apart
-    beside = (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
-    axis.plot(table["cost"], table["value"], "o", color=COLOURS[0], markersize=5)
-    axis.errorbar(table["cost"] + beside, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)
+    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they stand a little apart
+    x = table["cost"] + (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
+    axis.plot(x, table["value"], "o", color=COLOURS[0], markersize=5)
+    axis.errorbar(x, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
     axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
     axis.set_xlim(0, dearest * 1.04)

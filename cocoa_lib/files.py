@@ -53,3 +53,13 @@ def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]
     if not isinstance(content, dict):
         raise error(f"{path}: expected a JSON object, found {type(content).__name__}; {remedy}")
     return content
+
+
+def source_hash(path: Path) -> str:
+    """sha256 of a table's bytes, or of the names and sizes below a folder; "" where there is nothing."""
+    if path.is_dir():
+        listing = [
+            f"{file.relative_to(path)}:{file.stat().st_size}" for file in sorted(path.rglob("*")) if file.is_file()
+        ]
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return file_hash(path) if path.is_file() else ""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ PLACEHOLDER = re.compile(r"<\|image_\d+\|>|" + re.escape(VISION))
 # What is decoded: no format that runs another program (EPS) or holds other files. Phones' MPO opens through JPEG's reader.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000  # decoded size limit of one picture: a 10,000 x 10,000 bomb is refused before it is decoded
+MAX_RATIO = 200  # one side of a picture over the other: more, transformers refuses to resize
 
 Batch = dict[str, Tensor]
 
@@ -53,44 +54,48 @@ class InputError(ValueError):
 def load_image(source: str | Path | Image.Image) -> Image.Image:
     """Any picture -> RGB: upright by EXIF, first frame of an animation, transparency composited on white.
 
-    Raises InputError naming the file when it is missing, unreadable or larger than MAX_PIXELS.
+    Raises InputError naming the file when it is missing, unreadable, larger than MAX_PIXELS or narrower than MAX_RATIO.
     """
-    if isinstance(source, Image.Image):
-        return _rgb(source, "the given image")
-    if not isinstance(source, (str, Path, io.IOBase)):
+    if not isinstance(source, (Image.Image, str, Path, io.IOBase)):
         raise InputError(f"image: expected a path or a PIL image, found {type(source).__name__}")
-    with _opened(source) as image:
-        return _rgb(image, str(source))
+    name = "the given image" if isinstance(source, Image.Image) else str(source)
+    with _opened(source, name) as image:
+        return _rgb(image, name)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) in pixels of a picture file as stored, not yet turned by EXIF; only the header is read.
 
-    Raises InputError as `load_image` does, as far as a header tells: a file missing, of no known format, or too large.
+    Raises InputError as `load_image` does, as far as a header tells: a file missing, of no known format, too large or narrow.
     """
-    with _opened(path) as image:
+    with _opened(path, str(path)) as image:
         _check_header(image, str(path))
         return image.size
 
 
 @contextmanager
-def _opened(source: str | Path | io.IOBase) -> Iterator[Image.Image]:
-    """A picture file whose header is read; whatever PIL says of it, or of its pixels then, becomes an InputError."""
+def _opened(source: str | Path | io.IOBase | Image.Image, name: str) -> Iterator[Image.Image]:
+    """A picture whose header is read; whatever PIL says of it, or of its pixels then, becomes an InputError."""
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        given = isinstance(source, Image.Image)  # its pixels may not be read yet
+        with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"{source}: no such image file; check the path and the image folder") from None
+        raise InputError(f"{name}: no such image file; check the path and the image folder") from None
     except InputError:
         raise
     except Exception as error:  # damaged files make decoders raise struct.error, IndexError, EOFError, zlib.error, ...
-        raise InputError(f"{source}: not a readable image ({error}); replace or leave out this file") from error
+        raise InputError(f"{name}: not a readable image ({error}); replace or leave out this file") from error
 
 
 def _check_header(image: Image.Image, name: str) -> None:
     if image.width * image.height > MAX_PIXELS:
         raise InputError(
             f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it"
+        )
+    if max(image.size) > MAX_RATIO * min(image.size):
+        raise InputError(
+            f"{name}: of {image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other; cut it"
         )
     if image.mode == "F":
         raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
@@ -101,7 +106,10 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, of which `convert` would clip all above 255 to white
         grey = np.asarray(image)
-        image = Image.fromarray((grey >> 8 if grey.max() > 255 else grey).clip(0, 255).astype(np.uint8))
+        deep = (
+            image.mode != "I" or grey.max() > 255
+        )  # mode I is what older PNG readers give for 16 bits, and 8 bits, too
+        image = Image.fromarray((grey >> 8 if deep else grey).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -133,10 +141,7 @@ def split_prompt(text: str, n_images: int) -> list[str | None]:
         return [None] * n_images + [text]
     if n_marks != n_images:
         raise InputError(f"text marks {n_marks} image(s) but {n_images} are given: {text[:80]!r}")
-    pieces: list[str | None] = [parts[0]]
-    for part in parts[1:]:
-        pieces += [None, part]
-    return pieces
+    return [piece for part in parts for piece in (None, part)][1:]
 
 
 @dataclass
@@ -218,12 +223,7 @@ class Inputs:
 
     def _process(self, images: list) -> list[tuple[Tensor, Tensor]]:
         """(pixel_values, image_grid_thw) of each picture, all in one call: a call for each takes half as long again."""
-        loaded = [load_image(image) for image in images]
-        try:
-            out = self.image_processor(loaded, return_tensors="pt")
-        except ValueError as error:  # transformers refuses an aspect ratio over 200
-            sizes = [image.size for image in loaded]
-            raise InputError(f"cannot resize image(s) of size {sizes}: {error}") from error
+        out = self.image_processor([load_image(image) for image in images], return_tensors="pt")
         grid = out["image_grid_thw"]
         return list(zip(out["pixel_values"].split(grid.prod(-1).tolist()), grid.split(1), strict=True))
 
@@ -264,7 +264,7 @@ class Inputs:
         """Items -> a padded batch. With `targets`, each row is A, EOS, B with B the text or item to reconstruct (stage 2).
 
         `eos=False` leaves EOS out (stage 1, where the prompt ends with the caption). Pictures stand in the order of the
-        tokens: a row's A, then its B. Raises InputError naming the row.
+        tokens: a row's A, then its B. Raises InputError naming the row, or the picture's file.
         """
         images = [item_images(item) for item in items]
         if targets is not None:
@@ -280,6 +280,8 @@ class Inputs:
         for i, item in enumerate(items):
             middle, end = at + len(images[i]), at + len(images[i]) + len(copies[i])
             try:
+                if "images" in item:
+                    raise InputError("'images' is not read; 'image' takes a picture, or a list of them")
                 ids_a = self.input_ids(item.get("text") or "", n_tokens[at:middle])
                 ids_b = None if targets is None else self.input_ids(targets[i].get("text") or "", n_tokens[middle:end])
                 rows.append(self._row(ids_a, ids_b, eos))

@@ -497,7 +497,11 @@ def evaluate(
     intervals. `processes` goes to `encode_distinct`. Raises what load_eval, resolve_image and encode_distinct raise.
     """
     if image_root is None and not Path(root).is_dir():
-        raise ValueError(f"{root}: the images of a hub data set lie in a folder of your own; give image_root")
+        raise ValueError(
+            f"{root}: no such folder; of a data set on the hub, give image_root: where its images lie here"
+        )
+    if n_queries is not None and n_queries < 1:
+        raise ValueError(f"n_queries must be at least 1, found {n_queries}")
     image_root = Path(root) / "images" if image_root is None else Path(image_root)
     fingerprint = getattr(embedder, "fingerprint", "")
     if cache_dir is not None and not fingerprint:
@@ -688,7 +692,7 @@ def choose_tasks(names: Sequence[str], root: str) -> tuple[Task, ...]:
     by_name = {task.name: task for task in known}
     if unknown := sorted(set(names) - {"all", *by_name}):
         raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(by_name)}")
-    return known if "all" in names else tuple(by_name[name] for name in names)
+    return known if "all" in names else tuple(by_name[name] for name in dict.fromkeys(names))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -724,8 +728,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Of the hub: a branch moves, a commit does not: resolve once, use and record that.
     if not Path(args.root).is_dir() and len(Path(args.root).parts) == 2:
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
-        args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
+        try:
+            args.revision = HfApi().dataset_info(args.root, revision=args.revision).sha
+        except (HfHubHTTPError, OSError) as error:
+            parser.error(
+                f"--root {args.root}: no such folder here, and not found on the hub ({str(error).splitlines()[0]})"
+            )
     state = PartialState(cpu=not torch.cuda.is_available())  # first: it gives each process its own GPU
     tasks = choose_tasks(args.tasks, args.root)
     data = fingerprint(Path(args.root)) if Path(args.root).is_dir() else args.revision

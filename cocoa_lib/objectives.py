@@ -71,7 +71,7 @@ def patch_loss(predicted: Tensor, target: Tensor, hidden: Tensor) -> Tensor:
 
 
 class PatchDecoder(nn.Module):
-    """One bidirectional layer of the backbone's own kind over the whole sequence, then a linear map to pixels.
+    """One layer of the backbone's own kind over the whole sequence, under the stage's layout, then a linear map to pixels.
 
     Source: MoCa (layer copied from the middle of the backbone, projection N(0, 0.02)). `layers=0` leaves the linear map
     only. Output: (vision tokens, merge_size**2 * patch numbers).
@@ -136,8 +136,8 @@ class Reconstruction(nn.Module):
         self.decoder = PatchDecoder(model, decoder_layers, learned_fill) if image_weight > 0 else None
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        if self.packing:
-            batch = pack(batch, position_ids(self.model, batch))
+        positions = position_ids(self.model, batch)  # once, for the model and the decoder
+        batch = pack(batch, positions) if self.packing else batch | {"position_ids": positions}
         labels = batch["labels"]
         visible = dict(batch)
         hide = self.decoder is not None and "hidden_cells" in batch

@@ -21,7 +21,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .files import file_hash, write_json
+from .files import source_hash, write_json
 from .inputs import InputError, load_image
 from .mmeb import CORPUS, EVAL, TRAIN, finished, write_tables
 
@@ -79,21 +79,11 @@ def _json_rows(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def source_hash(path: Path) -> str:
-    """sha256 of a table's bytes, or of the names and sizes below a folder; "" where there is nothing."""
-    if path.is_dir():
-        listing = [
-            f"{file.relative_to(path)}:{file.stat().st_size}" for file in sorted(path.rglob("*")) if file.is_file()
-        ]
-        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    return file_hash(path) if path.is_file() else ""
-
-
 def pick_column(
     rows: list[dict[str, Any]], wanted: str | None, known: tuple[str, ...], what: str, path: Path
 ) -> str | None:
     """The named column, or the first known one that the file has. Raises InputError listing the columns there are."""
-    columns = list(rows[0])
+    columns = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is not None:
         if wanted not in columns:
             raise InputError(f"{path}: no column {wanted!r} for the {what}; columns: {', '.join(columns)}")
@@ -117,9 +107,9 @@ def concept(text: str) -> str:
     return " ".join(VARIANT_WORDS.sub(" ", text.lower().split(":")[0]).split()) or text.lower()
 
 
-def _label(row: dict[str, Any], class_name: str | None) -> str:
-    """The row's class as a string, "" where it has none: 0 is a class."""
-    value = row.get(class_name) if class_name else None
+def _string(row: dict[str, Any], column: str | None) -> str:
+    """A row's text, path or class as a string, "" where it has none: 0 is one."""
+    value = row.get(column) if column else None
     return "" if value is None else str(value).strip()
 
 
@@ -136,7 +126,10 @@ def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, 
 
 def _checked(row: dict[str, Any], image_column: str, text_column: str, root: Path) -> dict[str, Any]:
     """`_text`, `_path` and `_hash` of a row: not its pixels, of which there may be many. InputError for a bad row."""
-    text, name = str(row.get(text_column) or "").strip(), str(row.get(image_column) or "").strip()
+    for column in (text_column, image_column):
+        if isinstance(row.get(column), (list, dict)):
+            raise InputError(f"{column!r} holds a {type(row[column]).__name__}, not a text; write a row for each entry")
+    text, name = (_string(row, column) for column in (text_column, image_column))
     if not text:
         raise InputError(f"empty {text_column!r} (image {name or 'none'})")
     if not name:
@@ -224,7 +217,7 @@ def build_pairs(
     _write_training(root, training, unseen, class_name)
     (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
     # What `corpus.fingerprint` knows the data by: the split and what is stored, so the settings as well as the rows.
-    listing = json.dumps([[row["_hash"], row["_text"], _label(row, class_name)] for row in good] + [settings]).encode()
+    listing = json.dumps([[row["_hash"], row["_text"], _string(row, class_name)] for row in good] + [settings]).encode()
     manifest = {
         "generator": "pairs", "settings": settings, "image_root": base.name, "columns": [image_name, text_name, class_name],
         "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
@@ -255,7 +248,7 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
 
 def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None) -> list[list]:
     tasks = []
-    classes = sorted({_label(row, class_name) for row in rows} - {""})
+    classes = sorted({_string(row, class_name) for row in rows} - {""})
     for name, part in parts.items():
         files, texts, n, seen = (
             [row["_file"] for row in part],
@@ -270,7 +263,7 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
         if len(classes) > 1:
             class_task = [
                 ("", row["_file"], [own, *(label for label in classes if label != own)], [""] * len(classes))
-                for row in part if (own := _label(row, class_name))
+                for row in part if (own := _string(row, class_name))
             ]  # fmt: skip
             tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)] if class_task else []
     return tasks
@@ -282,7 +275,7 @@ def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tup
 
 
 def _write_training(root: Path, training: list[dict], unseen: list[dict], class_name: str | None) -> None:
-    labelled = [(row, own) for row in training if (own := _label(row, class_name))]
+    labelled = [(row, own) for row in training if (own := _string(row, class_name))]
     several = len({own for _, own in labelled}) > 1  # of one class there is nothing to tell apart, as in evaluation
     subsets = {
         "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],

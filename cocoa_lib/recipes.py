@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import reprlib
+import sys
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -167,16 +168,6 @@ _short = reprlib.Repr()  # for a value in an error, however large: YAML's aliase
 _short.maxlevel = 2
 
 
-def _finite(value: float, where: str) -> float:
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RecipeError(f"{where}: expected a finite number, got {_short.repr(value)}")
-    return number
-
-
 def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     """A stage's recipe from a dict (a profile's section); `preset` may stand among the values of stage 1.
 
@@ -190,7 +181,7 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     preset = values.pop("preset", None)
     if preset is not None:
         if stage != "stage1" or not isinstance(preset, str) or preset not in PRESETS:
-            raise unknown_name(_short.repr(preset), list(PRESETS), f"{stage}.preset (stage 1 only)")
+            raise unknown_name(_short.repr(preset).strip("'"), list(PRESETS), f"{stage}.preset (stage 1 only)")
         values = {**PRESETS[preset], **values}
     cls = RECIPES[stage]
     types = {field.name: type(field.default) for field in fields(cls)}
@@ -198,8 +189,10 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
         if name not in types:
             raise unknown_name(str(name), list(types), stage)
         wanted = types[name]
-        if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[name] = _finite(value, f"{stage}.{name}")
+        if wanted is float and type(value) in (int, float):
+            if not abs(value) <= sys.float_info.max:  # of a whole number, too, which `float` would not take
+                raise RecipeError(f"{stage}.{name}: expected a finite number, got {_short.repr(value)}")
+            values[name] = float(value)
         elif type(value) is not wanted:
             raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {_short.repr(value)}")
     return cls(**values)

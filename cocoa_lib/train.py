@@ -42,17 +42,15 @@ from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.utils.notebook import NotebookProgressCallback
 
 from . import corpus
 from .backbone import add_adapter, compile_layers, language_model, new_backbone, open_backbone, set_mask_token
-from .batches import Planned, causal_batch, index_plan, pair_features, stage1_batch, stage2_batch
+from .batches import Planned, causal_batch, index_plan, pair_features, stage1_batch, stage1_item, stage2_batch
 from .checkpoint import (
     META,
     CheckpointError,
@@ -197,7 +195,7 @@ class Bar(TrainerCallback):
     """A progress bar with the loss: one line, where the trainers' own callbacks print or build a table."""
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        off = args.disable_tqdm or not state.is_local_process_zero
+        off = not state.is_local_process_zero
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -295,7 +293,7 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int, show_progress: bool):
+def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int):
     """A recipe as the trainers' arguments; `batch_size` is divided over the processes, each with one GPU at most."""
     args = cls(
         output_dir=str(work),
@@ -312,7 +310,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         save_steps=recipe.save_steps,
         save_total_limit=None,  # `Watch` removes old ones: the trainer goes by file times, and a clock can jump
         logging_steps=1,  # log.csv averages over recipe.logging_steps: so a resumed run logs what a whole one does
-        disable_tqdm=not show_progress,
+        disable_tqdm=True,  # `Bar` stands for theirs
         report_to=[],
         remove_unused_columns=False,
         dataloader_drop_last=True,
@@ -320,6 +318,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
     )
+    args.mixed_precision = "bf16" if recipe.bf16 else "no"  # the recipe's, which is recorded, and not the launcher's
     args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut pictures apart and multiply the batch
     share, rest = divmod(recipe.batch_size, args.world_size)
     if rest:
@@ -437,10 +436,14 @@ def _run(
     with state.main_process_first():
         if state.is_main_process:
             write_json(work / "run.json", run)
-        checkpoint = last_whole_checkpoint(work)
+            checkpoint = last_whole_checkpoint(work)
+        else:  # of those that are left: all of it need not be read and hashed again
+            checkpoint = next(iter(checkpoints(work)), None)
 
     set_seed(seed)
-    inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, parent_meta["max_length"])})
+    if recipe.max_length > (longest := parent_meta["max_length"]):
+        logger.warning("max_length %d: the parent was made for %d tokens, which is used", recipe.max_length, longest)
+    inputs = load_inputs(parent, parent_meta | {"max_length": min(recipe.max_length, longest)})
     inputs.limit_images(recipe.image_limit(inputs.max_length))
     inputs.keep_images(KEPT_IMAGES // max(1, recipe.workers))
     model = open_backbone(
@@ -448,7 +451,7 @@ def _run(
     )
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    trainer = BUILDERS[stage](model, inputs, recipe, data, work, seed, show_progress)
+    trainer = BUILDERS[stage](model, inputs, recipe, data, work, seed)
     adapter = None
     if recipe.lora_r:  # after the builder: the patch decoder copies a layer without adapter and is trained whole
         adapter, matched = add_adapter(
@@ -459,20 +462,13 @@ def _run(
         compile_layers(model)
     whole = shard(trainer, model, adapter) if trainer.is_fsdp_enabled else (trainer.model, model, adapter)
     watch = Watch(checkpoint)
-    for default in (PrinterCallback, ProgressCallback, NotebookProgressCallback):
-        trainer.remove_callback(default)
-    trainer.add_callback(Bar())
+    trainer.remove_callback(PrinterCallback)
+    if show_progress:
+        trainer.add_callback(Bar())
     trainer.add_callback(watch)
     try:
-        with reporting_a_death(trainer, state):
+        with reporting_a_death(trainer, state), reporting_a_full_disk(trainer, work):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, SafetensorError) as error:
-        if "No space left" not in str(error):
-            raise
-        raise TrainingError(
-            f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
-            "space and run the same command: it goes on from the last whole checkpoint"
-        ) from error
     finally:
         watch.restore()
     if trainer.state.global_step < recipe.steps:
@@ -490,7 +486,8 @@ def _run(
         if adapter is not None:
             model = adapter.merge_and_unload()
         decoder = getattr(module, "decoder", None)
-        _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
+        with reporting_a_full_disk(trainer, work):
+            _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
     if several:
         with reporting_a_death(trainer, state):
@@ -510,6 +507,21 @@ def reporting_a_death(trainer: Trainer, state: PartialState) -> Iterator[None]:
             f"another process of this run died or cannot be reached (after step {trainer.state.global_step}, process "
             f"{state.process_index} of {state.num_processes}); its own log says why. The same command goes on from the last "
             "whole checkpoint, also with another number of processes"
+        ) from error
+
+
+@contextmanager
+def reporting_a_full_disk(trainer: Trainer, work: Path) -> Iterator[None]:
+    """What safetensors, torch and the system say of a full disk, as a TrainingError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save fails in its own writer, at a place that it did not expect
+        if not any(words in str(error) for words in ("No space left", "inline_container", "PytorchStreamWriter")):
+            raise
+        raise TrainingError(
+            f"the disk is full, a checkpoint could not be written at {work} (step {trainer.state.global_step}); free some "
+            "space and run the same command: it goes on from the last whole checkpoint"
         ) from error
 
 
@@ -568,9 +580,7 @@ def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> Non
         )
 
 
-def _reconstruction(
-    stage: str, model, inputs: Inputs, recipe: Recipe, data: Path, work: Path, seed: int, show_progress: bool
-) -> Trainer:
+def _reconstruction(stage: str, model, inputs: Inputs, recipe: Recipe, data: Path, work: Path, seed: int) -> Trainer:
     """Stages "causal", 1 and 2: what they read, how it is corrupted, and a `Reconstruction` with the recipe's values."""
     parts: list[Sequence] = []
     if stage == "causal":
@@ -592,13 +602,13 @@ def _reconstruction(
     corpus.check_images(rows[i]["image"] for i in chosen)
     if stage == "stage2":
         corpus.check_bridges((rows[i] for i in chosen), data)
-    args = training_arguments(TrainingArguments, recipe, work, seed, show_progress)
+    if stage != "causal":
+        corpus.check_items((stage1_item(rows[i]) if stage == "stage1" else rows[i] for i in chosen), data)
+    args = training_arguments(TrainingArguments, recipe, work, seed)
     return ReconstructionTrainer(model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate)
 
 
-def _stage3(
-    model, inputs: Inputs, recipe: Stage3Recipe, data: Path, work: Path, seed: int, show_progress: bool
-) -> Trainer:
+def _stage3(model, inputs: Inputs, recipe: Stage3Recipe, data: Path, work: Path, seed: int) -> Trainer:
     rows, sizes = corpus.pairs(data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives)
     if len(rows) < recipe.batch_size:
         raise TrainingError(
@@ -607,12 +617,13 @@ def _stage3(
     plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed, block=recipe.same_task_block)
     chosen = rows.select(sorted(set(plan.tolist())))
     corpus.check_images(item["image"] for column in chosen.column_names for item in chosen[column])
+    corpus.check_items((item for column in chosen.column_names for item in chosen[column]), data)
     embedder = SentenceTransformer(
         modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)], device="cpu"
     )  # the trainer moves it
     return ContrastiveTrainer(
         model=embedder,
-        args=training_arguments(SentenceTransformerTrainingArguments, recipe, work, seed, show_progress),
+        args=training_arguments(SentenceTransformerTrainingArguments, recipe, work, seed),
         train_dataset=rows.select(plan),
         loss=CachedInfoNCE(embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size),
         data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs)),

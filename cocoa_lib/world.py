@@ -616,9 +616,11 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
                 content.update(digest)
                 n_images += len(lines)
     content.update(_write_tables(root, rows, seed))
+    # Candidates a row really has: pools of pictures and captions cannot be larger than the number of queries.
+    pools = {t.name: t.n_candidates if t.name in LABELS else min(t.n_candidates, n_queries) for t in TASKS}
     manifest = {
         **wanted, "n_images": n_images, "rows": lengths,
-        "tasks": [[t.name, t.meta_task, t.in_distribution, _pool_size(t, n_queries)] for t in TASKS],
+        "tasks": [[t.name, t.meta_task, t.in_distribution, pools[t.name]] for t in TASKS],
         "subsets": list(SUBSETS), "content_hash": content.hexdigest(),
     }  # fmt: skip
     write_json(root / "manifest.json", manifest)
@@ -626,11 +628,6 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
-
-
-def _pool_size(task: Task, n_queries: int) -> int:
-    """Candidates a row really has: pools of pictures and captions cannot be larger than the number of queries."""
-    return min(task.n_candidates, n_queries) if task.meta_task in ("retrieval", "grounding") else task.n_candidates
 
 
 def read_scenes(root: Path) -> dict[str, Scene]:

@@ -334,7 +334,7 @@ def arms_table(run: Path, baseline: str = "contrastive") -> list[dict[str, str]]
             row["seeds"] = str(scores.loc[name, "seeds"])
             found, verdict = _difference(effects, name), "the baseline"
             if name in effects.index:
-                verdict = analysis.verdict(effects.loc[name].to_dict(), corrected=True)
+                verdict = analysis.verdict(effects.loc[name].to_dict())
             rows.append({**row, "difference": found, "verdict": verdict})
     return rows
 
@@ -404,8 +404,7 @@ def committed_run(run: Path) -> list[str]:
         "Seeds 3 and 4 of the committed results, and last the half width, were added after the first three had been looked at.",
         f"The three stages of CoCoA take as long as {time['ratio']:,.0f} [{time['lowest']:,.0f}, {time['highest']:,.0f}] "
         f"contrastive steps (timed as a whole, lowest and highest of {time['n']}; page 05 adds single steps up), "
-        "more than the 1,100 it is held against; with as many of these on both sides it takes longer still: with "
-        "1,100, twice as long.",
+        "more than the 1,100 it is held against; CoCoA with 1,100 contrastive steps of its own takes twice that time.",
         f"Its stage 1 restores words here, but no cells of pictures: squared error {errors['decoder'].mean():.3f} where an "
         f"average cell has {errors['average'].mean():.3f} (seeds {errors['seed'].min()} to {errors['seed'].max()}).",
     ]

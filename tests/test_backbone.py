@@ -6,6 +6,7 @@ import ast
 import logging
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,5 +398,11 @@ def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_fl
     assert language_model(opened).config._attn_implementation == "flex_attention"
     assert opened.config.vision_config._attn_implementation == "sdpa", "the vision tower has its own masks"
     ids = torch.tensor([[5, 6, 7]])
-    mask = backbone.attention_input(opened, backbone._text_batch(ids, torch.full_like(ids, A)), None)
+    seen = []
+    monkeypatch.setattr(
+        opened.model, "forward", lambda **given: seen.append(given) or SimpleNamespace(last_hidden_state=None)
+    )
+    with torch.no_grad():
+        backbone.hidden_states(opened, backbone._text_batch(ids, torch.full_like(ids, A)))
+    mask = seen[0]["attention_mask"]
     assert type(mask).__name__ == "BlockMask" and attention.dense_mask("bidirectional", torch.full_like(ids, A)).all()

@@ -85,8 +85,18 @@ def test_the_fingerprint_tells_apart_what_gives_other_vectors(small, embedder, t
     ):
         save_checkpoint(tmp_path / name, model, used, {"stage": "stage3", "layout": layout, "pooling": "eos"})
         seen.append(CocoaEmbedder.load(tmp_path / name).fingerprint)
-    assert len(set(seen)) == 3
+    config = copy.deepcopy(model.config)
+    model.config.text_config.rms_norm_eps = 0.5
+    save_checkpoint(tmp_path / "four", model, inputs, {"stage": "stage3", "layout": "bidirectional", "pooling": "eos"})
+    model.config = config
+    seen.append(CocoaEmbedder.load(tmp_path / "four").fingerprint)
+    assert len(set(seen)) == 4
     assert CocoaEmbedder.load(tmp_path / "one").fingerprint == seen[0]
+
+
+def test_a_table_is_not_taken_for_the_names_of_its_columns(embedder):
+    with pytest.raises(ValueError, match="DataFrame; give its rows"):
+        embedder.encode(pd.DataFrame({"text": ["a", "b"], "image": None}))
 
 
 def test_truncated_dimension_is_normalised_again(embedder):
@@ -417,6 +427,32 @@ def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder
     with pytest.raises(CheckpointError, match="never written over"):
         model.save_pretrained(str(tmp_path / "saved"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_sentence_transformers_keeps_beside_the_model_comes_along(folder, tmp_path):
+    model = sentence_transformer(folder, device="cpu")
+    model.prompts, model.default_prompt_name, model.truncate_dim = {"query": "find: "}, "query", 32
+    assert model.max_seq_length == model[0].inputs.max_length == 256
+    model.save_pretrained(str(tmp_path / "saved"))
+    again = sentence_transformer(tmp_path / "saved", device="cpu")
+    assert again.encode(["a cat"]).shape == (1, 32) and np.allclose(again.encode(["a cat"]), model.encode(["a cat"]))
+    again.max_seq_length = 8
+    assert again[0].preprocess(["a cat " * 9])["input_ids"].shape == (1, 8)
+    found = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    (tmp_path / "saved" / "modules.json").write_text(json.dumps([*found, {"idx": 1, "type": "a.Dense"}]))
+    with pytest.raises(ValueError, match=r"several modules \(.*a.Dense\); open it by SentenceTransformer"):
+        sentence_transformer(tmp_path / "saved")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_saved_without_a_record_keeps_its_attention(small, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model, inputs = small  # causal
+    made = SentenceTransformer(modules=[library.EosEmbedding(model, inputs)], device="cpu")
+    made.save_pretrained(str(tmp_path / "saved"))
+    assert np.allclose(CocoaEmbedder.load(tmp_path / "saved").encode("a cat"), made.encode(["a cat"])[0], atol=1e-6)
 
 
 def retrieval_set(embedder, picture, n=24):

@@ -183,7 +183,12 @@ def test_restored_text_marks_what_is_right_and_says_what_stood_there():
 
 def test_restored_text_draws_a_line_break_as_a_sign():
     figure = figures.restored_text([[("a", None), ("\n", " red"), ("\n", "\n"), ("b\nc", None)]])
-    assert [text.get_text() for text in figure.axes[0].texts] == ["a", " [\u21b5\u2717 red]", " [\u21b5\u2713]", "b\u21b5c"]
+    assert [text.get_text() for text in figure.axes[0].texts] == [
+        "a",
+        " [\u21b5\u2717 red]",
+        " [\u21b5\u2713]",
+        "b\u21b5c",
+    ]
 
 
 def test_pictures_stand_over_their_texts():
@@ -332,9 +337,9 @@ def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost():
     named = ["cocoa_stage1_longer", "arm0", "arm1", "arm9"]
     figure = figures.cost_score(table, named=named, title="t", xlabel="steps")
     axis = figure.axes[0]
-    points = [line.get_xydata().tolist() for line in axis.lines if line.get_marker() == "o"]
-    assert points == [[[1367, 27], [1367, 27.1], [1367, 27.9], [2000, 44]]]
+    (points,) = [line.get_xydata() for line in axis.lines if line.get_marker() == "o"]
     bars = [segment[0, 0] for segment in axis.containers[0][2][0].get_segments()]
+    assert points[:, 0].tolist() == bars and points[:, 1].tolist() == [27, 27.1, 27.9, 44]
     assert len(set(bars)) == 4 and np.allclose(bars, [1367, 1367, 1367, 2000], rtol=0.02), "no interval hides another"
     (rest,) = [line for line in axis.lines if line.get_label() == "the other arms"]
     assert set(rest.get_xdata()) == {1367} and len(rest.get_ydata()) == 10

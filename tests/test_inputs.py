@@ -14,7 +14,7 @@ from PIL import Image
 
 from cocoa_lib.attention import EOS, PAD, A, B
 from cocoa_lib.backbone import hidden_states, pool, position_ids, set_bidirectional
-from cocoa_lib.inputs import VISION, InputError, Inputs, load_image, split_prompt
+from cocoa_lib.inputs import VISION, InputError, Inputs, image_size, load_image, split_prompt
 
 
 def build_prompt(text: str, n_images: int, eos_token: str) -> str:
@@ -254,6 +254,9 @@ def test_16_bits_are_scaled_and_not_clipped(tmp_path, suffix):
 
 def test_whole_and_floating_point_pixels():
     assert load_image(Image.new("I", (4, 4), 90)).getpixel((0, 0)) == (90, 90, 90), "8 bits in a wide form"
+    assert load_image(Image.new("I;16", (4, 4), 200)).getpixel((0, 0)) == (0, 0, 0), (
+        "dark, as beside a picture with 300"
+    )
     with pytest.raises(InputError, match="floating-point pixels have no agreed range"):
         load_image(Image.new("F", (4, 4), 0.5))
 
@@ -367,10 +370,29 @@ def test_odd_sizes_become_tokens(small, picture, size, tokens):
     assert batch["mm_token_type_ids"].sum() == tokens
 
 
-def test_an_extreme_aspect_ratio_is_a_clear_error(small, picture):
+def test_an_extreme_aspect_ratio_is_a_clear_error_that_names_the_file(small, picture, tmp_path):
     _, inputs = small
-    with pytest.raises(InputError, match="aspect ratio"):
-        inputs.collate([{"text": "", "image": picture(1, 400)}])
+    picture(1, 400).save(tmp_path / "strip.png")
+    with pytest.raises(InputError, match="strip.png: of 1 x 400 pixels, one side over 200 times the other"):
+        inputs.collate([{"text": "", "image": picture()}, {"text": "", "image": tmp_path / "strip.png"}])
+    with pytest.raises(InputError, match="strip.png: of 1 x 400"):  # what training asks before its first step
+        image_size(tmp_path / "strip.png")
+    assert inputs.collate([{"text": "", "image": picture(1, 200)}]), "what transformers takes, is taken"
+
+
+def test_faults_of_an_opened_picture_are_input_errors(picture, tmp_path):
+    picture(200, 200).save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    with Image.open(tmp_path / "half.jpg") as opened:  # its pixels are not read yet
+        with pytest.raises(InputError, match="the given image: not a readable image .*truncated"):
+            load_image(opened)
+    with pytest.raises(InputError, match="the given image: not a readable image"):
+        load_image(Image.new("La", (4, 4)))
+
+
+def test_a_wrong_key_of_an_item_is_named(small, picture):
+    with pytest.raises(InputError, match="item 1 of the batch: 'images' is not read"):
+        small[1].collate([{"text": "a"}, {"text": "a", "images": [picture()]}])
 
 
 @pytest.mark.parametrize(

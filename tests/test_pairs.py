@@ -41,6 +41,18 @@ def rewrite(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
 
 
+def test_lists_are_refused_a_number_is_a_text_and_a_class_may_come_later(table, tmp_path):
+    path, rows = table
+    rewrite(path, [rows[0] | {"name": ["a", "b"]}, *rows[1:]])
+    with pytest.raises(InputError, match="row 1: 'name' holds a list, not a text; write a row for each entry"):
+        build_pairs(path, tmp_path / "data", progress=False)
+    rows = [rows[0] | {"name": 0}, *rows[1:]]
+    del rows[0]["group"]
+    rewrite(path, rows)
+    made = build_pairs(path, tmp_path / "data", n_eval=3, progress=False)
+    assert made["used"] == 24 and made["columns"][2] == "group"
+
+
 def test_concepts_join_variants_and_equal_pictures():
     assert concept("Waving Hand: dark skin tone") == "waving hand"
     assert concept("woman runner") == concept("man runner") == "runner"

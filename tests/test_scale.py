@@ -577,12 +577,39 @@ def graph(tmp_path):
         smoke = re.sub(r"(?m)^arms: .*", f"arms: [{names}]", re.sub(r"(?m)^seeds: .*", "seeds: [0]", smoke))
         (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_text(smoke)
 
-    def run(*options):
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", *flags, *options, "--config", "profile=mine"]
+    def run(*options, config=()):
+        command = [
+            sys.executable,
+            "-m",
+            "snakemake",
+            "--cores",
+            "2",
+            *flags,
+            *options,
+            "--config",
+            "profile=mine",
+            *config,
+        ]
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
 
     return run, arms
+
+
+def test_pairs_read_in_another_way_are_not_taken_for_those_read_before(graph, tmp_path):
+    run, arms = graph
+    arms("contrastive, cocoa")
+    (tmp_path / "my" / "animals").mkdir(parents=True)
+    (tmp_path / "my" / "animals" / "cat.png").write_bytes(b"a")
+    made = run("--until", "benchmark", config=["pairs=my"])
+    assert made.returncode == 0, made.stderr
+
+    def planned(*more):
+        return "rule benchmark" in run("-n", "--until", "benchmark", config=["pairs=my", *more]).stdout
+
+    assert not planned() and planned("text_column=title") and planned("on_bad_row=skip")
+    (tmp_path / "my" / "animals" / "dog.png").write_bytes(b"b")  # the folder itself is as old as before
+    assert planned()
 
 
 def test_a_failed_step_is_reported_and_retried_alone(graph, tmp_path):

@@ -333,7 +333,7 @@ def test_the_page_of_verdicts_is_that_of_the_committed_tables():
         "1c. ...": {"cocoa_longer": 1, "contrastive_longer": -1},
         "2b. ... and than with the same stage 2": {"cocoa": 1, "no_truncation": -1},
         "3. The gain is larger": {**few, "cocoa": -1, "contrastive": 1},
-        "the profile's steps and pairs": {"cocoa": 1, "contrastive": -1},
+        "250 contrastive steps, all pairs": {"cocoa": 1, "contrastive": -1},
         "half the width": {"cocoa_half": 1, "contrastive_half": -1},
         "the bottleneck": {"cocoa": 1, "no_truncation": -1},
     }.items():

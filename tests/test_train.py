@@ -191,7 +191,7 @@ def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
             self._n_gpu = 2
 
     recipe = tiny("stage1")
-    args = train.training_arguments(OnTwo, recipe, tmp_path, 0, False)
+    args = train.training_arguments(OnTwo, recipe, tmp_path, 0)
     assert args.train_batch_size == recipe.batch_size
 
 
@@ -268,6 +268,48 @@ def test_empty_pictures_count_as_missing_and_no_picture_does_not(tmp_path):
         corpus.check_images([*paths, None, ""])
 
 
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
+def test_a_mask_token_with_a_part_of_its_own_is_refused(home, tmp_path, token):
+    with pytest.raises(InputError, match="has a part of its own in every input"):
+        go(home, "stage1", tmp_path / "out", tiny("stage1", mask_token=token))
+
+
+@pytest.mark.parametrize(
+    "stage, item, message",
+    [
+        ("stage1", {"text": "", "target": "<|image_1|>", "image": ""}, "neither text nor picture"),
+        ("stage1", {"text": "", "target": "a", "image": "1x300"}, "of 1 x 300 pixels"),
+        ("stage2", {"text": "<|image_1|><|image_2|>", "target": "a", "image": "there"}, "marks 2 image"),
+        ("stage3", {"text": "<|image_1|>", "image": ""}, r"neither text nor picture.*row with text '<\|image_1\|>'"),
+    ],
+)
+def test_a_row_that_no_step_could_read_is_named_before_the_first(home, stage, item, message, tmp_path, monkeypatch):
+    Image.new("RGB", (1, 300)).save(tmp_path / "strip.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
+    item = item | {
+        "image": {"1x300": str(tmp_path / "strip.png"), "there": str(tmp_path / "there.png")}.get(item["image"], "")
+    }
+    if stage == "stage3":
+        bad = datasets.Dataset.from_list([{"anchor": item, "positive": {"text": "a", "image": ""}}] * 8)
+        monkeypatch.setattr(corpus, "pairs", lambda *_, **__: (bad, [8]))
+    else:
+        monkeypatch.setattr(corpus, "captions", lambda *_: [item] * 8)
+        monkeypatch.setattr(corpus, "text_pairs", lambda *_: {})
+    with pytest.raises(InputError, match=message):
+        go(home, stage, tmp_path / "out")
+    assert not list(tmp_path.glob(".out.work/checkpoint-*"))
+
+
+def test_precision_is_the_recipes_and_not_the_launchers(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert_same_run(home / "stage1", go(home, "stage1", tmp_path / "out"))
+
+
+def test_a_length_that_the_parent_does_not_reach_is_said(home, tmp_path, caplog):
+    go(home, "stage3", tmp_path / "out", tiny("stage3", max_length=512))
+    assert "max_length 512: the parent was made for 128 tokens, which is used" in caplog.text
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path):
     shutil.copytree(home / "world", tmp_path / "world")
@@ -284,9 +326,7 @@ def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path)
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_workers_change_nothing(home, stage, tmp_path):
     recipe = tiny(stage, workers=2)
-    assert (
-        train.training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0, False).dataloader_num_workers == 2
-    )
+    assert train.training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0).dataloader_num_workers == 2
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
 
 
@@ -523,6 +563,25 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(home, tmp_path):
             go(home, stage, tmp_path / stage, tiny(stage, learning_rate=1e30, warmup_steps=0))
         assert not (tmp_path / stage).exists()
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C must work after a failed run"
+
+
+@pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "_finish"])
+def test_a_full_disk_is_said_whoever_writes(home, where, tmp_path, monkeypatch):
+    """As torch's own writer fails, in a checkpoint, and as safetensors does, in the finished folder."""
+    from safetensors import SafetensorError
+
+    said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+    said = said if where != "_finish" else SafetensorError("IoError: No space left on device (os error 28)")
+    target = train if where == "_finish" else transformers.Trainer
+
+    def full(*args, **kwargs):
+        raise said
+
+    monkeypatch.setattr(target, where, full)
+    with pytest.raises(TrainingError, match="the disk is full, a checkpoint could not be written at"):
+        go(home, "stage1", tmp_path / "out")
+    monkeypatch.undo()
+    assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
