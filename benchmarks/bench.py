@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import sys
+import time
 from multiprocessing.context import ForkServerContext
 
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
@@ -31,12 +32,15 @@ def run(script: str) -> None:
 
 
 def main() -> None:
+    began = time.monotonic()
     for script in SCRIPTS:
+        start = time.monotonic()
         process = forkserver().Process(target=run, args=(script,))
         process.start()
         process.join()
         if process.exitcode:
             raise SystemExit(f"benchmarks/{script}.py failed, see above why; those after it were not run")
+        print(f"{script} took {time.monotonic() - start:.0f} s, {time.monotonic() - began:.0f} s so far", flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

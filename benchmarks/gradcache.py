@@ -1,8 +1,13 @@
-"""GradCache: peak memory by batch size at a fixed chunk, and time over a plain full batch, at the laptop shape."""
+"""GradCache: peak memory by batch size at a fixed chunk, and time over a plain full batch, at the laptop shape.
+
+python benchmarks/gradcache.py               # part of `make bench`
+python benchmarks/gradcache.py --resident    # memory alone, with what glibc keeps of freed blocks -> gradcache_resident.json
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Sequence
 
 import torch
 from common import BACKBONE, WORDS, in_turn, peaks, record, save, small_model
@@ -107,8 +112,25 @@ def mixed(batch: int = 16, chunk: int = 4) -> dict:
     return record("GradCache, sorted chunks, mixed", text, seconds["given"], seconds["sorted"])
 
 
-def main() -> None:
+def resident() -> None:
+    kept = peaks(setup, [("chunks", 1024), ("chunks", 64)], in_use=False)
+    text = f"peak of a step with what glibc keeps of freed blocks, batch 1024 / batch 64; chunks of {CHUNK}; {SHAPE}"
+    name = "GradCache, resident memory, batch 1024"
+    save(
+        "gradcache_resident",
+        [record(name, text, kept["chunks", 1024], kept["chunks", 64])],
+        "memory of a step (n 5 processes)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of GradCache.")
+    parser.add_argument(
+        "--resident", action="store_true", help="memory with what glibc keeps of freed blocks, and nothing else"
+    )
     torch.set_num_threads(1)
+    if parser.parse_args(argv).resident:
+        return resident()
     records: list[dict] = []
     chunks = f"GradCache in chunks of {CHUNK} / full batch of"
     compare(records, ("chunks", "full"), 256, "time, batch 256", f"{chunks} 256")
@@ -126,9 +148,6 @@ def main() -> None:
         text = f"peak of a step, batch {size} / batch 64; chunks of {CHUNK}; {SHAPE}"
         records.append(record(f"GradCache, memory, batch {size}", text,
                               memory["chunks", size], memory["chunks", 64]))  # fmt: skip
-    kept = peaks(setup, [("chunks", 1024), ("chunks", 64)], in_use=False)
-    records.append(record("GradCache, resident memory, batch 1024", "the same with what glibc keeps of freed blocks",
-                          kept["chunks", 1024], kept["chunks", 64]))  # fmt: skip
     records.append(record("GradCache, memory saved, batch 256", f"peak of a step, full batch / chunks of {CHUNK}; {SHAPE}",
                           memory["full", 256], memory["chunks", 256]))  # fmt: skip
     save(

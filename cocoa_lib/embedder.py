@@ -209,9 +209,8 @@ class CocoaEmbedder:
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         meta, inputs = module.meta, module.inputs
         seen = [meta["weights_sha256"], inputs.eos_token, inputs.max_length, module.pooling, dtype, meta.get("layout")]
-        seen += [
-            digest[:16] for _, digest in sorted(meta.get("files_sha256", {}).items())
-        ]  # config, tokenizer, processor
+        files = sorted(meta.get("files_sha256", {}).items())  # config, tokenizer, processor
+        seen += [digest[:16] for _, digest in files]
         return cls(module, "-".join(map(str, seen)))  # all that an embedding depends on, besides the item
 
     def encode(

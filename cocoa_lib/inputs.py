@@ -106,9 +106,8 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, of which `convert` would clip all above 255 to white
         grey = np.asarray(image)
-        deep = (
-            image.mode != "I" or grey.max() > 255
-        )  # mode I is what older PNG readers give for 16 bits, and 8 bits, too
+        # Mode I: 16 bits as older readers of PNG give them, and 8 bits in a wide form.
+        deep = image.mode != "I" or grey.max() > 255
         image = Image.fromarray((grey >> 8 if deep else grey).clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

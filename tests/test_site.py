@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from urllib.parse import unquote
@@ -308,6 +309,12 @@ def test_the_committed_site_is_whole_and_small():
         poor = [tag for tag in page.find_all("img") if tag.get("alt", "").strip() in absent]
         assert not poor, f"{name}: {len(poor)} pictures without alt text"
         assert len(page.select(".facts dd")) == 5 and "not recorded" not in page.select_one(".facts").get_text()
+
+
+def test_the_committed_pages_name_no_folder_of_the_machine_that_made_them():
+    for page in sorted((ROOT / "reports" / "site").glob("*.html")):
+        text = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").get_text(" ")
+        assert re.findall(r"(?<![\w.])/(?:tmp|home|root|work|Users)/\S*", text) == [], page.name
 
 
 def test_the_index_compares_arms_on_the_same_budget_only():
