@@ -102,10 +102,16 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
 
     In place, so that gradient checkpointing, GradCache and an adapter go on as before. The vision tower, whose windows are
     lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
+    peft's DoRA stops the compiler in each layer, under gradient checkpointing before it begins: there a warning says so.
     """
+    if any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules()):
+        logger.warning(
+            "torch_compile gains little or nothing with DoRA, whose code in peft stops the compiler; set dora: false"
+        )
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
     torch._inductor.config.fallback_random = True
+    torch._dynamo.config.optimize_ddp = False  # a layer is one program, not one for each of DDP's buckets
     for layer in language_model(model).layers:
         layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 
@@ -163,6 +169,9 @@ def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
     brings its own."""
     if "position_ids" in batch:
         return batch["position_ids"]
+    if not len(batch.get("image_grid_thw", ())):  # text alone, of which transformers' own is a count of the tokens
+        mask = batch["attention_mask"]
+        return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
     # On the CPU: it goes row by row through thousands of small operations, each of which would stop a GPU.
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
     positions, _ = model.model.get_rope_index(

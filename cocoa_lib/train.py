@@ -343,7 +343,7 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
         )
     plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
     if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
-        # bf16 inside the layers only: accelerate's would round losses, embeddings and the sums of gradients to it as well.
+        # The model in bf16, as accelerate has it; but what it hands to the losses, and sums of gradients, are not rounded to it.
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None, reduce_dtype=torch.float32)
     whole = copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
     if adapter is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from cocoa_lib.backbone import (
     add_adapter,
     hidden_states,
     language_model,
+    new_backbone,
     open_backbone,
     position_ids,
     probe_attention,
@@ -386,6 +388,41 @@ def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch
     moves.clear()
     open_backbone(tmp_path, bidirectional=True)
     assert moves == ["probed", "cpu"]
+
+
+@pytest.mark.parametrize("dora, programs", [(None, 1), (False, 1), (True, 0)])
+def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, caplog):
+    """Under gradient checkpointing, as the real models are trained."""
+    model, inputs = new_backbone(
+        ["a large red circle at the top left"] * 8, vocab_size=300, image_pixels=1024, seed=0, hidden_size=64, layers=3, heads=2,
+        vision_dim=32, vision_layers=1, patch_size=8,
+    )  # fmt: skip
+    model.gradient_checkpointing_enable()
+    if dora is not None:
+        backbone.add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
+        model.enable_input_require_grads()
+    graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
+    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
+    torch._dynamo.reset()
+    with here, torch._inductor.config.patch(fallback_random=drawn):
+        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        backbone.hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
+    assert len(graphs) == programs, "once peft's DoRA compiles, the warning and docs/cluster.md can go"
+    assert ("gains little or nothing with DoRA" in caplog.text) == bool(dora)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_texts_are_transformers_own(family, side):
+    _, folder, inputs = family
+    model = open_backbone(folder, bidirectional=True)
+    batch = replace(inputs, padding_side=side).collate(
+        [{"text": "a large red circle"}, {"text": "a"}, {"text": "red " * 9}]
+    )
+    names = ("input_ids", "mm_token_type_ids", "attention_mask")
+    theirs, _ = model.model.get_rope_index(**{name: batch[name] for name in names}, image_grid_thw=None)
+    real = batch["attention_mask"].bool().expand(3, -1, -1)
+    found = backbone.position_ids(model, batch)
+    assert found.shape == theirs.shape and torch.equal(found[real], theirs[real])
 
 
 def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_flex):

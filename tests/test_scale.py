@@ -382,7 +382,7 @@ def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
     assert kept is not module and kept.model is model, "whole, and its own weights"
 
 
-def test_only_the_layers_are_in_bf16_when_sharded(home):
+def test_the_model_is_in_bf16_when_sharded_and_the_sums_of_gradients_are_not(home):
     """accelerate's own policy casts what the module returns, so losses would be read off a grid of 0.03."""
     ours = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)

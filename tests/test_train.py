@@ -352,8 +352,9 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
     plain = go(home, stage, tmp_path / "plain", tiny(stage, **values))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    limit, drawn = torch._dynamo.config.recompile_limit, torch._inductor.config.fallback_random
-    with torch._dynamo.config.patch(recompile_limit=limit), torch._inductor.config.patch(fallback_random=drawn):
+    dynamo, drawn = torch._dynamo.config, torch._inductor.config.fallback_random
+    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
+    with here, torch._inductor.config.patch(fallback_random=drawn):
         compiled = go(home, stage, tmp_path / "compiled", tiny(stage, torch_compile=True, **values))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
