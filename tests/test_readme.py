@@ -58,6 +58,7 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa": 1, "image_from_eos": -1}, True),
         ({"stage1_longer": 1, "stage1_only": -1}, True),
         ({"stage1_longer": 1, "longer_mntp_only": -1}, True),
+        ({"stage1_longer": 1, "longer_mae_only": -1}, True),
         ({"longer_words_40": 1, "stage1_longer": -1}, True),
         ({"longer_words_60": 1, "stage1_longer": -1}, True),
         ({"longer_patches_70": 1, "stage1_longer": -1}, True),
