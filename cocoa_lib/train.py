@@ -520,7 +520,7 @@ def reporting_a_full_disk(trainer: Trainer, work: Path) -> Iterator[None]:
         if not any(words in str(error) for words in ("No space left", "inline_container", "PytorchStreamWriter")):
             raise
         raise TrainingError(
-            f"the disk is full, a checkpoint could not be written at {work} (step {trainer.state.global_step}); free some "
+            f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
             "space and run the same command: it goes on from the last whole checkpoint"
         ) from error
 

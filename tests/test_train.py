@@ -579,7 +579,7 @@ def test_a_full_disk_is_said_whoever_writes(home, where, tmp_path, monkeypatch):
         raise said
 
     monkeypatch.setattr(target, where, full)
-    with pytest.raises(TrainingError, match="the disk is full, a checkpoint could not be written at"):
+    with pytest.raises(TrainingError, match="the disk is full, a checkpoint could not be written below"):
         go(home, "stage1", tmp_path / "out")
     monkeypatch.undo()
     assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
