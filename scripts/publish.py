@@ -404,7 +404,7 @@ def committed_run(run: Path) -> list[str]:
         "Seeds 3 and 4 of the committed results, and last the half width, were added after the first three had been looked at.",
         f"The three stages of CoCoA take as long as {time['ratio']:,.0f} [{time['lowest']:,.0f}, {time['highest']:,.0f}] "
         f"contrastive steps (timed as a whole, lowest and highest of {time['n']}; page 05 adds single steps up), "
-        "more than the 1,100 it is held against; CoCoA with 1,100 contrastive steps of its own takes twice that time.",
+        "more than the 1,100 it is held against; CoCoA with 1,100 contrastive steps of its own takes twice as long as they do.",
         f"Its stage 1 restores words here, but no cells of pictures: squared error {errors['decoder'].mean():.3f} where an "
         f"average cell has {errors['average'].mean():.3f} (seeds {errors['seed'].min()} to {errors['seed'].max()}).",
     ]
