@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from PIL import Image
 
-from cocoa_lib import corpus, mmeb
+from cocoa_lib import corpus, mmeb, profiles
 from cocoa_lib.inputs import InputError
 from cocoa_lib.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
 from cocoa_lib.profiles import NOTEBOOKS, run_notebook
@@ -68,6 +70,7 @@ def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
     manifest = build_pairs(path, root, n_eval=3, progress=False)
     assert manifest["used"] == 24 and manifest["image_root"] == "png", "the image folder is found below the table"
     tasks = mmeb.choose_tasks(["all"], str(root))
+    assert mmeb.choose_tasks(["ClassSeen", "ClassSeen"], str(root)) == (tasks[2],), "its queries count once"
     assert [task.name for task in tasks] == [
         "TextToImageSeen", "ImageToTextSeen", "ClassSeen", "TextToImageUnseen", "ImageToTextUnseen", "ClassUnseen",
     ]  # fmt: skip
@@ -197,6 +200,22 @@ def test_another_folder_of_pictures_is_another_setting(table, tmp_path):
     for other in (tmp_path / "other", None):
         with pytest.raises(ValueError, match=rf"other data \(image_root .*png, not {other}\)"):
             build_pairs(path, tmp_path / "data", image_root=other, progress=False)
+
+
+def test_the_notebook_takes_a_relative_image_root_from_the_projects_root(monkeypatch):
+    """As `make reproduce IMAGE_ROOT=my/pictures` hands it over; the kernel runs in notebooks/."""
+    cells = json.loads((NOTEBOOKS / "00_data_and_backbone.ipynb").read_text(encoding="utf-8"))["cells"]
+    (source,) = ["".join(cell["source"]) for cell in cells if "build_pairs" in "".join(cell["source"])]
+    monkeypatch.chdir(NOTEBOOKS)
+    names = {
+        "pairs": {"path": "my/a.csv", "image_root": "my/pictures", "text_column": "t"},
+        "data": "d",
+        "path": profiles.path,
+    }
+    names["user_pairs"] = SimpleNamespace(build_pairs=lambda **given: given)
+    exec("\n".join(line for line in source.splitlines()[:2]), names)  # what it hands over, not what it shows of it
+    made = names["made"]
+    assert made == {"root": "d", "path": Path("../my/a.csv"), "image_root": Path("../my/pictures"), "text_column": "t"}
 
 
 def test_pictures_are_not_all_held_at_once(table):
