@@ -40,7 +40,9 @@ def main() -> None:
         process.join()
         if process.exitcode:
             raise SystemExit(f"benchmarks/{script}.py failed, see above why; those after it were not run")
-        print(f"{script} took {time.monotonic() - start:.0f} s, {time.monotonic() - began:.0f} s so far", flush=True)  # noqa: T201
+        now = time.monotonic()
+        sys.stdout.write(f"{script} took {now - start:.0f} s, {now - began:.0f} s so far\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -144,26 +144,21 @@ def check_images(paths: Iterable[str | None]) -> None:
 
 
 def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
-    """Raises InputError for an item {text, image} that holds nothing, or whose text marks other than as many pictures as it
-    has: before training starts, as `check_images`."""
+    """`check_images`, and raises InputError for an item {text, image} that no step could read: one that holds nothing, whose text
+    marks other than as many pictures as it has, or whose `target`, in stage 2, leaves nothing to restore."""
+    paths: list[str] = []
     for item in items:
-        text, n_images = item["text"] or "", len(item_images(item))
+        text, images = item["text"] or "", item_images(item)
         try:
-            if not any(piece is None or piece for piece in split_prompt(text, n_images)):
+            if not any(piece is None or piece for piece in split_prompt(text, len(images))):
                 raise InputError("neither text nor picture")
+            if "target" in item and not PLACEHOLDER.sub("", item["target"]):
+                raise InputError("no text to restore")
         except InputError as error:
             row = f"the row with text {text[:40]!r}, image {item['image'] or 'none'}"
             raise InputError(f"{data}: {error}; mend or leave out {row}") from None
-
-
-def check_bridges(rows: Iterable[dict[str, Any]], data: Path) -> None:
-    """Raises InputError if a row of stage 2 has nothing on one side of EOS: before training starts, as `check_images`."""
-    for row in rows:
-        if not PLACEHOLDER.sub("", row["target"]) or not (row["image"] or PLACEHOLDER.sub("", row["text"])):
-            raise InputError(
-                f"{data}: stage 2 needs a picture or a text, and a text to restore from it; mend or leave out the row "
-                f"with text {row['text'][:40]!r}, image {row['image'] or 'none'}, target {row['target'][:40]!r}"
-            )
+        paths += images
+    check_images(paths)
 
 
 def subsets(data: Path) -> list[str]:

@@ -598,12 +598,11 @@ def _reconstruction(stage: str, model, inputs: Inputs, recipe: Recipe, data: Pat
     wanted = dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
     module = Reconstruction(model, learned_fill=learned, **{name: getattr(recipe, name) for name in wanted})
     rows, plan = ConcatDataset(parts), index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=seed)
-    chosen = sorted(set(plan.tolist()))
-    corpus.check_images(rows[i]["image"] for i in chosen)
-    if stage == "stage2":
-        corpus.check_bridges((rows[i] for i in chosen), data)
-    if stage != "causal":
-        corpus.check_items((stage1_item(rows[i]) if stage == "stage1" else rows[i] for i in chosen), data)
+    chosen = (rows[i] for i in sorted(set(plan.tolist())))
+    if stage == "causal":
+        corpus.check_images(row["image"] for row in chosen)
+    else:
+        corpus.check_items(map(stage1_item, chosen) if stage == "stage1" else chosen, data)
     args = training_arguments(TrainingArguments, recipe, work, seed)
     return ReconstructionTrainer(model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate)
 
@@ -616,7 +615,6 @@ def _stage3(model, inputs: Inputs, recipe: Stage3Recipe, data: Path, work: Path,
         )
     plan = index_plan(sizes, recipe.steps * recipe.batch_size, seed=seed, block=recipe.same_task_block)
     chosen = rows.select(sorted(set(plan.tolist())))
-    corpus.check_images(item["image"] for column in chosen.column_names for item in chosen[column])
     corpus.check_items((item for column in chosen.column_names for item in chosen[column]), data)
     embedder = SentenceTransformer(
         modules=[EosEmbedding(model, inputs, pooling=recipe.pooling)], device="cpu"

@@ -160,15 +160,21 @@ def test_a_picture_and_its_copy_fit(small, picture):
     assert batch["input_ids"].shape[1] <= 64 and (batch["labels"] != -100).any()
 
 
-@pytest.mark.parametrize("row", [("", "caption", "", "no picture"), ("a.png", "caption", "", "")])
-def test_a_row_without_two_sides_is_named_before_training(home, tmp_path, row, monkeypatch):
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (("", "caption", "", "no picture"), "neither text nor picture"),
+        (("a.png", "caption", "", ""), "no text to restore"),
+    ],
+)
+def test_a_row_without_two_sides_is_named_before_training(home, tmp_path, row, message, monkeypatch):
     data = shutil.copytree(home / "world", tmp_path / "world")
     table = pd.read_parquet(data / "corpus/train.parquet")
     table.loc[0] = [row[0] and table.loc[0, "image_path"], *row[1:]]
     table.to_parquet(data / "corpus/train.parquet", index=False)
     monkeypatch.setattr(train.ReconstructionTrainer, "train", lambda *_, **__: pytest.fail("training began"))
     recipe = tiny("stage2", sources="captions", steps=10)
-    with pytest.raises(InputError, match="stage 2 needs a picture or a text, and a text to restore"):
+    with pytest.raises(InputError, match=f"world: {message}; mend or leave out the row with text"):
         go(home, "stage2", tmp_path / "out", recipe, data=data)
 
 
