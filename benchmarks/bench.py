@@ -1,4 +1,7 @@
-"""Every measurement, one after the other, each in a process of its own: `make bench`.
+"""Every measurement, each in a process of its own, two at a time: `make bench`.
+
+A process has one thread, so that each has a core to itself on two; what a neighbour takes of the memory's speed hits both sides
+of a ratio, which run in turn. A script that starts loaders beside the model takes both cores: it runs alone, first.
 
 The libraries are imported once, in the process that multiprocessing's forkserver forks the scripts from: each starts as in a
 fresh interpreter, with nothing that another one left (threads, compiled code, freed blocks). One that measures memory imports
@@ -11,10 +14,12 @@ import importlib
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
-SCRIPTS = ["stages", "logits", "encode", "gradcache", "ranking", "input_side", "packing", "attention", "growth"]
+ALONE = ["input_side"]
+BESIDE = ["gradcache", "growth", "packing", "encode", "logits", "stages", "attention", "ranking"]  # the longest first
 
 
 def forkserver() -> ForkServerContext:
@@ -31,18 +36,25 @@ def run(script: str) -> None:
     importlib.import_module(script).main()
 
 
+def measure(script: str) -> str | None:
+    """Runs it and says how long it took; its name if it failed."""
+    start = time.monotonic()
+    process = forkserver().Process(target=run, args=(script,))
+    process.start()
+    process.join()
+    sys.stdout.write(f"{script} took {time.monotonic() - start:.0f} s\n")
+    sys.stdout.flush()
+    return script if process.exitcode else None
+
+
 def main() -> None:
-    began = time.monotonic()
-    for script in SCRIPTS:
-        start = time.monotonic()
-        process = forkserver().Process(target=run, args=(script,))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"benchmarks/{script}.py failed, see above why; those after it were not run")
-        now = time.monotonic()
-        sys.stdout.write(f"{script} took {now - start:.0f} s, {now - began:.0f} s so far\n")
-        sys.stdout.flush()
+    start = time.monotonic()
+    failed = [measure(script) for script in ALONE]
+    with ThreadPoolExecutor(2) as pool:
+        failed += pool.map(measure, BESIDE)
+    sys.stdout.write(f"all took {time.monotonic() - start:.0f} s\n")
+    if names := ", ".join(f"benchmarks/{script}.py" for script in failed if script):
+        raise SystemExit(f"failed, see above why: {names}; the others are measured")
 
 
 if __name__ == "__main__":

@@ -82,26 +82,6 @@ def mmeb_like(n: int, n_pictures: int) -> tuple[CocoaEmbedder, list[dict]]:
     return CocoaEmbedder(EosEmbedding(model, inputs)), [rows[i] for i in rng.permutation(n)]
 
 
-def photographs(folder: Path, n: int = 16, size: tuple[int, int] = (2000, 1500), kind: str = "jpg") -> list[dict]:
-    """Files smooth as photographs are; of 3 megapixels, unless told otherwise."""
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize(size)
-        smooth.save(folder / f"{i}.{kind}", quality=90)
-    return [{"text": "", "image": folder / f"{i}.{kind}"} for i in range(n)]
-
-
-def ahead(folder: Path) -> list[dict]:
-    """Reading by two processes beside the model, against reading and embedding in turn."""
-    embedder, rows = CocoaEmbedder.load(BACKBONE), photographs(folder)
-    sides = {str(n): lambda n=n: embedder.encode(rows, workers=n, batch_size=4) for n in (0, 2)}
-    vectors = {name: side() for name, side in sides.items()}
-    assert np.array_equal(vectors["0"], vectors["2"])
-    seconds = in_turn(sides, warm=True)
-    text = f"time, no workers / 2; {len(rows)} JPEG files of 3 megapixels"
-    return [record("encode, 2 workers, photographs", text, seconds["0"], seconds["2"])]
-
-
 def compare(label: str, embedder: CocoaEmbedder, rows: list[dict], batch: int = BATCH) -> list[dict]:
     library = SentenceTransformer(modules=[embedder.module], device="cpu")
     sides = {
@@ -139,9 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         records = compare("built-in benchmark", CocoaEmbedder.load(BACKBONE), items(Path(folder) / "world"))
-        records += ahead(Path(folder))
     records += compare("half pictures of 300 tokens, half texts of 20", *mmeb_like(16, 8), batch=8)
-    records += compare("a tenth pictures of 300 tokens, else texts of 20", *mmeb_like(80, 8), batch=16)
+    records += compare("a tenth pictures of 300 tokens, else texts of 20", *mmeb_like(40, 4), batch=8)
     save("encode", records + padding(), "equal embeddings (1e-5), then time (n 5); padding is counted")
 
 

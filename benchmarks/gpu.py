@@ -4,10 +4,11 @@
     python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, keeps nothing unless --out says where
 
 **No GPU numbers exist yet**: this script has been run on a CPU at the tiny shape only. A step is forward, backward and fused
-AdamW, under bf16 autocast, all weights trained, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
-`cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
-checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in
-the output (H100, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make reproduce PROFILE=gpu`.
+AdamW, under bf16 autocast, all weights trained, or the adapter of profile `paper`, one picture of 448 x 448 a row and words up to
+the length. FLOPs are counted by `cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward,
+recomputation (GradCache, checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured
+against is stated in the output (H100, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
+reproduce PROFILE=gpu`.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_lib.attention import dense_mask
-from cocoa_lib.backbone import compile_layers, language_model, set_bidirectional
+from cocoa_lib.backbone import add_adapter, compile_layers, language_model, set_bidirectional
 from cocoa_lib.batches import stage1_batch, stage2_batch
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.estimate import item_cost
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
+from cocoa_lib.profiles import load_profile
 from cocoa_lib.recipes import make_recipe
 
 SHAPE = ROOT / "data/configs/qwen2_vl_2b"
+WITH_ADAPTER = "stage1 with adapter"
 COMPILED, CHECKPOINTING, FLEX, CACHE = "compiled layers", "gradient checkpointing", "Flex", "GradCache"
 # Stage and ways of taking a step; of two ways, time of the first over that of the second. "plain": SDPA, no option on, a whole
 # batch at once. It comes alone first, so that a way that fails does not take it along.
 PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("stage1", ("plain",)), ("stage1", ("plain", COMPILED)), ("stage1", (CHECKPOINTING, "plain")),
+    (WITH_ADAPTER, ("plain",)), (WITH_ADAPTER, (CHECKPOINTING, "plain")),
     ("stage2", ("plain",)), ("stage2", ("plain", FLEX)),
     ("stage3", ("plain",)), ("stage3", (CACHE, "plain")), ("stage3", (CACHE,)),
 ]  # fmt: skip
@@ -102,9 +106,13 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
           n: int = 5) -> list[dict[str, Any]]:  # fmt: skip
     """Steps in each way, in turn: utilisation, tokens/s and peak memory of each (of "plain" where it is alone), and the ratio."""
     cuda, side = device != "cpu", pixels(448, tiny)
-    recipe = make_recipe(stage, {"bf16": cuda})
+    part, stage = stage, stage.split()[0]
+    adapter = {"lora_r", "lora_alpha", "lora_dropout", "dora"} if part == WITH_ADAPTER else set()
+    recipe = make_recipe(stage, {name: load_profile("paper")[stage][name] for name in adapter} | {"bf16": cuda})
     model, inputs = model_of(tiny, device, length)
     module = Reconstruction(model, layout=recipe.layout, image_weight=getattr(recipe, "image_weight", 0.0))
+    if adapter:
+        add_adapter(model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora)
     module.to(device).train()
     columns = batches(stage, recipe, inputs, rows, side)
     flops, tokens = flops_of(module, recipe, columns, side), sum(column["input_ids"].numel() for column in columns)
@@ -134,12 +142,12 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
     for way in ways if len(ways) == 1 else set(ways) - {"plain"}:
         rates = [flops / x / 1e12 for x in seconds[way]]
         more = {"tokens_per_second": tokens / float(np.median(seconds[way])), "peak_memory_gb": memory[way]}
-        lines.append(record(f"{stage}, {way}, {shape}", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), step with AdamW", rates,
+        lines.append(record(f"{part}, {way}, {shape}", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), step with AdamW", rates,
                             [peak] * n, **more))  # fmt: skip
     if len(ways) == 2:
         more = {"peak_memory_gb": [memory[way] for way in ways]}
         lines.append(
-            record(f"{stage}, {ways[0]} / {ways[1]}, {shape}", "step time", *(seconds[way] for way in ways), **more)
+            record(f"{part}, {ways[0]} / {ways[1]}, {shape}", "step time", *(seconds[way] for way in ways), **more)
         )
     return lines
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from unittest.mock import patch
 
 import torch
 from common import BACKBONE, WORDS, in_turn, peaks, record, save, small_model
@@ -15,6 +16,7 @@ from PIL import Image
 
 from cocoa_lib.embedder import EosEmbedding, load_module
 from cocoa_lib.objectives import CachedInfoNCE, info_nce
+from cocoa_lib.packing import longest_first
 
 CHUNK = 32  # rows
 SIZES = (64, 256, 1024)
@@ -56,33 +58,15 @@ def setup(way: str, batch: int) -> Callable[[], float]:
     return run
 
 
-def first_pass(batch: int) -> Callable[[], None]:
-    """What GradCache cannot do without: all embeddings once, without gradients."""
-    module = load_module(BACKBONE).train()
-    objective, features = CachedInfoNCE(module, mini_batch_size=CHUNK), columns(module, batch)
-
-    @torch.no_grad()
-    def run() -> None:
-        objective([dict(column) for column in features])
-
-    return run
-
-
-def compare(records: list[dict], ways: tuple[str, str], batch: int, name: str, words: str, **more: Callable) -> None:
-    """Adds the time of one way over the other's, equal loss and gradients first, and of what `more` names over the other's."""
+def compare(ways: tuple[str, str], batch: int, name: str, words: str) -> dict:
+    """The time of one way over the other's; equal loss and gradients first."""
     sides = {way: setup(way, batch) for way in ways}
     losses = [side() for side in sides.values()]
     assert abs(losses[0] - losses[1]) < 1e-4, losses
     for a, b in zip(*(side.module.parameters() for side in sides.values()), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4)
-    for side in more.values():
-        side()
-    seconds = in_turn(sides | more, warm=True)
-    records.append(record(f"GradCache, {name}", f"step time, {words}; {SHAPE}", seconds[ways[0]], seconds[ways[1]]))
-    for side in more:
-        least = [first + step for first, step in zip(seconds[side], seconds[ways[1]], strict=True)]
-        text = f"full batch and one more forward pass without gradients / full batch of {batch}; {SHAPE}"
-        records.append(record(f"GradCache, time, {side} possible", text, least, seconds[ways[1]]))
+    seconds = in_turn(sides, warm=True)
+    return record(f"GradCache, {name}", f"step time, {words}; {SHAPE}", seconds[ways[0]], seconds[ways[1]])
 
 
 def mixed(batch: int = 16, chunk: int = 4) -> dict:
@@ -95,15 +79,17 @@ def mixed(batch: int = 16, chunk: int = 4) -> dict:
     queries = [{"text": text, "image": picture if at % 2 else None} for at in torch.randperm(batch).tolist()]
     features = [inputs.collate(queries), inputs.collate([{"text": f"{i} {text}"} for i in range(batch)])]
 
-    def step(embed: Callable) -> tuple[float, torch.Tensor]:
-        objective._order = None
+    def step(order: Callable) -> tuple[float, torch.Tensor]:
         module.zero_grad()
-        loss = embed([dict(column) for column in features])
+        with patch("cocoa_lib.objectives.longest_first", order):
+            loss = objective([dict(column) for column in features])
         loss.backward()
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
-    # `forward` sorts, and hands on to `forward_cached`, which takes what it is given
-    sides = {"given": lambda: step(objective.forward_cached), "sorted": lambda: step(objective)}
+    sides = {
+        "given": lambda: step(lambda column: torch.arange(len(column["input_ids"]))),
+        "sorted": lambda: step(longest_first),
+    }
     (ordered, a), (given, b) = sides["sorted"](), sides["given"]()
     assert abs(ordered - given) < 1e-4 and (a - b).norm() < 1e-3 * b.norm()
     seconds = in_turn(sides, warm=True)
@@ -131,18 +117,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     if parser.parse_args(argv).resident:
         return resident()
-    records: list[dict] = []
     chunks = f"GradCache in chunks of {CHUNK} / full batch of"
-    compare(records, ("chunks", "full"), 256, "time, batch 256", f"{chunks} 256")
-    compare(records, ("chunks", "full"), 64, "time, batch 64", f"{chunks} 64", least=first_pass(64))
-    compare(
-        records,
-        ("cached", "one chunk"),
-        64,
-        "time, one chunk",
-        "GradCache's two passes / one pass, batch 64 in one chunk",
-    )
-    records.append(mixed())
+    once = "GradCache's two passes / one pass, batch 64 in one chunk"
+    records = [
+        compare(("chunks", "full"), 256, "time, batch 256", f"{chunks} 256"),
+        compare(("chunks", "full"), 64, "time, batch 64", f"{chunks} 64"),
+        compare(("cached", "one chunk"), 64, "time, one chunk", once),
+        mixed(),
+    ]
     memory = peaks(setup, [*(("chunks", size) for size in reversed(SIZES)), ("full", 256)])
     for size in SIZES[1:]:
         text = f"peak of a step, batch {size} / batch 64; chunks of {CHUNK}; {SHAPE}"

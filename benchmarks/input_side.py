@@ -1,4 +1,5 @@
-"""The input side: import time, the share of a training step spent making the batch, and padding in all stages."""
+"""The input side: import time, the share of a training step spent making the batch, pictures read beside the model, and padding
+in all stages."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import BACKBONE, in_turn, record, save
-from encode import photographs
+from PIL import Image
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from stages import contrastive_loss
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from cocoa_lib import corpus, world
 from cocoa_lib.backbone import open_backbone
 from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
+from cocoa_lib.embedder import CocoaEmbedder
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import load_profile
@@ -115,6 +117,26 @@ def contrastive(data: Path) -> list[dict]:
     return [waiting("stage3", 2, loss, rows.select(plan), collate, recipe.batch_size)]
 
 
+def photographs(folder: Path, n: int = 16, size: tuple[int, int] = (2000, 1500), kind: str = "jpg") -> list[dict]:
+    """Files smooth as photographs are; of 3 megapixels, unless told otherwise."""
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize(size)
+        smooth.save(folder / f"{i}.{kind}", quality=90)
+    return [{"text": "", "image": folder / f"{i}.{kind}"} for i in range(n)]
+
+
+def ahead(folder: Path) -> list[dict]:
+    """Reading by two processes beside the model, against reading and embedding in turn."""
+    embedder, rows = CocoaEmbedder.load(BACKBONE), photographs(folder)
+    sides = {str(n): lambda n=n: embedder.encode(rows, workers=n, batch_size=4) for n in (0, 2)}
+    vectors = {name: side() for name, side in sides.items()}
+    assert np.array_equal(vectors["0"], vectors["2"])
+    seconds = in_turn(sides, warm=True)
+    text = f"time, no workers / 2; {len(rows)} JPEG files of 3 megapixels"
+    return [record("encode, 2 workers, photographs", text, seconds["0"], seconds["2"])]
+
+
 def keeping(folder: Path) -> list[dict]:
     """A training step whose pictures, as large as `pairs` stores a user's, are read anew or kept from an earlier step."""
     recipe = make_recipe("stage1", load_profile("laptop")["stage1"])
@@ -170,7 +192,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = importing() + stages(data) + contrastive(data) + keeping(Path(folder))
+        records = importing() + stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
     save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "imports and shares: n 5; padding is counted")
 
 

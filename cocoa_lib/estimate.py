@@ -145,8 +145,8 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     logits: masked places x vocabulary x (w + 12). inputs: the device's whole batch of pixels, float32.
     flops: forward 2 x weight x rows for each matrix (twice under DoRA with dropout), 4 L^2 H and 4 N^2 E (or windows) for
     attention; backward once for the input and once for a trained weight, attention twice; GradCache, which such a batch does
-    without: one forward more; gradient checkpointing: the layers' once more, but for a last matrix without adapter. hours:
-    steps x flops / (devices x peak x utilisation).
+    without: one forward more, but for its first chunk; gradient checkpointing: the layers' once more, but for a last matrix
+    without adapter. hours: steps x flops / (devices x peak x utilisation).
     Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time, the copy of the inputs in
     which cells are hidden, and the picture's copy in stage 2 with `image_weight` above 0, which comes to that of a second
     picture. The sum is within 15 % of the measured peak of a small step on a CPU (tests/test_estimate.py).
@@ -163,7 +163,9 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     sides = 2 + recipe.hard_negatives if pairs else 1
     items, local = recipe.batch_size * sides, recipe.batch_size / devices
     chunked = pairs and (devices > 1 or local > recipe.mini_batch_size)
-    passes = [(1 + chunked) * cost.forward + saving * cost.repeated + cost.backward for cost in (mean, bare)]
+    held = min(local, recipe.mini_batch_size) if chunked else sides * local  # items whose graph exists at a time
+    twice = chunked * (1 - held / (sides * local))  # share of the items that GradCache embeds again
+    passes = [(1 + twice) * cost.forward + saving * cost.repeated + cost.backward for cost in (mean, bare)]
     flops = items * (share * passes[0] + (1 - share) * passes[1])
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -179,7 +181,6 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     copies = bf16 * (2 * trained + frozen) + 4 * trained * (devices > 1)
     if sharded:
         copies = (2 if bf16 else 4) * whole * (1 + trained / total)
-    held = min(local, recipe.mini_batch_size) if chunked else sides * local  # items whose graph exists at a time
     needs = {
         "weights": 4 * total / parts, "gradients": 4 * trained / parts, "optimiser": 8 * trained / parts,
         "copies": copies,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, load_model
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util import all_gather, get_rank, get_world_size
 from torch import LongTensor, Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .backbone import hidden_states, language_model, layout_mask, needed_elsewhere, position_ids
@@ -206,6 +208,10 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     of a picture of 600; the embeddings are put back into the batch's order before anything else sees them. Chunks stay equal
     in rows, not in tokens: processes that share their weights must do the same number of forward passes.
 
+    GradCache embeds each chunk twice. The first, which is the longest, is embedded once: its graph is kept until its own backward
+    pass, which comes before any other chunk has a graph, so that there is still one at a time. (Ours; a batch of two chunks is
+    embedded one and a half times instead of twice.)
+
     Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
     integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
     another row, is no negative. (The library's own loss leaves duplicates to its batch sampler, which starves on
@@ -230,15 +236,26 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
             return self.calculate_loss(
                 [[self.model(dict(column))["sentence_embedding"]] for column in sentence_features]
             )
-        return self.forward_cached(sentence_features, labels)
+        return self.forward_cached([sentence_features[0] | {"first": []}, *sentence_features[1:]], labels)
 
-    def embed_minibatch(self, sentence_feature: dict[str, Tensor], begin: int, end: int, **settings):
-        """The library's, of rows `begin` to `end` of the order. Picked here: a sorted column would hold all pixels twice."""
+    def embed_minibatch(self, sentence_feature: dict[str, Tensor], begin: int, end: int, with_grad: bool, **settings):
+        """The library's, of rows `begin` to `end` of the order. Picked here: a sorted column would hold all pixels twice.
+
+        `first` of the column holds the embeddings of its first chunk, with their graph, from the first pass to the second."""
         column = dict(sentence_feature)
-        if (order := column.pop("order", None)) is not None:
+        order, first = column.pop("order", None), column.pop("first", None)
+        if with_grad and begin == 0 and first:
+            return first.pop(), None
+        keep = first is not None and begin == 0 and not with_grad
+        if order is not None:
             column = take_rows(column, order[begin:end])
             begin, end = 0, end - begin
-        return super().embed_minibatch(column, begin, end, **settings)
+        # DDP adds up over processes once, after the last chunk
+        with self.model.no_sync() if keep and isinstance(self.model, DistributedDataParallel) else nullcontext():
+            rows, random_state = super().embed_minibatch(column, begin, end, with_grad=with_grad or keep, **settings)
+        if keep:
+            first.append(rows)
+        return rows, random_state
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False

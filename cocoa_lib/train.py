@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ SPENT = "seconds.json"  # in a Trainer checkpoint: training time so far, of all 
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
 KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
 KEPT_IMAGES = 1 << 29  # bytes of processed pictures that a process keeps, all its workers together (ours)
-SAVING = timedelta(hours=2)  # the finished folder's merging, writing and hashing, at most
+SAVING = timedelta(hours=2)  # writing and hashing a checkpoint, and the finished folder's merging, at most
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
 
@@ -210,15 +210,19 @@ class Bar(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C into: save, then stop (twice: stop now).
+    """Marks a checkpoint as whole once all of it is written; turns Ctrl-C, and a scheduler's notice that the time is over
+    (SIGTERM), into: save, then stop (Ctrl-C twice: stop now). transformers' own (`enable_jit_checkpoint`) hears SIGTERM alone,
+    each process for itself.
 
-    `checkpoint`: what the run goes on from; its training time counts as well.
+    `checkpoint`: what the run goes on from; its training time counts as well. `group`: of all processes, by gloo, on GPUs too:
+    while the main one writes, the others wait. NCCL gives up after ten minutes, which tens of gigabytes to a slow disk can take,
+    and a longer limit would be that of every step. A death, gloo sees at once.
     """
 
     interrupted = False
-    previous = None
 
-    def __init__(self, checkpoint: Path | None = None) -> None:
+    def __init__(self, checkpoint: Path | None = None, group: torch.distributed.ProcessGroup | None = None) -> None:
+        self.group, self.previous = group, {}
         path = None if checkpoint is None else checkpoint / SPENT
         self.spent = read_note(path)["seconds"] if path is not None and path.is_file() else 0.0
         self.began = time.monotonic()
@@ -227,7 +231,7 @@ class Watch(TrainerCallback):
         return self.spent + time.monotonic() - self.began
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        PartialState().wait_for_everyone()  # every process writes its random state
+        self.wait()  # every process writes its random state
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
             write_json(folder / SPENT, {"seconds": self.seconds()})
@@ -236,15 +240,20 @@ class Watch(TrainerCallback):
             write_json(folder / COMPLETE, hashes)
             for old in checkpoints(folder.parent)[KEPT_CHECKPOINTS:]:
                 shutil.rmtree(old)
+        self.wait()
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.group is not None:
+            torch.distributed.barrier(self.group)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        try:
-            self.previous = signal.signal(signal.SIGINT, self._interrupt)
-        except ValueError:  # not the main thread: the caller handles Ctrl-C
-            self.previous = None
+        with suppress(ValueError):  # not the main thread: the caller handles them
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._interrupt)
 
-    def _interrupt(self, *args) -> None:
-        if self.interrupted:
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self.interrupted and number == signal.SIGINT:  # a launcher hands SIGTERM on to who has it already
             raise KeyboardInterrupt
         self.interrupted = True
 
@@ -254,8 +263,8 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def restore(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -396,7 +405,7 @@ def run_stage(
     """Run one stage ("causal", "stage1", "stage2", "stage3") from `parent` on the benchmark folder `data` into `out`.
 
     Returns `out`. A finished `out` of the same configuration is returned as it is; of another one, CheckpointError.
-    KeyboardInterrupt after Ctrl-C, with the state saved: the same call goes on. TrainingError for a loss that is not
+    KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the same call goes on. TrainingError for a loss that is not
     finite, a batch size that does not fit, or an output folder that another run is writing or nobody can.
     """
     out, data = Path(out), Path(data)
@@ -461,7 +470,9 @@ def _run(
     if recipe.torch_compile:  # before FSDP, after the adapter
         compile_layers(model)
     whole = shard(trainer, model, adapter) if trainer.is_fsdp_enabled else (trainer.model, model, adapter)
-    watch = Watch(checkpoint)
+    with reporting_a_death(trainer, state):
+        group = torch.distributed.new_group(backend="gloo", timeout=SAVING) if state.num_processes > 1 else None
+    watch = Watch(checkpoint, group)
     trainer.remove_callback(PrinterCallback)
     if show_progress:
         trainer.add_callback(Bar())
@@ -477,10 +488,6 @@ def _run(
     seconds = watch.seconds()
     if trainer.is_fsdp_enabled:
         unshard(trainer, whole)
-    # The others wait by gloo, on GPUs too: NCCL gives up after ten minutes, which writing tens of gigabytes to a slow disk can
-    # take, and a longer limit would be that of every step. A death, gloo sees at once.
-    with reporting_a_death(trainer, state):
-        several = state.num_processes > 1 and torch.distributed.new_group(backend="gloo", timeout=SAVING)
     if trainer.is_world_process_zero():
         module, model, adapter = whole
         if adapter is not None:
@@ -489,9 +496,8 @@ def _run(
         with reporting_a_full_disk(trainer, work):
             _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
-    if several:
-        with reporting_a_death(trainer, state):
-            torch.distributed.barrier(several)
+    with reporting_a_death(trainer, state):
+        watch.wait()
     return out
 
 

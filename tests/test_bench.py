@@ -39,26 +39,28 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
     assert re.search(r"^bench:.*\n.* benchmarks/bench.py$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     # What `make bench` does not write.
     aside = {"gpu", "attention_gpu", "attention_long", "encode_many", "gradcache_resident"}
-    assert set(bench.SCRIPTS) == scripts == {path.stem for path in FILES} - aside
+    assert {*bench.ALONE, *bench.BESIDE} == scripts == {path.stem for path in FILES} - aside
+    assert len(bench.ALONE) + len(bench.BESIDE) == len(scripts)
 
 
-def test_make_bench_runs_each_script_clean_and_stops_at_one_that_fails(tmp_path):
-    """Nothing that one leaves is there in the next; the one that failed is named, and is the last."""
+def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
+    """Nothing that one leaves is there in the next; the others are measured all the same."""
     body = "import multiprocessing, os, sys\n\n\ndef main():\n    print('{0}', sys.argv, os.environ.pop('LEFT', None), "
     body += "multiprocessing.get_start_method(), flush=True)\n    {1}\n"
     for name, then in {"a": "os.environ['LEFT'] = 'a'", "b": "raise ValueError('b broke')", "c": "pass"}.items():
         (tmp_path / f"script_{name}.py").write_text(body.format(name, then))
-    code = "import bench; bench.SCRIPTS, bench.PRELOAD = ['script_a', 'script_b', 'script_c'], []; bench.main()"
+    code = "import bench; bench.ALONE, bench.BESIDE, bench.PRELOAD = ['script_a'], ['script_b', 'script_c'], []; bench.main()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "benchmarks")])},
     )  # fmt: skip
     usual = multiprocessing.get_all_start_methods()[0]  # as in a fresh interpreter
-    first, took, second = done.stdout.splitlines()
-    assert [first, second] == [f"a ['script_a'] None {usual}", f"b ['script_b'] None {usual}"]
-    assert re.fullmatch(r"script_a took \d+ s, \d+ s so far", took)
+    lines = [re.sub(r"\d+ s$", "1 s", line) for line in done.stdout.splitlines()]
+    assert lines[:2] == [f"a ['script_a'] None {usual}", "script_a took 1 s"] and lines[-1] == "all took 1 s"
+    beside = [line for name in "bc" for line in (f"{name} ['script_{name}'] None {usual}", f"script_{name} took 1 s")]
+    assert sorted(lines[2:-1]) == sorted(beside)
     assert done.returncode == 1 and "ValueError: b broke" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("benchmarks/script_b.py failed")
+    assert done.stderr.splitlines()[-1] == "failed, see above why: benchmarks/script_b.py; the others are measured"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
@@ -228,7 +230,8 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
     lines = {line["name"].removesuffix(" rows of 16"): line for line in gpu.main(TINY)}
     shares = {name: line for name, line in lines.items() if "/" not in name}
     assert list(shares) == [
-        "stage1, plain, 2", "stage1, compiled layers, 2", "stage1, gradient checkpointing, 2", "stage2, plain, 2",
+        "stage1, plain, 2", "stage1, compiled layers, 2", "stage1, gradient checkpointing, 2",
+        "stage1 with adapter, plain, 2", "stage1 with adapter, gradient checkpointing, 2", "stage2, plain, 2",
         "stage3, plain, 2", "stage3, GradCache, 2", "stage3, GradCache, 8", "encode, 448 x 448 pixels",
         "encode, 1344 x 1344 pixels",
     ]  # fmt: skip
@@ -237,6 +240,7 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
     ratios = [
         "stage1, plain / compiled layers, 2",
         "stage1, gradient checkpointing / plain, 2",
+        "stage1 with adapter, gradient checkpointing / plain, 2",
         "stage3, GradCache / plain, 2",
     ]
     assert [name for name in lines if "/" in name] == ratios
@@ -248,7 +252,7 @@ def test_a_part_that_fails_is_told_and_costs_no_other(monkeypatch, tmp_path, cap
 
     def train(stage, ways, **settings):
         if stage == "stage2":
-            assert len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 3, "kept as soon as it was there"
+            assert len(json.loads((tmp_path / "gpu.json").read_text())["results"]) == 5, "kept as soon as it was there"
             raise NotImplementedError("no kernel for this")
         return [gpu.record(f"{stage}, {' / '.join(ways)}", "a / b", [1.0], [2.0])]
 

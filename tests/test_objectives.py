@@ -356,7 +356,7 @@ def test_a_batch_of_one_chunk_is_embedded_once_and_pairs_have_gradcaches_gradien
         model.zero_grad()
         rows.clear()
     plain, cached = found["forward"], found["forward_cached"]
-    assert (plain[-1], cached[-1]) == ([10] * 2, [10] * 4)
+    assert (plain[-1], cached[-1]) == ([10] * 2, [10] * 4)  # the library's own passes keep no chunk
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(plain[:-1], cached[:-1], strict=True))
 
 
@@ -424,12 +424,52 @@ def test_chunks_of_sorted_rows_compute_less_padding_and_as_many_chunks(small, pi
     _, _, chunks = outcome(module, objective, features)
     objective._order = None
     _, _, given = outcome(module, objective.forward_cached, features)
-    assert [rows for rows, _ in chunks] == [rows for rows, _ in given] == [2, 2, 2, 1] * 3 * 2  # columns, passes
+    assert [rows for rows, _ in given] == [2, 2, 2, 1] * 3 * 2  # columns, passes
+    assert [rows for rows, _ in chunks] == [rows for rows, _ in given[:12] + given[13:]], (
+        "the first is not computed again"
+    )
+    chunks.insert(12, chunks[0])
     by_length = [column["attention_mask"].sum(1).sort(descending=True).values for column in features]
     assert [length for _, length in chunks] == 2 * [int(rows[0]) for column in by_length for rows in column.split(2)]
     real = 2 * sum(int(lengths.sum()) for lengths in by_length)
     padding, before = (sum(n * length for n, length in shapes) - real for shapes in (chunks, given))
     assert 0 < padding < before / 4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5])
+def test_the_first_chunk_is_kept_and_there_is_one_graph_at_a_time(chunk):
+    """Its graph lives from the first pass to its own backward pass; evaluation, without gradients, keeps none."""
+    model, alive, most = Toy().train(), [], []
+
+    def count(module, args, out):
+        rows = out["sentence_embedding"]
+        if rows.requires_grad:
+            alive.append(1)
+            rows.register_hook(lambda gradient: alive.pop() and None)
+        most.append(len(alive))
+
+    model.register_forward_hook(count)
+    objective = CachedInfoNCE(model, temperature=0.1, mini_batch_size=chunk)
+    objective(columns()).backward()
+    chunks = 3 * math.ceil(10 / chunk)
+    assert len(most) == 2 * chunks - 1 and set(most) == {1} and not alive
+    most.clear()
+    with torch.no_grad():
+        objective(columns())
+    assert most == [0] * chunks
+
+
+def test_two_batches_may_wait_for_their_backward_pass():
+    model = Toy().eval()
+    objective, first, second = CachedInfoNCE(model, temperature=0.1, mini_batch_size=3), columns(), columns(n=7)
+    expected = []
+    for features in (first, second):
+        objective(features).backward()
+        expected.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    (objective(first) + objective(second)).backward()
+    for p, a, b in zip(model.parameters(), *expected, strict=True):
+        assert torch.allclose(p.grad, a + b, rtol=1e-5, atol=1e-7)
 
 
 def test_one_chunk_is_embedded_in_the_order_given_to_the_bit(small, picture):

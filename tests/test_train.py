@@ -458,14 +458,14 @@ def test_the_command_killed_at_a_random_moment_goes_on(home, tmp_path):
     assert_same_run(tmp_path / "out", whole)
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
-def test_ctrl_c_saves_and_the_same_call_goes_on(home, stage, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("stage, number", [("stage1", signal.SIGINT), ("stage3", signal.SIGTERM)])
+def test_ctrl_c_or_a_schedulers_sigterm_saves_and_the_same_call_goes_on(home, stage, number, tmp_path, monkeypatch):
+    handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stop_at(patch, 3, signal.SIGINT)
+        stop_at(patch, 3, number)
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3; the same command goes on from there"):
             go(home, stage, tmp_path / "out")
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(number) is handler
     checkpoint = tmp_path / ".out.work" / "checkpoint-3"
     spent = json.loads((checkpoint / "seconds.json").read_text())["seconds"]
     assert 0 < spent < 1000
@@ -483,11 +483,12 @@ def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
     assert_same_run(go(home, "stage2", tmp_path / "out"), home / "stage2")
 
 
-def test_ctrl_c_twice_stops_at_once():
+def test_ctrl_c_twice_stops_at_once_but_sigterm_may_come_from_scheduler_and_launcher():
     watch = train.Watch()
-    watch._interrupt()
+    watch._interrupt(signal.SIGTERM, None)
+    watch._interrupt(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
-        watch._interrupt()
+        watch._interrupt(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize("damage", ["optimizer.pt", "model.safetensors", "rng_state.pth", "half", "both"])
@@ -755,7 +756,7 @@ def one_of_two(rank, port, home, out):
         go(home, stage, out / stage)
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:
-            stop_at(patch, 3, signal.SIGINT)  # Ctrl-C reaches one process only: both must stop at the same step
+            stop_at(patch, 3, signal.SIGTERM)  # reaches one process only: both must stop at the same step
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
             go(home, "stage3", out / "resumed")
     files = json.loads((out / ".resumed.work" / "checkpoint-3" / "complete.json").read_text())
