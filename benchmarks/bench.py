@@ -19,7 +19,17 @@ from multiprocessing.context import ForkServerContext
 
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
 ALONE = ["input_side"]
-BESIDE = ["gradcache", "growth", "packing", "encode", "logits", "stages", "attention", "ranking"]  # the longest first
+BESIDE = [
+    "gradcache",
+    "growth",
+    "encode",
+    "logits",
+    "stages",
+    "packing",
+    "attention",
+    "ranking",
+    "imports",
+]  # the longest first
 
 
 def forkserver() -> ForkServerContext:

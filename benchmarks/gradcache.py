@@ -1,7 +1,7 @@
 """GradCache: peak memory by batch size at a fixed chunk, and time over a plain full batch, at the laptop shape.
 
-python benchmarks/gradcache.py               # part of `make bench`
-python benchmarks/gradcache.py --resident    # memory alone, with what glibc keeps of freed blocks -> gradcache_resident.json
+python benchmarks/gradcache.py             # part of `make bench`
+python benchmarks/gradcache.py --large     # memory of batch 1024 alone -> gradcache_large.json; nine minutes
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from cocoa_lib.objectives import CachedInfoNCE, info_nce
 from cocoa_lib.packing import longest_first
 
 CHUNK = 32  # rows
-SIZES = (64, 256, 1024)
 SHAPE = "picture + question against 12 words, committed backbone"
 
 
@@ -51,7 +50,7 @@ def setup(way: str, batch: int) -> Callable[[], float]:
         loss.backward()
         return float(loss.detach())
 
-    step(columns(module, 2 * CHUNK))  # what is allocated once: gradients, buffers
+    step(columns(module, CHUNK + 1))  # what is allocated once: gradients, buffers
     features = columns(module, batch)
     run = lambda: step(features)  # noqa: E731
     run.module = module
@@ -98,25 +97,22 @@ def mixed(batch: int = 16, chunk: int = 4) -> dict:
     return record("GradCache, sorted chunks, mixed", text, seconds["given"], seconds["sorted"])
 
 
-def resident() -> None:
-    kept = peaks(setup, [("chunks", 1024), ("chunks", 64)], in_use=False)
-    text = f"peak of a step with what glibc keeps of freed blocks, batch 1024 / batch 64; chunks of {CHUNK}; {SHAPE}"
-    name = "GradCache, resident memory, batch 1024"
-    save(
-        "gradcache_resident",
-        [record(name, text, kept["chunks", 1024], kept["chunks", 64])],
-        "memory of a step (n 5 processes)",
-    )
+def large() -> None:
+    """What is in use at most, and what is resident with what glibc, left to itself, keeps of freed blocks."""
+    records = []
+    for name, words in {"memory": "", "resident memory": " with what glibc keeps of freed blocks"}.items():
+        found = peaks(setup, [("chunks", 1024), ("chunks", 64)], in_use=name == "memory")
+        text = f"peak of a step{words}, batch 1024 / batch 64; chunks of {CHUNK}; {SHAPE}"
+        records.append(record(f"GradCache, {name}, batch 1024", text, found["chunks", 1024], found["chunks", 64]))
+    save("gradcache_large", records, "memory of a step above model and inputs (n 5 processes)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time and memory of GradCache.")
-    parser.add_argument(
-        "--resident", action="store_true", help="memory with what glibc keeps of freed blocks, and nothing else"
-    )
+    parser.add_argument("--large", action="store_true", help="memory of a batch of 1024, and nothing else")
     torch.set_num_threads(1)
-    if parser.parse_args(argv).resident:
-        return resident()
+    if parser.parse_args(argv).large:
+        return large()
     chunks = f"GradCache in chunks of {CHUNK} / full batch of"
     once = "GradCache's two passes / one pass, batch 64 in one chunk"
     records = [
@@ -125,13 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(("cached", "one chunk"), 64, "time, one chunk", once),
         mixed(),
     ]
-    memory = peaks(setup, [*(("chunks", size) for size in reversed(SIZES)), ("full", 256)])
-    for size in SIZES[1:]:
-        text = f"peak of a step, batch {size} / batch 64; chunks of {CHUNK}; {SHAPE}"
-        records.append(record(f"GradCache, memory, batch {size}", text,
-                              memory["chunks", size], memory["chunks", 64]))  # fmt: skip
-    records.append(record("GradCache, memory saved, batch 256", f"peak of a step, full batch / chunks of {CHUNK}; {SHAPE}",
-                          memory["full", 256], memory["chunks", 256]))  # fmt: skip
+    memory = peaks(setup, [("chunks", 256), ("chunks", 64), ("full", 256)])
+    chunked = memory["chunks", 256]
+    text = f"peak of a step, batch 256 / batch 64; chunks of {CHUNK}; {SHAPE}"
+    records.append(record("GradCache, memory, batch 256", text, chunked, memory["chunks", 64]))
+    text = f"peak of a step, full batch / chunks of {CHUNK}; {SHAPE}"
+    records.append(record("GradCache, memory saved, batch 256", text, memory["full", 256], chunked))
     save(
         "gradcache",
         records,

@@ -1,14 +1,10 @@
-"""The input side: import time, the share of a training step spent making the batch, pictures read beside the model, and padding
-in all stages."""
+"""The input side: the share of a training step spent making the batch, pictures read beside the model, and padding in all stages."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -32,31 +28,6 @@ from cocoa_lib.train import KEPT_IMAGES
 
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
 STEPS = 7  # of which the first two do not count
-
-
-# In one process, so that what both need counts once: the libraries, then what this package adds.
-STACK = """import time
-start = time.perf_counter()
-import torch, transformers, sentence_transformers
-stack = time.perf_counter()
-import cocoa_lib.embedder
-print(stack - start, time.perf_counter() - start)"""
-
-
-def importing(n: int = 5) -> list[dict]:
-    """A fresh interpreter each: this package's imports against those of what it stands on."""
-
-    def run(code: str) -> str:
-        return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout  # noqa: S603
-
-    seconds = in_turn({"package": lambda: run("import cocoa_lib"), "nothing": lambda: run("pass")}, n)
-    with ThreadPoolExecutor(2) as pool:  # two at a time: the ratio is within a process
-        stack, whole = zip(*[map(float, out.split()) for out in pool.map(run, [STACK] * n)], strict=True)
-    return [
-        record("import cocoa_lib", "time, import cocoa_lib / an empty interpreter", seconds["package"], seconds["nothing"]),
-        record("import cocoa_lib.embedder", "time, torch, transformers, sentence_transformers and cocoa_lib.embedder / the first "
-               "three", whole, stack),
-    ]  # fmt: skip
 
 
 def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dict:
@@ -192,8 +163,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = importing() + stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
-    save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "imports and shares: n 5; padding is counted")
+        records = stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
+    save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "time and shares: n 5; padding is counted")
 
 
 if __name__ == "__main__":

@@ -81,8 +81,8 @@ def main() -> None:
     torch.set_num_threads(1)
     records = []
     for stage, (layout, _) in STAGES.items():
-        module = Reconstruction(small_model()[0], layout=layout).train()
-        shape = "20 words, 600 cells, hidden 256, 2 layers"
+        module = Reconstruction(small_model(layers=1)[0], layout=layout).train()
+        shape = "20 words, 600 cells, hidden 256, 1 layer"
         records.append(compare(f"{stage}, MMEB-like", shape, module, mmeb_like(stage)))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
