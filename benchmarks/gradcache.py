@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(("cached", "one chunk"), 64, "time, one chunk", once),
         mixed(),
     ]
-    memory = peaks(setup, [("chunks", 256), ("chunks", 64), ("full", 256)])
+    memory = peaks(setup, [("chunks", 256), ("full", 256), ("chunks", 64)])
     chunked = memory["chunks", 256]
     text = f"peak of a step, batch 256 / batch 64; chunks of {CHUNK}; {SHAPE}"
     records.append(record("GradCache, memory, batch 256", text, chunked, memory["chunks", 64]))

@@ -13,7 +13,7 @@ from cocoa_lib.attention import EOS, A
 from cocoa_lib.backbone import hidden_states, open_backbone
 from cocoa_lib.embedder import CocoaEmbedder
 
-LENGTHS, BATCHES, ITEMS = (64, 256, 1024, 4096), (4, 16, 64, 256), (32, 128, 512, 2048)
+LENGTHS, BATCHES, ITEMS = (64, 256, 1024, 4096), (4, 16, 64, 256), (16, 64, 256, 1024)
 
 
 def model():

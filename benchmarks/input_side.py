@@ -1,4 +1,4 @@
-"""The input side: the share of a training step spent making the batch, pictures read beside the model, and padding in all stages."""
+"""The input side: the share of a step that waits for its batch, pictures read beside the model, and padding in all stages."""
 
 from __future__ import annotations
 
