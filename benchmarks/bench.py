@@ -1,8 +1,5 @@
 """Every measurement, each in a process of its own, two at a time: `make bench`.
 
-    python benchmarks/bench.py                 # under ten minutes
-    python benchmarks/bench.py --one-by-one    # longer, with narrower intervals; the committed records are made so
-
 A process has one thread, so that each has a core to itself on two; what a neighbour takes of the memory's speed hits both sides
 of a ratio, which run in turn. A script that starts loaders beside the model takes both cores: it runs alone, first.
 
@@ -13,29 +10,17 @@ them once more, for a forkserver of its own.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 
 PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
 ALONE = ["input_side"]
-BESIDE = [
-    "gradcache",
-    "growth",
-    "encode",
-    "stages",
-    "packing",
-    "logits",
-    "attention",
-    "ranking",
-    "imports",
-]  # the longest first
+# The longest first.
+BESIDE = ["gradcache", "growth", "encode", "logits", "stages", "packing", "ranking", "attention"]
 
 
 def forkserver() -> ForkServerContext:
@@ -45,18 +30,17 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def run(script: str, peaks_at_once: int) -> None:
-    os.environ["PEAKS_AT_ONCE"] = str(peaks_at_once)
+def run(script: str) -> None:
     sys.argv = [script]  # called by itself, without arguments
     # A forkserver's child starts its own processes by forkserver as well, and then `encode`'s workers import everything anew.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     importlib.import_module(script).main()
 
 
-def measure(script: str, peaks_at_once: int = 1) -> str | None:
+def measure(script: str) -> str | None:
     """Runs it and says how long it took; its name if it failed."""
     start = time.monotonic()
-    process = forkserver().Process(target=run, args=(script, peaks_at_once))
+    process = forkserver().Process(target=run, args=(script,))
     process.start()
     process.join()
     sys.stdout.write(f"{script} took {time.monotonic() - start:.0f} s\n")
@@ -64,13 +48,11 @@ def measure(script: str, peaks_at_once: int = 1) -> str | None:
     return script if process.exitcode else None
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Every measurement.")
-    parser.add_argument("--one-by-one", action="store_true", help="one script at a time, for narrower intervals")
-    start, alone = time.monotonic(), ALONE + BESIDE if parser.parse_args(argv).one_by_one else ALONE
-    failed = [measure(script, 2) for script in alone]
+def main() -> None:
+    start = time.monotonic()
+    failed = [measure(script) for script in ALONE]
     with ThreadPoolExecutor(2) as pool:
-        failed += pool.map(measure, [script for script in BESIDE if script not in alone])
+        failed += pool.map(measure, BESIDE)
     sys.stdout.write(f"all took {time.monotonic() - start:.0f} s\n")
     if names := ", ".join(f"benchmarks/{script}.py" for script in failed if script):
         raise SystemExit(f"failed, see above why: {names}; the others are measured")

@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -138,14 +137,8 @@ def show(name: str, records: list[dict[str, Any]], note: str, failed: dict[str, 
 def peaks(
     make: Callable[..., Callable[[], Any]], runs: Sequence[tuple], *, in_use: bool = True, n: int = 5
 ) -> dict[tuple, list[float]]:
-    """Arguments of `make` -> `peak` of `n` fresh processes: in one, a first step would leave what the next does not need anew.
-
-    Two at a time, unless another script is measured beside: memory, unlike time, does not mind a neighbour. Callers name the
-    longest first, so that none is left to run alone at the end.
-    """
-    with ThreadPoolExecutor(int(os.environ.get("PEAKS_AT_ONCE", 2))) as pool:
-        found = list(pool.map(lambda args: peak(make, *args, in_use=in_use), [args for args in runs for _ in range(n)]))
-    return {args: found[i * n : (i + 1) * n] for i, args in enumerate(runs)}
+    """Arguments of `make` -> `peak` of `n` fresh processes: in one, a first step would leave what the next does not need anew."""
+    return {args: [peak(make, *args, in_use=in_use) for _ in range(n)] for args in runs}
 
 
 def peak(make: Callable[..., Callable[[], Any]], *args: Any, in_use: bool = True) -> float:

@@ -1,7 +1,9 @@
-"""The input side: the share of a step that waits for its batch, pictures read beside the model, and padding in all stages."""
+"""Import time, the share of a step that waits for its batch, pictures read beside the model, and padding in all stages."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +30,16 @@ from cocoa_lib.train import KEPT_IMAGES
 
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
 STEPS = 7  # of which the first two do not count
+
+
+def importing() -> dict:
+    """A fresh interpreter each."""
+    sides = {"package": "import cocoa_lib", "nothing": "pass"}
+    run = partial(subprocess.run, check=True)
+    seconds = in_turn({name: partial(run, [sys.executable, "-c", code]) for name, code in sides.items()})
+    return record(
+        "import cocoa_lib", "time, import cocoa_lib / an empty interpreter", seconds["package"], seconds["nothing"]
+    )
 
 
 def padding(stage: str, shape: str, lengths: np.ndarray, batch_size: int) -> dict:
@@ -163,7 +175,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
+        records = [importing()] + stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
     save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "time and shares: n 5; padding is counted")
 
 

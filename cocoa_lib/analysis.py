@@ -14,10 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from .mmeb import META_TASKS, Task, groups
 
@@ -317,6 +313,11 @@ def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, t
     Features are standardised by the training rows; no randomness. Labels that training lacks count as errors. Raises
     scikit-learn's ValueError for different lengths, values that are not finite, or a single class in training.
     """
+    from sklearn.linear_model import LogisticRegression  # here: figures import this module and need none of it
+    from sklearn.metrics import accuracy_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train_x, train_y)
     classes, counts = np.unique(train_y, return_counts=True)
     right = int(accuracy_score(test_y, model.predict(test_x), normalize=False))

@@ -49,7 +49,7 @@ def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
     body += "multiprocessing.get_start_method(), flush=True)\n    {1}\n"
     for name, then in {"a": "os.environ['LEFT'] = 'a'", "b": "raise ValueError('b broke')", "c": "pass"}.items():
         (tmp_path / f"script_{name}.py").write_text(body.format(name, then))
-    code = "import bench; bench.ALONE, bench.BESIDE, bench.PRELOAD = ['script_a'], ['script_b', 'script_c'], []; bench.main([])"
+    code = "import bench; bench.ALONE, bench.BESIDE, bench.PRELOAD = ['script_a'], ['script_b', 'script_c'], []; bench.main()"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "benchmarks")])},
