@@ -113,9 +113,8 @@ def keep(
 ) -> None:  # fmt: skip
     """FOLDER/NAME.json. A GPU is named where the measurements ran on it, not where the machine merely has one."""
     commit = provenance()["commit"]
-    machine = (
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-    )
+    kind = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    machine = f"{kind}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
     machine += f", {torch.cuda.get_device_name()}" if device != "cpu" else ""
     for line in records:
         line |= {key: float(f"{line[key]:.4g}") for key in ("ratio", "lowest", "highest")}
