@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         records = compare("built-in benchmark", CocoaEmbedder.load(BACKBONE), items(Path(folder) / "world"))
     records += compare("half pictures of 300 tokens, half texts of 20", *mmeb_like(12, 6), batch=6)
-    records += compare("a tenth pictures of 300 tokens, else texts of 20", *mmeb_like(48, 5), batch=16)
+    records += compare("a tenth pictures of 300 tokens, else texts of 20", *mmeb_like(32, 3), batch=16)
     save("encode", records + padding(), "equal embeddings (1e-5), then time (n 5); padding is counted")
 
 

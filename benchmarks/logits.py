@@ -25,7 +25,7 @@ def full_logits(hidden, lm_head, labels):
 def setup(stage: str, full: bool, batch: int = 4, length: int = 128) -> Callable[[], float]:
     """The step (forward and backward) of one side, after one small step that allocates gradients."""
     layout, rate = STAGES[stage]
-    model, _ = small_model()
+    model, _ = small_model(128)
     model.resize_token_embeddings(VOCABULARY, mean_resizing=False)
     torch.manual_seed(0)
     model.lm_head.weight.data.normal_(std=0.02)  # tied to the input embedding
@@ -58,7 +58,7 @@ def main() -> None:
         losses = {name: side() for name, side in sides.items()}
         assert abs(losses["full"] - losses["masked"]) < 1e-4, losses
         seconds = in_turn(sides, warm=True)
-        shape = f"4 x 128 tokens, hidden 256, 2 layers, vocabulary {VOCABULARY}"
+        shape = f"4 x 128 tokens, hidden 128, 2 layers, vocabulary {VOCABULARY}"
         records.append(record(f"logits, time, {stage}", f"step time, full / masked positions; {shape}",
                               seconds["full"], seconds["masked"]))  # fmt: skip
     stage = next(iter(STAGES))  # memory is the same in both: full logits do not depend on what is masked
