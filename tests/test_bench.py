@@ -82,14 +82,14 @@ def growth_sentence() -> str:
         tuple(name.split(", ")[1:]): np.array(line["slopes"]) for name, line in RECORDS.items() if "slopes" in line
     }
     length = slopes["tokens a sequence (batch 2)", "time"]
-    texts = slopes.pop(("texts to encode", "peak memory"))[1:]  # 16 and 64 texts are a batch or two
-    linear = np.concatenate([length[:-1], *(x for key, x in slopes.items() if x is not length)])
-    assert len(slopes) == 5 and 0.7 < linear.min() and linear.max() < 1.35 < 1.5 < length[-1] and texts.max() < 0.7
+    few, *texts = slopes.pop(("texts to encode", "peak memory"))  # 16 and 64 texts are a batch or two
+    linear = np.concatenate([length[:-1], [few], *(x for key, x in slopes.items() if x is not length)])
+    assert len(slopes) == 5 and 0.7 < linear.min() and linear.max() < 1.35 < 1.5 < length[-1] and max(texts) < 0.7
     return (
-        "From size to size, time and peak memory grow about linearly with batch and length, and time with the texts to encode "
-        f"(log-log slopes {linear.min():.2f} to {linear.max():.2f}); it stops being linear in time beyond 1,024 tokens a "
-        f"sequence ({length[-1]:.2f} from there to 4,096: attention compares all pairs), and the memory of `encode`, beyond 64 "
-        f"texts, less than linearly ({texts.min():.2f} to {texts.max():.2f})."
+        "From size to size, time and peak memory grow about linearly with batch and length, as with the texts to encode time "
+        f"does and, up to 64, memory (log-log slopes {linear.min():.2f} to {linear.max():.2f}); it stops being linear in time "
+        f"beyond 1,024 tokens a sequence ({length[-1]:.2f} from there to 4,096: attention compares all pairs), and the memory of `encode`, beyond 64 "
+        f"texts, less than linearly ({min(texts):.2f} to {max(texts):.2f})."
     )
 
 
