@@ -88,8 +88,8 @@ def growth_sentence() -> str:
     return (
         "From size to size, time and peak memory grow about linearly with batch and length, as with the texts to encode time "
         f"does and, up to 64, memory (log-log slopes {linear.min():.2f} to {linear.max():.2f}); it stops being linear in time "
-        f"beyond 1,024 tokens a sequence ({length[-1]:.2f} from there to 4,096: attention compares all pairs), and the memory of `encode`, beyond 64 "
-        f"texts, less than linearly ({min(texts):.2f} to {max(texts):.2f})."
+        f"beyond 1,024 tokens a sequence ({length[-1]:.2f} from there to 4,096: attention compares all pairs), and the memory "
+        f"of `encode`, beyond 64 texts, less than linearly ({min(texts):.2f} to {max(texts):.2f})."
     )
 
 
