@@ -45,8 +45,9 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
 
 def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
     """Nothing that one leaves is there in the next; the others are measured all the same."""
-    body = "import multiprocessing, os, sys\n\n\ndef main():\n    print('{0}', sys.argv, os.environ.pop('LEFT', None), "
-    body += "multiprocessing.get_start_method(), flush=True)\n    {1}\n"
+    # One write a line, even unbuffered, so that lines of two processes do not mix.
+    body = "import multiprocessing, os, sys\n\n\ndef main():\n    seen = sys.argv, os.environ.pop('LEFT', None), "
+    body += "multiprocessing.get_start_method()\n    print('{0} %s %s %s\\n' % seen, end='', flush=True)\n    {1}\n"
     for name, then in {"a": "os.environ['LEFT'] = 'a'", "b": "raise ValueError('b broke')", "c": "pass"}.items():
         (tmp_path / f"script_{name}.py").write_text(body.format(name, then))
     code = "import bench; bench.ALONE, bench.BESIDE, bench.PRELOAD = ['script_a'], ['script_b', 'script_c'], []; bench.main()"
