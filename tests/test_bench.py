@@ -193,9 +193,20 @@ def test_batches_by_tokens_hold_every_item_once_and_no_more_than_plain_ones_of_t
     for chosen in batches:
         assert len(chosen) * lengths[chosen].max() <= 8 * lengths.max()
         assert cells[chosen].sum() <= 8 * cells.max()
+    for chosen in batches:  # a batch is alike in length, but for a few
+        short = lengths[chosen] < lengths[chosen].max() / 2
+        assert (lengths[chosen].max() - lengths[chosen][short]).sum() <= 256
     assert len(batches) < 500 / 8  # short items came together in larger batches
     plain = sum(8 * lengths[at : at + 8].max() for at in range(0, 500, 8))
     assert sum(len(chosen) * lengths[chosen].max() for chosen in batches) < 0.5 * plain
+
+
+def test_pictures_among_texts_are_a_batch_of_their_own_and_a_few_words_are_none():
+    from cocoa_lib.embedder import token_batches
+
+    lengths, cells = np.array([21, 303, 20, 302, 22]), np.array([0, 300, 0, 300, 0])
+    assert [chosen.tolist() for chosen in token_batches(lengths, cells, 5)] == [[1, 3], [4, 0, 2]]
+    assert [chosen.tolist() for chosen in token_batches(np.array([3, 20, 8]), np.zeros(3, int), 4)] == [[1, 2, 0]]
 
 
 def test_encode_knows_an_items_length_before_it_makes_the_batch(small, picture):
