@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from .mmeb import META_TASKS, Task, groups
 
@@ -27,6 +28,8 @@ def effective_rank(embeddings: np.ndarray) -> float:
     direction counts as the partial collapse that it is. For the spread about the mean, pass `x - x.mean(0)`.
     Raises ValueError for values that are not finite, or all zero.
     """
+    from scipy import stats  # in functions, here and below: a second, which first pictures need not wait
+
     singular = np.linalg.svd(_matrix(embeddings), compute_uv=False)
     if not singular.sum():
         raise ValueError("all embeddings are zero, so they have no effective rank")
@@ -96,18 +99,22 @@ def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ())
     results, per_query = [], []
     for (arm, seed), folder in pieces.items():
         try:
-            scores, ranks = pd.read_csv(folder / "results.csv"), pd.read_parquet(folder / "per_query.parquet")
-            facts = scores[["task", "meta_task", "in_distribution"]].drop_duplicates("task").set_index("task")
-            tasks = set(ranks["task"])
+            scores, ranks = pd.read_csv(folder / "results.csv"), pq.read_table(folder / "per_query.parquet")
+            tasks, ranked = set(scores["task"].unique()), set(ranks["task"].unique().to_pylist())
+            _ = scores["meta_task"], scores["in_distribution"]  # KeyError where there is none
         except (ValueError, OSError, KeyError) as error:
             raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
-        if differ := sorted(tasks ^ set(facts.index)):
+        if differ := sorted(tasks ^ ranked):
             raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
-        for table, parts in ((scores, results), (ranks.join(facts, on="task"), per_query)):
-            table.insert(0, "arm", arm)
-            table.insert(1, "seed", seed)
-            parts.append(table)
-    return pd.concat(results, ignore_index=True), pd.concat(per_query, ignore_index=True)
+        results.append(scores)
+        per_query.append(ranks)
+    scores, ranks = pd.concat(results, ignore_index=True), pa.concat_tables(per_query).to_pandas()
+    for table, parts in ((scores, results), (ranks, per_query)):
+        runs = pd.DataFrame(list(pieces), columns=["arm", "seed"]).loc[np.repeat(range(len(parts)), [*map(len, parts)])]
+        table.insert(0, "arm", runs["arm"].array)
+        table.insert(1, "seed", runs["seed"].array)
+    facts = scores.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
+    return scores, ranks.join(facts, on="task")
 
 
 def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
@@ -275,6 +282,8 @@ def seed_interval(values: Iterable[float]) -> dict[str, Any]:
     One value, or values without any spread, give nan for low, high and p: they do not say how sure they are. Raises ValueError
     for no values, or values that are not finite.
     """
+    from scipy import stats
+
     values = np.asarray(list(values), dtype=float)
     if not values.size or not np.isfinite(values).all():
         raise ValueError(f"expected finite values, found {values.tolist()}")
@@ -313,6 +322,7 @@ def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, t
     Features are standardised by the training rows; no randomness. Labels that training lacks count as errors. Raises
     scikit-learn's ValueError for different lengths, values that are not finite, or a single class in training.
     """
+    from scipy import stats
     from sklearn.linear_model import LogisticRegression  # here: figures import this module and need none of it
     from sklearn.metrics import accuracy_score
     from sklearn.pipeline import make_pipeline

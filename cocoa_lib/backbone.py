@@ -25,7 +25,8 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .attention import EOS, PAD, A, additive, block_mask, dense_mask
-from .inputs import IMAGE_PAD, VISION_END, VISION_START, Batch, InputError, Inputs
+from .inputs import Batch, Inputs
+from .items import IMAGE_PAD, VISION_END, VISION_START, InputError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ import torch
 
 from .attention import A, B
 from .corruption import IGNORE, mask_cells, mask_text, maskable, patch_noise
-from .inputs import PLACEHOLDER, Batch, Inputs
+from .inputs import Batch, Inputs
+from .items import PLACEHOLDER
 from .recipes import Stage1Recipe, Stage2Recipe
 
 

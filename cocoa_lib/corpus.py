@@ -23,7 +23,7 @@ from datasets import Dataset, concatenate_datasets
 
 from . import mmeb
 from .files import file_hash
-from .inputs import PLACEHOLDER, InputError, image_size, item_images, split_prompt
+from .items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
 
 
 def fingerprint(data: Path) -> str:

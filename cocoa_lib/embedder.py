@@ -34,7 +34,8 @@ from transformers import PreTrainedModel
 
 from .backbone import hidden_states, language_model, open_backbone, pool
 from .checkpoint import META, CheckpointError, load_inputs, read_meta, read_note, save_checkpoint
-from .inputs import PLACEHOLDER, Batch, InputError, Inputs, image_size, item_images
+from .inputs import Batch, Inputs
+from .items import PLACEHOLDER, InputError, image_size, item_images
 
 logger = logging.getLogger(__name__)
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from . import corpus
 from .backbone import add_adapter, language_model
-from .inputs import InputError, image_size
+from .items import InputError, image_size
 from .objectives import Reconstruction
 from .profiles import ROOT, load_profile
 from .recipes import Recipe, make_recipe

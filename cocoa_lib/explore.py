@@ -30,7 +30,8 @@ from .backbone import hidden_states, language_model
 from .batches import stage1_batch, stage2_batch
 from .corruption import IGNORE, hide_cells
 from .figures import COLOURS
-from .inputs import Batch, InputError, Inputs, item_images, load_image
+from .inputs import Batch, Inputs
+from .items import InputError, item_images, load_image
 from .mmeb import META_TASKS, row_items
 from .recipes import make_recipe
 

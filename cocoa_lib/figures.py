@@ -11,18 +11,19 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
 from . import analysis
+from .items import PLACEHOLDER, load_image
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777", "#000000")
@@ -127,8 +128,10 @@ def training_curves(
                           va="bottom" if "\n" in label else "center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-            axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, -3), ha="right",
-                          va="top", textcoords="offset points", color="grey", fontsize=8)  # fmt: skip
+            above = chance < np.mean(axis.get_ylim())  # below a line at the bottom the word would stand on the axis
+            axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, 3 if above else -3),
+                          ha="right", va="bottom" if above else "top", textcoords="offset points", color="grey",
+                          fontsize=8)  # fmt: skip
         axis.set_xlabel("optimiser step")
         axis.set_ylabel("mean squared error" if column == "image_loss" else "cross-entropy, nats")
         axis.set_title(f"{column.replace('_', ' ')} (solid: mean of {smooth} log entries)")
@@ -156,6 +159,17 @@ def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns:
         axis.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axis.transAxes)
     alt = f"{len(images)} pictures, each with its text below; the first: {captions[0]!r}." if captions else "Pictures."
     return _done(figure, alt)
+
+
+def queries_and_targets(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> Figure:
+    """Pairs of items {text, image: path}, of which one has a picture: that picture, and below it "query → target" in words."""
+
+    def words(item: Mapping[str, Any]) -> str:
+        text = PLACEHOLDER.sub("", item["text"]).strip()
+        return ", ".join(["this picture"] * bool(item["image"]) + [text] * bool(text))
+
+    images = [load_image(query["image"] or target["image"]) for query, target in pairs]
+    return pictures(images, [f"{words(query)} \u2192 {words(target)}" for query, target in pairs])
 
 
 def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence) -> Figure:
@@ -459,6 +473,8 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
 
     With p_holm, corrected for all cells, and n_seeds, a star where `analysis.certain`.
     """
+    import seaborn as sns  # here: a first picture need not wait for it
+
     wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
     value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))

@@ -14,133 +14,20 @@ PIL processor, with or without torchvision: training and evaluation then see the
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .attention import EOS, PAD, A, B
-
-VISION_START, IMAGE_PAD, VISION_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-VISION = VISION_START + IMAGE_PAD + VISION_END
-PLACEHOLDER = re.compile(r"<\|image_\d+\|>|" + re.escape(VISION))
-# What is decoded: no format that runs another program (EPS) or holds other files. Phones' MPO opens through JPEG's reader.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 64_000_000  # decoded size limit of one picture: a 10,000 x 10,000 bomb is refused before it is decoded
-MAX_RATIO = 200  # one side of a picture over the other: more, transformers refuses to resize
+from .items import IMAGE_PAD, VISION_END, VISION_START, InputError, item_images, load_image, split_prompt
 
 Batch = dict[str, Tensor]
-
-
-class InputError(ValueError):
-    """An item that cannot be used: says which file or row, what is wrong and what to do.
-
-    `item`: its place among the items given to `encode`, where that is known.
-    """
-
-    item: int | None = None
-
-
-def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """Any picture -> RGB: upright by EXIF, first frame of an animation, transparency composited on white.
-
-    Raises InputError naming the file when it is missing, unreadable, larger than MAX_PIXELS or narrower than MAX_RATIO.
-    """
-    if not isinstance(source, (Image.Image, str, Path, io.IOBase)):
-        raise InputError(f"image: expected a path or a PIL image, found {type(source).__name__}")
-    name = "the given image" if isinstance(source, Image.Image) else str(source)
-    with _opened(source, name) as image:
-        return _rgb(image, name)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) in pixels of a picture file as stored, not yet turned by EXIF; only the header is read.
-
-    Raises InputError as `load_image` does, as far as a header tells: a file missing, of no known format, too large or narrow.
-    """
-    with _opened(path, str(path)) as image:
-        _check_header(image, str(path))
-        return image.size
-
-
-@contextmanager
-def _opened(source: str | Path | io.IOBase | Image.Image, name: str) -> Iterator[Image.Image]:
-    """A picture whose header is read; whatever PIL says of it, or of its pixels then, becomes an InputError."""
-    try:
-        given = isinstance(source, Image.Image)  # its pixels may not be read yet
-        with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
-            yield image
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such image file; check the path and the image folder") from None
-    except InputError:
-        raise
-    except Exception as error:  # damaged files make decoders raise struct.error, IndexError, EOFError, zlib.error, ...
-        raise InputError(f"{name}: not a readable image ({error}); replace or leave out this file") from error
-
-
-def _check_header(image: Image.Image, name: str) -> None:
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(
-            f"{name}: {image.width} x {image.height} pixels is over the limit of {MAX_PIXELS:,}; shrink it"
-        )
-    if max(image.size) > MAX_RATIO * min(image.size):
-        raise InputError(
-            f"{name}: of {image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other; cut it"
-        )
-    if image.mode == "F":
-        raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
-
-
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    _check_header(image, name)
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, of which `convert` would clip all above 255 to white
-        grey = np.asarray(image)
-        # Mode I: 16 bits as older readers of PNG give them, and 8 bits in a wide form.
-        deep = image.mode != "I" or grey.max() > 255
-        image = Image.fromarray((grey >> 8 if deep else grey).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def item_images(item: dict[str, Any]) -> list:
-    """The pictures of an item as a list: none, one or several."""
-    image = item.get("image")
-    if image is None or (isinstance(image, str) and not image):
-        return []
-    return list(image) if isinstance(image, (list, tuple)) else [image]
-
-
-def split_prompt(text: str, n_images: int) -> list[str | None]:
-    """Text and number of pictures -> pieces in order, None standing for a picture.
-
-    MMEB's `<|image_1|>` and a written-out vision triple mark where a picture goes; without a mark, pictures come
-    first (ours: CoCoA's stage-1 form). A mark without a picture is dropped, as MoCa does. Raises InputError when marks
-    and pictures are both present but differ in number.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"text must be a string, found {type(text).__name__}")
-    parts = PLACEHOLDER.split(text)
-    n_marks = len(parts) - 1
-    if n_images == 0:
-        return ["".join(parts)]
-    if n_marks == 0:
-        return [None] * n_images + [text]
-    if n_marks != n_images:
-        raise InputError(f"text marks {n_marks} image(s) but {n_images} are given: {text[:80]!r}")
-    return [piece for part in parts for piece in (None, part)][1:]
 
 
 @dataclass

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -34,6 +33,9 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from .files import files_hash, read_json, write_whole
+
+if TYPE_CHECKING:  # a second to import: only where tables are read
+    import datasets
 
 META_TASKS = ("classification", "vqa", "retrieval", "grounding")
 METRICS = ("p@1", "hit@5", "mrr", "ndcg@10")
@@ -169,6 +171,8 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
 
     Raises ValueError naming `where` if they are damaged or hold no rows.
     """
+    import datasets
+
     pattern, cache = files, None
     if not isinstance(files, str):
         # `datasets` takes paths for patterns, and its search does not follow a linked folder. It knows a file again by path
@@ -196,6 +200,8 @@ def read_parquet(files: str | Sequence[Path], split: str, where: str) -> dataset
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the progress bars of `datasets`: one a file, for milliseconds."""
+    import datasets
+
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -305,7 +311,7 @@ def encode_distinct(
     there, a second one encodes nothing. Of several processes with one `cache_dir`, each encodes every n-th shard, calls
     `wait` (a barrier) and reads the others'. `workers` goes to the embedder's own `encode`, where it is not 0.
     Raises ValueError for embeddings that are not finite or not of length 1, RuntimeError if a share is missing; an error of
-    the embedder that has `.item` (as `inputs.InputError`) leaves with the place among these items.
+    the embedder that has `.item` (as `items.InputError`) leaves with the place among these items.
     """
     if num_processes > 1 and (cache_dir is None or wait is None):
         raise ValueError("several processes share their work through cache_dir and meet at wait: give both")

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .files import source_hash, write_json
-from .inputs import InputError, load_image
+from .items import InputError, load_image
 from .mmeb import CORPUS, EVAL, TRAIN, finished, write_tables
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")

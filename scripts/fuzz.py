@@ -24,7 +24,7 @@ NOTEBOOKS = ROOT / "notebooks"
 def readers() -> dict[str, tuple[str, Callable[[Path], object], tuple[type[Exception], ...], list[Path]]]:
     """Target -> file name, reader of a path, errors it may raise, seed files."""
     from cocoa_lib.checkpoint import CheckpointError, read_meta
-    from cocoa_lib.inputs import InputError
+    from cocoa_lib.items import InputError
     from cocoa_lib.mmeb import choose_tasks
     from cocoa_lib.pairs import read_table
     from cocoa_lib.profiles import load_profile, read_arms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +23,22 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 RECORDS = {line["name"]: line for path in FILES for line in json.loads(path.read_text(encoding="utf-8"))["results"]}
 KEYS = {"name", "compared", "ratio", "n", "lowest", "highest", "machine", "commit"}
+
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_first_picture_waits_for_no_model_library(path):
+    """What a notebook imports up to the cell of its first picture."""
+    cells = [cell["source"] for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    first = next(i for i, source in enumerate(cells) if re.search(r"\b(figures|draw)\.show\(", source))
+    parsed = ast.parse("\n".join(cells[: first + 1]))
+    imports = "\n".join(ast.unparse(node) for node in parsed.body if isinstance(node, (ast.Import, ast.ImportFrom)))
+    assert "cocoa_lib" in imports
+    code = imports + "\nimport sys\nprint(sorted({'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

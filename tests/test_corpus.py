@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile
 
-from cocoa_lib import corpus, inputs
-from cocoa_lib.inputs import InputError
+from cocoa_lib import corpus, items
+from cocoa_lib.items import InputError
 
 CORPUS = {
     "image_path": ["a/0.png", "a/1.png", None, "a/3.png"],
@@ -176,4 +176,4 @@ def test_pictures_that_training_would_stop_at_are_named_before_it(tmp_path, monk
     monkeypatch.undo()
     for path in (paths[0], *paths[2:]):
         with pytest.raises(InputError):
-            inputs.load_image(path)  # what training would have said, at its step
+            items.load_image(path)  # what training would have said, at its step

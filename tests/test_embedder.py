@@ -21,7 +21,8 @@ from cocoa_lib import mmeb
 from cocoa_lib.backbone import set_bidirectional
 from cocoa_lib.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 from cocoa_lib.embedder import CocoaEmbedder, build_index, mteb_model, search, sentence_transformer
-from cocoa_lib.inputs import InputError, Inputs
+from cocoa_lib.inputs import Inputs
+from cocoa_lib.items import InputError
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}]'

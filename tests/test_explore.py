@@ -411,7 +411,7 @@ def test_an_uploaded_picture_is_shown_or_refused_by_name(bidirectional, picture,
         box.controls["upload"].value = upload("<b>x</b>.png", content)
         assert "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value and "BytesIO" not in box.error.value
         assert box.outputs["attention"].value == ""
-    monkeypatch.setattr("cocoa_lib.inputs.MAX_PIXELS", 5000)
+    monkeypatch.setattr("cocoa_lib.items.MAX_PIXELS", 5000)
     box.controls["upload"].value = upload("large.png", png(Image.new("RGB", (100, 51))))
     assert "large.png: 100 x 51 pixels is over the limit of 5,000" in box.error.value
 

@@ -97,6 +97,26 @@ def test_a_shown_figure_has_the_pixels_of_a_saved_one(name, tmp_path):
     assert shown.size == saved.size and (np.asarray(shown) == np.asarray(saved)).all()
 
 
+def test_the_word_at_a_collapsed_models_loss_stands_inside_the_axes():
+    log = pd.DataFrame({"step": range(6), "loss": np.linspace(9.0, 4.0, 6)})
+    for chance, side in ((3.0, "bottom"), (12.0, "top")):
+        (word,) = (text for text in figures.training_curves({"a": log}, ["loss"], chance=chance).axes[0].texts
+                   if text.get_text() == "collapsed")  # fmt: skip
+        assert word.get_va() == side
+
+
+def test_queries_and_targets_show_the_one_picture_and_both_sides_in_words(tmp_path):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "red.png")
+    picture, words = str(tmp_path / "red.png"), {"text": "<|image_1|> find\n", "image": None}
+    pairs = [({"text": "<|image_1|>\nWhat?", "image": picture}, words), (words, {"text": "", "image": picture})]
+    left, right = figures.queries_and_targets(pairs).axes[:2]
+    assert [axis.texts[0].get_text() for axis in (left, right)] == [
+        "this picture, What? →\nfind",
+        "find → this picture",
+    ]
+    assert all((axis.images[0].get_array() == (255, 0, 0)).all() for axis in (left, right))
+
+
 def test_the_locked_matplotlib_drew_the_baselines():
     lock = (Path(__file__).parent.parent / "requirements.lock").read_text(encoding="utf-8")
     assert f"\nmatplotlib=={DRAWN_BY}." in lock, "else every comparison below is skipped"

@@ -20,7 +20,7 @@ from PIL import Image
 
 from cocoa_lib import corpus, mmeb
 from cocoa_lib.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
-from cocoa_lib.inputs import InputError, load_image
+from cocoa_lib.items import InputError, load_image
 from cocoa_lib.pairs import build_pairs, read_table
 from cocoa_lib.profiles import load_profile, read_arms
 from cocoa_lib.recipes import RECIPES, Recipe, RecipeError, make_recipe

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cocoa_lib import corpus, mmeb, profiles
-from cocoa_lib.inputs import InputError
+from cocoa_lib.items import InputError
 from cocoa_lib.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
 from cocoa_lib.profiles import NOTEBOOKS, run_notebook
 

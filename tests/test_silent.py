@@ -23,7 +23,8 @@ from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
 from cocoa_lib import batches, checkpoint, corpus, mmeb, objectives, pairs, train
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.inputs import InputError, Inputs
+from cocoa_lib.inputs import Inputs
+from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

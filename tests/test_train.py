@@ -39,7 +39,7 @@ from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
 from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, weights_hash
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.inputs import InputError
+from cocoa_lib.items import InputError
 from cocoa_lib.objectives import CachedInfoNCE, Reconstruction, load_decoder
 from cocoa_lib.recipes import RECIPES, make_recipe
 from cocoa_lib.train import TrainingError, last_whole_checkpoint, main, run_stage

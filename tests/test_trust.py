@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cocoa_lib import attention, corpus, explore, mmeb
-from cocoa_lib.inputs import InputError, load_image
+from cocoa_lib.items import InputError, load_image
 from cocoa_lib.pairs import build_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
