@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from cocoa_lib import analysis, mmeb
 from cocoa_lib.analysis import paired_effects, verdict
@@ -312,6 +313,14 @@ def test_verdict_rule():
     assert of(-2, 0) == of(-2, -1) == "not supported"
     assert of(0.1, 2, n_seeds=1) == of(-2, -1, n_seeds=1) == "undecided"
     assert of(0.1, 2, p_holm=0.05) == "undecided" and of(-2, -1, p_holm=0.2) == "not supported"
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20])
+def test_seed_interval_is_the_t_test_of_scipy(n):
+    values = np.random.default_rng(n).normal(1, 2, n)
+    row, test = analysis.seed_interval(values), stats.ttest_1samp(values, 0)
+    low, high = test.confidence_interval(0.95)
+    assert (row["low"], row["high"], row["p"]) == pytest.approx((low, high, test.pvalue), rel=1e-9)
 
 
 def test_seed_interval_by_hand():
