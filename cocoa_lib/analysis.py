@@ -6,7 +6,8 @@ Scores, differences and accuracies are in percent or percentage points. Every ra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,46 +79,68 @@ def _normalised(x: np.ndarray) -> np.ndarray:
 # Results of a grid
 
 
-def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ()) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """RUN/results/<arm>/seed<k>/{results.csv, per_query.parquet} -> (results, per_query) of all arms and seeds.
+def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ()) -> pd.DataFrame:
+    """RUN/results/<arm>/seed<k>/results.csv of all arms and seeds: columns as `mmeb.evaluate` gives them, with arm (str) and
+    seed (int) in front.
 
-    Columns as `mmeb.evaluate` gives them, with arm (str) and seed (int) in front; per_query also gets meta_task and
-    in_distribution. `expected`: (arm, seed) that must be there. Raises FileNotFoundError naming every arm and seed that
-    lacks a file; ValueError for a file that cannot be read, or a run whose two files have different tasks.
+    `expected`: (arm, seed) that must be there. Raises FileNotFoundError naming every arm and seed that lacks this file or
+    per_query.parquet; ValueError for a file that cannot be read.
     """
     root = Path(run) / "results"
     arms = {path.name for path in root.glob("*") if path.is_dir() and not path.name.startswith(".")}
     numbers = [(path.parent.name, path.name[4:]) for path in root.glob("*/seed*")]
     found = {(arm, int(number)) for arm, number in numbers if arm in arms and number.isdigit()}
     missing = [f"arm {arm}: no seed" for arm in sorted(arms - {arm for arm, _ in found})]
-    pieces = {(arm, seed): root / arm / f"seed{seed}" for arm, seed in sorted(found | set(expected))}
-    for (arm, seed), folder in pieces.items():
+    pieces = sorted(found | set(expected))
+    for arm, seed in pieces:
+        folder = root / arm / f"seed{seed}"
         lost = [name for name in ("results.csv", "per_query.parquet") if not (folder / name).is_file()]
         missing += [f"arm {arm}, seed {seed}: no {' and no '.join(lost)}"] if lost else []
     if missing or not pieces:
         raise FileNotFoundError(f"{root}: {'; '.join(missing) or 'no results of any arm'}")
-    results, per_query = [], []
-    for (arm, seed), folder in pieces.items():
-        try:
+    parts = []
+    for arm, seed in pieces:
+        with _readable(root, arm, seed) as folder:
+            parts.append(pd.read_csv(folder / "results.csv"))
+            _ = [parts[-1][name] for name in ("task", "meta_task", "in_distribution")]  # KeyError where there is none
+    return _numbered(pd.concat(parts, ignore_index=True), pieces, parts)
+
+
+def gather_ranks(run: str | Path, results: pd.DataFrame) -> pd.DataFrame:
+    """RUN/results/<arm>/seed<k>/per_query.parquet of the arms and seeds of `results` (`gather_results` of this run): columns
+    as `mmeb.evaluate` gives them, with arm and seed in front and meta_task and in_distribution behind.
+
+    Raises ValueError for a file that cannot be read, or whose tasks are not those of results.csv beside it.
+    """
+    root, parts = Path(run) / "results", {}
+    for (arm, seed), tasks in results.groupby(["arm", "seed"])["task"].unique().items():
+        with _readable(root, arm, seed) as folder:
             with pq.ParquetFile(
                 folder / "per_query.parquet"
             ) as file:  # in half of read_table's time, which counts for 200 runs
-                scores, ranks = pd.read_csv(folder / "results.csv"), file.read()
-            tasks, ranked = set(scores["task"].unique()), set(ranks["task"].unique().to_pylist())
-            _ = scores["meta_task"], scores["in_distribution"]  # KeyError where there is none
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
-        if differ := sorted(tasks ^ ranked):
+                ranks = parts[arm, seed] = file.read()
+            found = set(ranks["task"].unique().to_pylist())
+        if differ := sorted(found ^ set(tasks)):
             raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
-        results.append(scores)
-        per_query.append(ranks)
-    scores, ranks = pd.concat(results, ignore_index=True), pa.concat_tables(per_query).to_pandas()
-    for table, parts in ((scores, results), (ranks, per_query)):
-        runs = pd.DataFrame(list(pieces), columns=["arm", "seed"]).loc[np.repeat(range(len(parts)), [*map(len, parts)])]
-        table.insert(0, "arm", runs["arm"].array)
-        table.insert(1, "seed", runs["seed"].array)
-    facts = scores.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
-    return scores, ranks.join(facts, on="task")
+    facts = results.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
+    return _numbered(pa.concat_tables(parts.values()).to_pandas(), list(parts), parts.values()).join(facts, on="task")
+
+
+@contextmanager
+def _readable(root: Path, arm: str, seed: int) -> Iterator[Path]:
+    folder = root / arm / f"seed{seed}"
+    try:
+        yield folder
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
+
+
+def _numbered(table: pd.DataFrame, pieces: list[tuple[str, int]], parts: Iterable) -> pd.DataFrame:
+    """With arm and seed of the parts that it was put together from in front."""
+    runs = pd.DataFrame(pieces, columns=["arm", "seed"]).loc[np.repeat(range(len(pieces)), [*map(len, parts)])]
+    table.insert(0, "arm", runs["arm"].array)
+    table.insert(1, "seed", runs["seed"].array)
+    return table
 
 
 def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
@@ -147,7 +170,7 @@ def paired_effects(
 ) -> pd.DataFrame:
     """Arms less the baseline in points of P@1: arm, difference, low, high, p, p_holm, n_seeds, n_queries (a seed).
 
-    per_query as of `gather_results`; group: "overall", "ind", "ood" or a meta-task. Differences are paired by seed, task
+    per_query as of `gather_ranks`; group: "overall", "ind", "ood" or a meta-task. Differences are paired by seed, task
     and query over the seeds that both arms have, then averaged without weights over tasks. low, high: 95 % percentile
     interval; p: two-sided bootstrap p (at least 2 / n_boot / SEED_DRAWS), p_holm: corrected for the number of arms in the
     table. Tasks are not resampled: the interval speaks of new seeds and new queries of these tasks.

@@ -534,7 +534,7 @@ def ablation_explorer(
 ) -> widgets.VBox:
     """Choose arms, metric and group of tasks: see paired differences to the baseline, with intervals, and the scores.
 
-    results, per_query: `analysis.gather_results`. All differences are resampled here, once, so that answers only draw.
+    results, per_query: `analysis.gather_results`, `gather_ranks`. Differences are resampled here, once; answers only draw.
     Raises what `analysis.paired_effects` raises.
     """
     present = [g for g in GROUPS if g not in META_TASKS or (per_query["meta_task"] == g).any()]

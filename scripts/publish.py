@@ -362,7 +362,8 @@ BUDGETS = {
 
 def answers(run: Path) -> list[dict[str, Any]]:
     """What the index answers, where the run has the arms: each sum of BUDGETS in points, both sides, by seed, how certain."""
-    results, per_query = analysis.gather_results(run)
+    results = analysis.gather_results(run)
+    per_query = analysis.gather_ranks(run, results)
     by_seed = analysis.arm_scores(results).pivot(index="seed", columns="arm", values="overall")
     steps = profile_of(run).get("stage3", {}).get("steps")
     few = f"{steps:,}" if steps else "the profile's"
@@ -386,7 +387,8 @@ def answers(run: Path) -> list[dict[str, Any]]:
 
 def scale(run: Path) -> str:
     """Tasks, queries and what a random guess scores, in words."""
-    results, per_query = analysis.gather_results(run)
+    results = analysis.gather_results(run)
+    per_query = analysis.gather_ranks(run, results)
     tasks = results.drop_duplicates("task")
     guess = f"; a random guess scores {(100 / tasks['n_candidates']).mean():.1f}" if "n_candidates" in tasks else ""
     return f"{len(tasks)} tasks, {per_query.drop_duplicates(['task', 'query']).shape[0]:,} queries in all{guess}"
@@ -455,7 +457,9 @@ def width(run: Path) -> str:
 
 
 def _scores_and_effects(run: Path, baseline: str, arms: list[str]):
-    results, per_query = (table[table["arm"].isin(arms)] for table in analysis.gather_results(run))
+    results = analysis.gather_results(run)
+    results = results[results["arm"].isin(arms)]
+    per_query = analysis.gather_ranks(run, results)
     every = analysis.arm_scores(results).groupby("arm")
     scores = every.mean(numeric_only=True).assign(seeds=every.size())
     return scores, analysis.paired_effects(per_query, baseline).set_index("arm")

@@ -66,7 +66,8 @@ def check_report(report: Path) -> list[str]:
     from publish import summary
 
     wrong = []
-    results, per_query = analysis.gather_results(report)
+    results = analysis.gather_results(report)
+    per_query = analysis.gather_ranks(report, results)
     if (report / "summary.md").read_text(encoding="utf-8").strip() != summary(report):
         wrong.append(f"{report / 'summary.md'}: not what the tables below results/ give; run scripts/publish.py again")
     drawn = report / "figures"

@@ -15,7 +15,7 @@ TASKS = (("A", "classification", True), ("B", "classification", False), ("C", "v
 
 
 def per_query(hits: dict[str, np.ndarray], tasks=TASKS) -> pd.DataFrame:
-    """arm -> hits (seeds, tasks, queries), as the table that `gather_results` gives."""
+    """arm -> hits (seeds, tasks, queries), as the table that `gather_ranks` gives."""
     parts = []
     for arm, array in hits.items():
         k, t, q = np.indices(array.shape).reshape(3, -1)
@@ -111,7 +111,8 @@ def run(tmp_path):
 def test_gather_reads_arms_and_seeds(run):
     (run / "results" / "full" / "notes").mkdir()
     (run / "results" / ".cache" / "seed0").mkdir(parents=True)
-    results, ranks = analysis.gather_results(run, expected=[("full", 1)])
+    results = analysis.gather_results(run, expected=[("full", 1)])
+    ranks = analysis.gather_ranks(run, results)
     assert len(results) == 4 * 3 * 4 and len(ranks) == 4 * 8
     assert list(results.columns[:2]) == list(ranks.columns[:2]) == ["arm", "seed"]
     assert set(zip(ranks["arm"], ranks["seed"], strict=True)) == {("base", 0), ("base", 1), ("full", 0), ("full", 1)}
@@ -139,7 +140,7 @@ def test_gather_names_all_that_is_missing(run):
 def test_gather_names_a_torn_file(run, name, content):
     (run / "results" / "full" / "seed1" / name).write_bytes(content)
     with pytest.raises(ValueError, match="arm full, seed 1"):
-        analysis.gather_results(run)
+        analysis.gather_ranks(run, analysis.gather_results(run))
 
 
 def test_gather_refuses_files_of_different_tasks(run):
@@ -147,11 +148,11 @@ def test_gather_refuses_files_of_different_tasks(run):
     table = pd.read_parquet(path)
     table[table["task"] != "C"].to_parquet(path)
     with pytest.raises(ValueError, match="arm full, seed 0: only one of the files has task C"):
-        analysis.gather_results(run)
+        analysis.gather_ranks(run, analysis.gather_results(run))
 
 
 def test_arm_scores_do_not_weight_tasks_by_queries(run):
-    results, _ = analysis.gather_results(run)
+    results = analysis.gather_results(run)
     scores = analysis.arm_scores(results.sample(frac=1, random_state=0))
     assert scores[["arm", "seed"]].to_numpy().tolist() == [["base", 0], ["base", 1], ["full", 0], ["full", 1]]
     full = scores.iloc[2]  # A 100, B 75, C 50; 6 of 8 queries right by chance of the numbers, as is the mean

@@ -418,7 +418,8 @@ def test_an_uploaded_picture_is_shown_or_refused_by_name(bidirectional, picture,
 
 @pytest.fixture(scope="module")
 def grid_of_arms():
-    """(results, per_query) of a baseline, a better and an equal arm on three tasks, two seeds, as of `gather_results`."""
+    """(results, per_query) of a baseline, a better and an equal arm on three tasks, two seeds, as of `gather_results`
+    and `gather_ranks`."""
     rng = np.random.default_rng(0)
     tasks = {"Digits": ("classification", True), "Count": ("vqa", True), "Find": ("vqa", False)}
     ranks, scores = [], []
@@ -480,7 +481,8 @@ def test_an_arm_is_drawn_where_its_numbers_are(low, middle, high, seeds, p, colo
 
 
 def test_ablation_explorer_answers_in_time_with_all_arms_of_the_committed_run():
-    results, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    results = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = analysis.gather_ranks(ROOT / "reports" / "long", results)
     shown = [name for name, arm in read_arms().items() if arm.kind == "arm"]
     results, per_query = (table[table["arm"].isin(shown)] for table in (results, per_query))
     box = ablation_explorer(results, per_query, "contrastive", n_boot=200)

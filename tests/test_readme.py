@@ -19,6 +19,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results"))
 
 
+def ranks_of(run: str) -> pd.DataFrame:
+    from cocoa_lib import analysis
+
+    return analysis.gather_ranks(ROOT / "reports" / run, analysis.gather_results(ROOT / "reports" / run))
+
+
 @pytest.mark.parametrize("report", REPORTS, ids=lambda path: path.name)
 def test_the_readmes_table_is_the_reports(report):
     from publish import summary
@@ -35,7 +41,8 @@ def test_the_readmes_table_is_the_reports(report):
 def test_the_readmes_sentences_are_the_tables():
     from cocoa_lib import analysis
 
-    results, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    results = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = analysis.gather_ranks(ROOT / "reports" / "long", results)
     few = {"cocoa_few": 1, "contrastive_few": -1}
     # As the introduction says it: "3.6 points lower [0.5, 7.0]".
     said = re.sub(r"([\d.]+) points(?: lower)? \[", r"\1 [", re.sub(r"\s+", " ", README))
@@ -98,8 +105,8 @@ def test_the_readmes_sentences_are_the_tables():
 def test_the_readmes_numbers_of_pairs_are_the_tables():
     from cocoa_lib import analysis
 
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
-    _, many = analysis.gather_results(ROOT / "reports" / "many")
+    per_query = ranks_of("long")
+    many = ranks_of("many")
     both = pd.concat([per_query, many.assign(arm="many " + many["arm"])])
     said, first = " ".join(README.split()), per_query[per_query["seed"] < 3]
 
@@ -125,7 +132,7 @@ def test_the_readmes_numbers_of_pairs_are_the_tables():
 def test_at_equal_time_every_arm_with_few_contrastive_steps_is_behind():
     from cocoa_lib import analysis
 
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = ranks_of("long")
     there = set(per_query["arm"])
     longer = [
         name for name, arm in read_arms().items() if arm.kind == "arm" and (arm.stage1, arm.stage2) != (None, None)
@@ -145,7 +152,7 @@ def test_at_equal_time_every_arm_with_few_contrastive_steps_is_behind():
 def test_the_readme_says_what_a_longer_stage_1_is_worth_within_the_method():
     from cocoa_lib import analysis
 
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = ranks_of("long")
     less = [
         analysis.contrast(per_query, {"cocoa_stage1_longer": 1, arm: -1})
         for arm in ("cocoa", "stage1_longer", "contrastive")
@@ -159,7 +166,8 @@ def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classificatio
     """What README and notebook 05 say in words."""
     from cocoa_lib import analysis
 
-    results, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    results = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = analysis.gather_ranks(ROOT / "reports" / "long", results)
     without = "stage2_only stage1_only cocoa_causal mae_only mntp_only mlm no_truncation cocoa_strict cocoa_mean image_from_eos"
     parts = {arm: analysis.contrast(per_query, {"cocoa": 1, arm: -1}) for arm in without.split()}
     p = analysis.holm(row["p"] for row in parts.values())
@@ -209,7 +217,7 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     }
     added = 150 * ratio["step, stage1 / stage 3"] + 1000 * ratio["step, stage2 / stage 3"] + 250
     assert f"added up from single steps, as in notebook 05: {added:,.0f})" in README
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = ranks_of("long")
     ends = [("cocoa", "contrastive")] + [
         (f"cocoa_{end}", f"contrastive_{end}") for end in ("longer", "4k", "2k", "few", "mean", "causal")
     ]
@@ -293,7 +301,7 @@ def test_what_another_cpu_gives_is_the_committed_table():
     from cocoa_lib import analysis
 
     def overall(run):
-        results, _ = analysis.gather_results(ROOT / "reports" / run)
+        results = analysis.gather_results(ROOT / "reports" / run)
         return analysis.arm_scores(results).query("seed == 0").set_index("arm")["overall"].map("{:.1f}".format)
 
     here, there = overall("long"), overall("other-cpu")
@@ -319,7 +327,7 @@ def test_the_notebooks_name_what_other_seeds_say():
         "02_reconstruction_pretraining"
     )
     assert long.idxmax() == table.index[(table["steps"] == many) & (table["seed"] == 0)][0] and few == 150
-    results, _ = analysis.gather_results(ROOT / "reports" / "long")
+    results = analysis.gather_results(ROOT / "reports" / "long")
     overall = analysis.arm_scores(results[results["arm"] == "cocoa"]).sort_values("seed")["overall"].tolist()
     said = (
         ", ".join(f"{value:.1f}" for value in overall[:-1])
@@ -356,12 +364,13 @@ def test_what_stage_1_restores_is_the_committed_table():
 def test_the_readmes_emoji_table_is_the_reports():
     from cocoa_lib import analysis
 
-    results, per_query = analysis.gather_results(ROOT / "reports" / "laptop-emoji_pairs")
+    results = analysis.gather_results(ROOT / "reports" / "laptop-emoji_pairs")
+    per_query = analysis.gather_ranks(ROOT / "reports" / "laptop-emoji_pairs", results)
     for task in results["task"].unique():
         row = analysis.contrast(per_query[per_query["task"] == task], {"cocoa": 1, "contrastive": -1})
         assert row["low"] < 0 < row["high"] and row["n_seeds"] == 2, task
     assert "none of the six differences can be told from zero (2 seeds)" in README
-    longer, _ = analysis.gather_results(ROOT / "reports" / "pairs-emoji_pairs")
+    longer = analysis.gather_results(ROOT / "reports" / "pairs-emoji_pairs")
     means = [
         table[table["metric"] == "p@1"].pivot_table(index="task", columns="arm", values="value")
         for table in (results, longer)

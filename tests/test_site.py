@@ -333,7 +333,7 @@ def test_the_page_of_verdicts_is_that_of_the_committed_tables():
 
     page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
     rows = [[cell.get_text(" ", strip=True) for cell in row.select("td")] for row in page.select("tr")]
-    _, per_query = analysis.gather_results(ROOT / "reports" / "long")
+    per_query = analysis.gather_ranks(ROOT / "reports" / "long", analysis.gather_results(ROOT / "reports" / "long"))
     few = {"cocoa_few": 1, "contrastive_few": -1}
     for claim, weights in {
         "1. Full CoCoA": {"cocoa": 1, "contrastive": -1},
