@@ -82,6 +82,34 @@ def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
     assert done.stderr.splitlines()[-1] == "failed, see above why: benchmarks/script_b.py; the others are measured"
 
 
+def test_the_goals_are_said_as_the_records_have_them():
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("What it was to reach")[1].split())
+    encode, chunks = RECORDS["encode, padding"], RECORDS["padding, GradCache chunks, MMEB-like"]["compared"]
+    assert (
+        f"{encode['given']:.1f} % of `encode`'s computed tokens were padding in given order, {encode['tokens']:.1f} % are"
+        in said
+    )
+    assert "in GradCache's chunks 58.4 % and 8.1 %" in said and "padding 58.4 % -> 8.1 %" in chunks
+    for stage, before, after in (("stage2", 58, 15), ("stage1", 24, 19)):
+        assert f"{before} % and {after} % ({stage[:5]} {stage[5]})" in said
+        assert f"padding {before} % -> {after} %" in RECORDS[f"packing, {stage}, MMEB-like"]["compared"]
+    plain = {name: line["ratio"] for name, line in RECORDS.items() if name.startswith("encode, plain batches")}
+    assert {name for name, ratio in plain.items() if ratio >= 2} == {name for name in plain if "a tenth" in name}
+    assert f"({plain['encode, plain batches, 10000 items, a tenth pictures']:.2f} on 10,000 items)" in said
+    library = [line for name, line in RECORDS.items() if name.startswith("encode, sentence-transformers")]
+    assert all(line["highest"] > 1 for line in library)  # level
+    assert [line["name"] for line in library if line["lowest"] > 1] == [
+        "encode, sentence-transformers, a tenth pictures of 300 tokens, else texts of 20"
+    ]
+    assert all(RECORDS[f"GradCache, time, batch {n}"]["ratio"] <= 1.35 for n in (64, 256))
+    assert all(RECORDS[f"GradCache, memory, batch {n}"]["highest"] <= 1.1 for n in (256, 1024))
+    waits = {
+        name: line["highest"] for name, line in RECORDS.items() if name.startswith("waiting") and "2 workers" in name
+    }
+    assert len(waits) == 3 and max(waits.values()) < 0.05
+    assert "all 36 tasks in 3 s" in RECORDS["ranking, time"]["compared"] and "36 tasks of 1000 x 1000 took 3 s" in said
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_a_peak_is_of_its_step_alone_and_there_are_five(monkeypatch):
     """Not of what was in use before: the mark is set back."""

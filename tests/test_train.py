@@ -338,6 +338,23 @@ def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
         assert np.allclose(log["loss"], plain["loss"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_gradient_checkpointing_trains_the_same(home, tmp_path, stage, monkeypatch):
+    """With an adapter, whose dropout the second forward pass has to repeat, and in stage 3 within GradCache's."""
+    from transformers import modeling_utils
+
+    calls, checkpoint = [], modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw))
+    plain = go(home, stage, tmp_path / "plain", tiny(stage, steps=3, **LORA))
+    assert not calls
+    saving = go(home, stage, tmp_path / "saving", tiny(stage, steps=3, gradient_checkpointing=True, **LORA))
+    a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(saving / "log.csv")
+    losses = [name for name in a if name.endswith("loss") or name == "grad_norm"]
+    assert calls and losses and np.allclose(a[losses], b[losses], rtol=1e-5, equal_nan=True)
+    one, other = weights(plain), weights(saving)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+
+
 def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3, RuntimeError("stopped"))
     with pytest.raises(RuntimeError, match="stopped"):
