@@ -4,7 +4,7 @@ Items are the built-in benchmark's: captions, pictures, pictures with questions,
 are padding, by how batches are made, on a mixture like MMEB's: texts of 20 tokens, pictures of 600.
 
 python benchmarks/encode.py                  # part of `make bench`
-python benchmarks/encode.py --items 10000    # the first and the last comparison, on so many items; half an hour
+python benchmarks/encode.py --items 10000    # the first and the last comparison, on so many items; some 40 minutes
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def effective_rank(embeddings: np.ndarray) -> float:
     direction counts as the partial collapse that it is. For the spread about the mean, pass `x - x.mean(0)`.
     Raises ValueError for values that are not finite, or all zero.
     """
-    from scipy import stats  # in functions, here and below: a second, which first pictures need not wait
+    from scipy import stats  # in functions, here and below: a second, for which first pictures need not wait
 
     singular = np.linalg.svd(_matrix(embeddings), compute_uv=False)
     if not singular.sum():
@@ -120,10 +120,14 @@ def gather_ranks(run: str | Path, results: pd.DataFrame) -> pd.DataFrame:
             ) as file:  # in half of read_table's time, which counts for 200 runs
                 ranks = parts[arm, seed] = file.read()
             found = set(ranks["task"].unique().to_pylist())
+            _ = ranks.select(["query", "rank", "n_candidates"])  # KeyError where one is lost
         if differ := sorted(found ^ set(tasks)):
             raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
     facts = results.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
-    return _numbered(pa.concat_tables(parts.values()).to_pandas(), list(parts), parts.values()).join(facts, on="task")
+    ranks = pa.concat_tables(
+        parts.values(), promote_options="permissive"
+    )  # other versions of pandas write other kinds of string
+    return _numbered(ranks.to_pandas(), list(parts), parts.values()).join(facts, on="task")
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from .items import PLACEHOLDER, InputError, image_size, item_images
 logger = logging.getLogger(__name__)
 FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
 BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
-PASS = 256  # tokens that a further pass of the model is worth; on one core the small model computes 100 in the time that one adds
+PASS = 256  # tokens of padding that are not worth a further pass of the model: a choice, not tuned
 
 
 class EosEmbedding(InputModule):

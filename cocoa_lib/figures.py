@@ -147,7 +147,7 @@ def training_curves(
 
 def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, size: float = 1.5) -> Figure:
     """Pictures in a grid, each with its text below."""
-    rows = -(-len(images) // columns)
+    rows = max(1, -(-len(images) // columns))  # of none, an empty figure
     texts = [textwrap.fill(caption, 24) for caption in captions]
     below = 0.13 * max((text.count("\n") + 1 for text in texts), default=0)  # inches for the longest text
     figure, axes = new(rows, columns, width=size * columns, height=(size + below) * rows, squeeze=False)
@@ -165,7 +165,7 @@ def queries_and_targets(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, An
     """Pairs of items {text, image: path}, of which one has a picture: that picture, and below it "query → target" in words."""
 
     def words(item: Mapping[str, Any]) -> str:
-        text = PLACEHOLDER.sub("", item["text"]).strip()
+        text = PLACEHOLDER.sub("", item["text"] or "").strip()
         return ", ".join(["this picture"] * bool(item["image"]) + [text] * bool(text))
 
     images = [load_image(query["image"] or target["image"]) for query, target in pairs]

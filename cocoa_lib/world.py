@@ -27,6 +27,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFilter
 
 from .files import write_json
+from .items import load_image
 from .mmeb import CORPUS, EVAL, TRAIN, Task, finished, write_tables
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other rows or pixels
@@ -668,8 +669,7 @@ def pixel_bow_embed(items: Sequence[dict[str, Any]], image_root: Path | str = ""
         for word in words:
             row[256 + crc32(word.encode()) % 256] += 1
         if item.get("image"):
-            with Image.open(Path(image_root) / item["image"]) as image:
-                image = image.convert("RGB")
+            image = load_image(Path(image_root) / item["image"])
             row[:192] = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.float32).ravel()
             bins = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
             row[192:256] = np.bincount(bins, minlength=64)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
@@ -141,6 +143,17 @@ def test_gather_names_a_torn_file(run, name, content):
     (run / "results" / "full" / "seed1" / name).write_bytes(content)
     with pytest.raises(ValueError, match="arm full, seed 1"):
         analysis.gather_ranks(run, analysis.gather_results(run))
+
+
+def test_gather_takes_the_strings_of_any_pandas_and_names_a_lost_column(run):
+    path, plain = run / "results" / "full" / "seed0" / "per_query.parquet", analysis.gather_results(run)
+    before, table = analysis.gather_ranks(run, plain), pq.read_table(path)
+    kind = pa.string() if pa.types.is_large_string(table.schema.field("task").type) else pa.large_string()
+    pq.write_table(table.set_column(0, "task", table["task"].cast(kind)), path)
+    pd.testing.assert_frame_equal(analysis.gather_ranks(run, plain), before)
+    pq.write_table(table.drop_columns(["rank"]), path)
+    with pytest.raises(ValueError, match="arm full, seed 0: not readable as results .*rank"):
+        analysis.gather_ranks(run, plain)
 
 
 def test_gather_refuses_files_of_different_tasks(run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import multiprocessing
 import os
@@ -18,6 +17,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cocoa_lib import world
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -28,17 +29,24 @@ KEYS = {"name", "compared", "ratio", "n", "lowest", "highest", "machine", "commi
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 
 
+@pytest.fixture(scope="module")
+def benchmark_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("first") / "benchmark"
+    world.build(folder, n_pairs=256, n_queries=20, n_corpus=128)
+    return folder
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_first_picture_waits_for_no_model_library(path):
-    """What a notebook imports up to the cell of its first picture."""
+def test_a_first_picture_waits_for_no_model_library(path, benchmark_folder):
+    """The cells up to it are run, with the defaults of their parameters and data of that size."""
     cells = [cell["source"] for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
     first = next(i for i, source in enumerate(cells) if re.search(r"\b(figures|draw)\.show\(", source))
-    parsed = ast.parse("\n".join(cells[: first + 1]))
-    imports = "\n".join(ast.unparse(node) for node in parsed.body if isinstance(node, (ast.Import, ast.ImportFrom)))
-    assert "cocoa_lib" in imports
-    code = imports + "\nimport sys\nprint(sorted({'torch', 'transformers', 'scipy', 'sklearn'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    parameters, *others = cells[: first + 1]
+    given = f"data = {str(benchmark_folder)!r}"
+    seen = "import sys; sys.stderr.write(str(sorted({'torch', 'transformers'} & set(sys.modules))))"
+    code = "\n".join([parameters, given, *others, seen])
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.endswith("[]")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -83,7 +91,8 @@ def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
 
 
 def test_the_goals_are_said_as_the_records_have_them():
-    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split("What it was to reach")[1].split())
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    said = readme.split("What it was to reach")[1]
     encode, chunks = RECORDS["encode, padding"], RECORDS["padding, GradCache chunks, MMEB-like"]["compared"]
     assert (
         f"{encode['given']:.1f} % of `encode`'s computed tokens were padding in given order, {encode['tokens']:.1f} % are"
@@ -95,7 +104,10 @@ def test_the_goals_are_said_as_the_records_have_them():
         assert f"padding {before} % -> {after} %" in RECORDS[f"packing, {stage}, MMEB-like"]["compared"]
     plain = {name: line["ratio"] for name, line in RECORDS.items() if name.startswith("encode, plain batches")}
     assert {name for name, ratio in plain.items() if ratio >= 2} == {name for name in plain if "a tenth" in name}
-    assert f"({plain['encode, plain batches, 10000 items, a tenth pictures']:.2f} on 10,000 items)" in said
+    assert (
+        f"({plain['encode, plain batches, 10000 items, a tenth pictures']:.2f} on 10,000 items by a narrow model)"
+        in said
+    )
     library = [line for name, line in RECORDS.items() if name.startswith("encode, sentence-transformers")]
     assert all(line["highest"] > 1 for line in library)  # level
     assert [line["name"] for line in library if line["lowest"] > 1] == [
@@ -107,6 +119,10 @@ def test_the_goals_are_said_as_the_records_have_them():
         name: line["highest"] for name, line in RECORDS.items() if name.startswith("waiting") and "2 workers" in name
     }
     assert len(waits) == 3 and max(waits.values()) < 0.05
+    flex = {name: line for name, line in RECORDS.items() if name.startswith("attention, forward")}
+    ahead = flex.pop("attention, forward, L 4096, A:B 1:1, 12 heads of 128, one layer")
+    text = f"perhaps at L 4096 with A:B 1:1 ({ahead['ratio']:.2f} [{ahead['lowest']:.2f}, {ahead['highest']:.2f}];"
+    assert text in readme and max(line["ratio"] for line in flex.values()) < 1.05
     assert "all 36 tasks in 3 s" in RECORDS["ranking, time"]["compared"] and "36 tasks of 1000 x 1000 took 3 s" in said
 
 
@@ -228,7 +244,7 @@ def test_head_on_masked_positions_changes_no_loss(monkeypatch):
 
 
 def test_batches_by_tokens_hold_every_item_once_and_no_more_than_plain_ones_of_the_longest():
-    from cocoa_lib.embedder import token_batches
+    from cocoa_lib.embedder import PASS, token_batches
 
     rng = np.random.default_rng(0)
     cells = np.where(rng.random(500) < 0.4, rng.integers(1, 600, 500), 0)
@@ -239,9 +255,8 @@ def test_batches_by_tokens_hold_every_item_once_and_no_more_than_plain_ones_of_t
     for chosen in batches:
         assert len(chosen) * lengths[chosen].max() <= 8 * lengths.max()
         assert cells[chosen].sum() <= 8 * cells.max()
-    for chosen in batches:  # a batch is alike in length, but for a few
-        short = lengths[chosen] < lengths[chosen].max() / 2
-        assert (lengths[chosen].max() - lengths[chosen][short]).sum() <= 256
+        short = lengths[chosen] < lengths[chosen].max() / 2  # a batch is alike in length, but for a few
+        assert (lengths[chosen].max() - lengths[chosen][short]).sum() <= PASS
     assert len(batches) < 500 / 8  # short items came together in larger batches
     plain = sum(8 * lengths[at : at + 8].max() for at in range(0, 500, 8))
     assert sum(len(chosen) * lengths[chosen].max() for chosen in batches) < 0.5 * plain
