@@ -388,9 +388,10 @@ def answers(run: Path) -> list[dict[str, Any]]:
 def scale(run: Path) -> str:
     """Tasks, queries and what a random guess scores, in words."""
     results = analysis.gather_results(run)
-    tasks = results[results["metric"] == "p@1"].drop_duplicates("task")
+    per_query = analysis.gather_ranks(run, results)
+    tasks = results.drop_duplicates("task")
     guess = f"; a random guess scores {(100 / tasks['n_candidates']).mean():.1f}" if "n_candidates" in tasks else ""
-    return f"{len(tasks)} tasks, {tasks['n'].sum():,} queries in all{guess}"
+    return f"{len(tasks)} tasks, {per_query.drop_duplicates(['task', 'query']).shape[0]:,} queries in all{guess}"
 
 
 def committed_run(run: Path) -> list[str]:
