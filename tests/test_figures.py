@@ -109,7 +109,7 @@ def test_queries_and_targets_show_the_one_picture_and_both_sides_in_words(tmp_pa
     Image.new("RGB", (8, 4), "red").save(tmp_path / "red.png")
     picture, words = str(tmp_path / "red.png"), {"text": "<|image_1|> find\n", "image": None}
     pairs = [({"text": "<|image_1|>\nWhat?", "image": picture}, words), (words, {"text": "", "image": picture})]
-    assert figures.queries_and_targets([]).axes[0].images == []  # a folder without such a pair
+    assert not figures.queries_and_targets([]).axes[0].images  # a folder without such a pair
     pairs += [({"text": None, "image": picture}, words)]
     left, right = figures.queries_and_targets(pairs).axes[:2]
     assert [axis.texts[0].get_text() for axis in (left, right)] == [
