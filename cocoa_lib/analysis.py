@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .mmeb import META_TASKS, Task, groups
 
@@ -98,12 +96,13 @@ def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ())
         missing += [f"arm {arm}, seed {seed}: no {' and no '.join(lost)}"] if lost else []
     if missing or not pieces:
         raise FileNotFoundError(f"{root}: {'; '.join(missing) or 'no results of any arm'}")
-    parts = []
+    parts = {}
     for arm, seed in pieces:
         with _readable(root, arm, seed) as folder:
-            parts.append(pd.read_csv(folder / "results.csv"))
-            _ = [parts[-1][name] for name in ("task", "meta_task", "in_distribution")]  # KeyError where there is none
-    return _numbered(pd.concat(parts, ignore_index=True), pieces, parts)
+            table = parts[arm, seed] = pd.read_csv(folder / "results.csv")
+            if lost := {"task", "meta_task", "in_distribution"} - set(table):
+                raise ValueError(f"results.csv has no column {', '.join(sorted(lost))}")
+    return _together(parts)
 
 
 def gather_ranks(run: str | Path, results: pd.DataFrame) -> pd.DataFrame:
@@ -112,22 +111,14 @@ def gather_ranks(run: str | Path, results: pd.DataFrame) -> pd.DataFrame:
 
     Raises ValueError for a file that cannot be read, or whose tasks are not those of results.csv beside it.
     """
-    root, parts = Path(run) / "results", {}
+    root, parts, columns = Path(run) / "results", {}, ["task", "query", "rank", "n_candidates"]
     for (arm, seed), tasks in results.groupby(["arm", "seed"])["task"].unique().items():
         with _readable(root, arm, seed) as folder:
-            with pq.ParquetFile(
-                folder / "per_query.parquet"
-            ) as file:  # in half of read_table's time, which counts for 200 runs
-                ranks = parts[arm, seed] = file.read()
-            found = set(ranks["task"].unique().to_pylist())
-            _ = ranks.select(["query", "rank", "n_candidates"])  # KeyError where one is lost
-        if differ := sorted(found ^ set(tasks)):
+            ranks = parts[arm, seed] = pd.read_parquet(folder / "per_query.parquet", columns=columns)
+        if differ := sorted({*ranks["task"].unique()} ^ {*tasks}):
             raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
     facts = results.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
-    ranks = pa.concat_tables(
-        parts.values(), promote_options="permissive"
-    )  # other versions of pandas write other kinds of string
-    return _numbered(ranks.to_pandas(), list(parts), parts.values()).join(facts, on="task")
+    return _together(parts).join(facts, on="task")
 
 
 @contextmanager
@@ -139,12 +130,9 @@ def _readable(root: Path, arm: str, seed: int) -> Iterator[Path]:
         raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
 
 
-def _numbered(table: pd.DataFrame, pieces: list[tuple[str, int]], parts: Iterable) -> pd.DataFrame:
-    """With arm and seed of the parts that it was put together from in front."""
-    runs = pd.DataFrame(pieces, columns=["arm", "seed"]).loc[np.repeat(range(len(pieces)), [*map(len, parts)])]
-    table.insert(0, "arm", runs["arm"].array)
-    table.insert(1, "seed", runs["seed"].array)
-    return table
+def _together(parts: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
+    """One table, with arm and seed in front."""
+    return pd.concat(parts, names=["arm", "seed"]).reset_index(["arm", "seed"]).reset_index(drop=True)
 
 
 def arm_scores(results: pd.DataFrame) -> pd.DataFrame:

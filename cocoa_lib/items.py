@@ -1,7 +1,7 @@
 """Items: what is embedded, before any model: `{"text": str, "image": None | path | PIL.Image | list of these}`.
 
-Pictures are read here, and only here, so that whatever is wrong with a file is said the same way everywhere. Imports neither
-torch nor transformers: a table of pairs can be looked through at once.
+Users' pictures are opened here, so that whatever is wrong with a file is said the same way everywhere. Imports neither torch nor
+transformers: a table of pairs can be looked through at once.
 """
 
 from __future__ import annotations
