@@ -1,7 +1,7 @@
 """The estimate against what is measured: parameters, bytes and FLOPs of small models here, of the real shapes on meta.
 
-A run on the meta device shows shapes, parameter counts, FLOPs and that names match. It shows no value, no memory peak, no time,
-nothing that depends on values (the head on masked places only, rotary positions, the choice of kernels).
+A run on the meta device shows shapes, parameter counts, FLOPs, which weights get a gradient, and that names match. It shows no
+value, no memory peak, no time, no choice of kernels.
 """
 
 from __future__ import annotations
@@ -13,19 +13,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
 from cocoa_lib import backbone, estimate, train, world
-from cocoa_lib.attention import A, dense_mask
+from cocoa_lib.attention import EOS, A, B
 from cocoa_lib.backbone import language_model
+from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.estimate import SHAPES, Data, build, item_cost
-from cocoa_lib.objectives import Reconstruction
+from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
 from cocoa_lib.profiles import ROOT, load_profile
 from cocoa_lib.recipes import make_recipe
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
+aten = torch.ops.aten
 CONFIGS = ROOT / "data" / "configs"
 COUNTS = {
     "2B": 2_208_985_600,
@@ -313,33 +318,86 @@ def test_real_shapes_on_meta_have_the_published_parameters_and_the_published_ada
     assert not [n for n, p in adapted.named_parameters() if "merger" in n and p.requires_grad]
 
 
+class Weightless(TorchDispatchMode):
+    """Weights, pixels and all that is computed from them are on meta; ids, masks and grids keep their values, on the CPU, as what
+    follows from them does (rotary positions, windows, the places of pictures and of masked words): the code runs as it is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if func is aten._to_copy.default and not args[0].is_meta:
+            kwargs.pop("device", None)
+        elif any(value.is_meta for value in tensors) and func.overloadpacket not in (aten.index, aten.index_put_):
+            args, kwargs = tree_map_only(torch.Tensor, lambda value: value.to("meta"), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def real_rows(model, stage, n=1, picture=True):
+    """n items of a stage: a picture of 224 x 224, or none, 12 words, EOS and B where the stage has them; B's, or all, masked."""
+    pieces = [(992, A), *[(model.config.image_token_id, A)] * 64, (993, A)] * picture + [(7, A)] * 12
+    pieces += [(8, EOS)] * (stage != "stage1") + [(7, B)] * 12 * (stage == "stage2")
+    ids, segments = (torch.tensor(values).repeat(n, 1) for values in zip(*pieces, strict=True))
+    batch = {"input_ids": ids, "segment_ids": segments, "attention_mask": torch.ones_like(ids),
+             "mm_token_type_ids": (ids == model.config.image_token_id).long()}  # fmt: skip
+    if stage != "stage3":
+        batch["labels"] = torch.where((ids == 7) & (segments == (A if stage == "stage1" else B)), ids, -100)
+    if picture:
+        batch |= {"image_grid_thw": torch.tensor([[1, 16, 16]] * n), "num_images_per_sample": torch.ones(n, dtype=torch.long),
+                  "pixel_values": torch.empty(n * 256, 1176, device="meta")}  # fmt: skip
+    if stage == "stage1":
+        batch |= {"hidden_cells": torch.arange(n * 64) % 3 == 0, "patch_fill": torch.zeros(1176)}
+    return batch
+
+
+def real_step(name, stage, n=1, **changes):
+    """Forward and backward of `n` items of a stage at a real shape -> module, recipe, loss, FLOPs forward and backward."""
+    recipe = make_recipe(stage, load_profile("paper")[stage] | changes)
+    module = build(CONFIGS / SHAPES[name], stage, recipe).train()
+    backbone.set_bidirectional(module.model, True)
+    module.packing = getattr(recipe, "packing", False)
+    if recipe.gradient_checkpointing:
+        module.model.gradient_checkpointing_enable()
+    with Weightless(), FlopCounterMode(display=False) as counter:
+        if stage == "stage3":
+            embedder = SentenceTransformer(modules=[EosEmbedding(module.model, None)], device="meta").train()
+            columns = [real_rows(module.model, stage, n), real_rows(module.model, stage, n, picture=False)]
+            loss = CachedInfoNCE(embedder, mini_batch_size=1)(columns)
+        else:
+            loss = module(**real_rows(module.model, stage, n))["loss"]
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert loss.is_meta and loss.shape == ()
+    return module, recipe, forward, counter.get_total_flops() - forward
+
+
+def without_gradient(module):
+    return [
+        name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or p.grad.shape != p.shape)
+    ]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "stage3"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_forward_pass_on_meta_at_the_real_shape(name, monkeypatch):
-    """Stage 2's layout, one 448 x 448 picture: shapes fit from end to end, and the estimate's FLOPs are those counted, to 2 %."""
-    module = build(CONFIGS / SHAPES[name], "stage2", make_recipe("stage2", FULL))
-    model, to_meta = module.model, lambda part, args: tuple(value.to("meta") for value in args)
-    batch = batch_of(model) | {"image_grid_thw": torch.tensor([[1, 32, 32]]), "pixel_values": torch.zeros(1024, 1176)}
-    batch["input_ids"] = torch.cat([batch["input_ids"][:, :1].expand(-1, 156), batch["input_ids"]], 1)
-    batch["input_ids"][0, 1:257] = model.config.image_token_id
-    batch["mm_token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).long()
-    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-    batch["segment_ids"] = torch.full_like(batch["input_ids"], A)
-    # What needs values is computed from them here, and their check against the number of image tokens is left out.
-    positions = backbone.position_ids(model, batch).to("meta")
-    monkeypatch.setattr(backbone, "position_ids", lambda *args: positions)
-    mask = dense_mask("eos_bridged", batch["segment_ids"]).to("meta")
-    monkeypatch.setattr(backbone, "dense_mask", lambda *args: mask)
-    model.model.visual.rotary_pos_emb.register_forward_pre_hook(to_meta)
-    model.model.get_placeholder_mask = lambda ids, inputs_embeds, **_: ((ids == 0)[..., None], None)
-    batch = {key: value if key == "image_grid_thw" else value.to("meta") for key, value in batch.items()}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = backbone.hidden_states(model, batch, "eos_bridged")
-        logits = model.lm_head(hidden[:, -13:-1])
-    config = model.config.text_config
-    length = batch["input_ids"].shape[1]
-    assert hidden.shape == (1, length, config.hidden_size) and logits.shape == (1, 12, config.vocab_size)
-    cost = item_cost(module, make_recipe("stage2", FULL), length - 256 - 3, 448**2, masked=12)
-    assert cost.forward == pytest.approx(counter.get_total_flops(), rel=0.02)
+def test_a_step_on_meta_at_the_real_shape(name, stage):
+    """All weights trained, checkpointed as in the paper's profile: every weight gets a gradient, and FLOPs are the estimate's."""
+    whole = {"lora_r": 0} if stage == "stage3" else {"lora_r": 0, "packing": False}
+    module, recipe, forward, backward = real_step(name, stage, **whole)
+    head = ["model.lm_head.weight"] if stage == "stage3" and name == "7B" else []  # the others' is the embedding table
+    assert without_gradient(module) == head
+    words = 24 if stage == "stage2" else 12 - (stage == "stage1")  # `item_cost` counts an EOS, which stage 1 has not
+    costs = [item_cost(module, recipe, words, 224**2, masked=12 * (stage != "stage3"))]
+    costs += [item_cost(module, recipe, words - 2, 0, masked=0)] * (
+        stage == "stage3"
+    )  # a text has no marks of a picture
+    assert sum(cost.forward for cost in costs) == pytest.approx(forward, rel=0.02)
+    assert sum(cost.backward + cost.repeated for cost in costs) == pytest.approx(backward, rel=0.05)
+
+
+def test_the_paper_s_stage_2_on_meta():
+    """2B with DoRA, two items packed into a row: adapters alone, all of them, get a gradient."""
+    module, *_ = real_step("2B", "stage2", n=2)
+    assert not without_gradient(module)
+    assert all("lora_" in name for name, p in module.named_parameters() if p.grad is not None)
 
 
 # --- the command --------------------------------------------------------------------------------------------------------
