@@ -1,5 +1,5 @@
 """How long a step of each stage takes, in turn, and how many contrastive steps take as long as all three stages; what gradient
-checkpointing costs and saves in stage 1.
+checkpointing costs and saves in stage 1. With `--compiled`: whether compiled layers (`torch_compile`) pay on a CPU.
 
 The batches, recipes and number of steps are profile `long`'s, the model is the committed backbone. A step is forward,
 backward and AdamW; making the batch is left out (`input_side.py`: a twentieth of it).
@@ -7,19 +7,22 @@ backward and AdamW; making the batch is left out (`input_side.py`: a twentieth o
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import BACKBONE, in_turn, peaks, record, save
+from common import BACKBONE, in_turn, peaks, record, save, truly_compiled
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from torch._inductor.utils import fresh_cache
 from torch.utils.data import ConcatDataset
 
 from cocoa_lib import corpus, world
-from cocoa_lib.backbone import open_backbone
+from cocoa_lib.backbone import compile_layers, open_backbone
 from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.inputs import Inputs
@@ -45,9 +48,9 @@ def stepper(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callab
 
 
 def reconstruction(
-    stage: str, data: Path, inputs: Inputs, *, saving: bool = False, **changes: float
+    stage: str, data: Path, inputs: Inputs, *, saving: bool = False, compiled: bool = False, **changes: float
 ) -> Callable[[], float]:
-    """`saving`: with gradient checkpointing."""
+    """`saving`: with gradient checkpointing; `compiled`: by `compile_layers`."""
     recipe = make_recipe(stage, load_profile(PROFILE)[stage] | changes)
     parts = [corpus.captions(data)] + (list(corpus.text_pairs(data).values()) if stage == "stage2" else [])
     rows = Planned(ConcatDataset(parts), index_plan([len(part) for part in parts], recipe.batch_size, seed=0))
@@ -58,6 +61,8 @@ def reconstruction(
     )
     if saving:
         module.model.gradient_checkpointing_enable()
+    if compiled:
+        compile_layers(module.model)
     return stepper(module.train(), lambda: module(**batch)["loss"])
 
 
@@ -97,21 +102,63 @@ def contrastive_loss(inputs: Inputs, recipe: Stage3Recipe) -> tuple[EosEmbedding
     return module, of
 
 
-def contrastive(data: Path, inputs: Inputs) -> Callable[[], float]:
+def contrastive(data: Path, inputs: Inputs, compiled: bool = False) -> Callable[[], float]:
     recipe = make_recipe("stage3", load_profile(PROFILE)["stage3"])
     rows, sizes = corpus.pairs(data)
     plan = index_plan(sizes, recipe.batch_size, seed=0, block=recipe.same_task_block)
     batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))([rows[int(i)] for i in plan])
     module, loss = contrastive_loss(inputs, recipe)
+    if compiled:
+        compile_layers(module.model)
     return stepper(module, lambda: loss(batch))
 
 
-def main() -> None:
+@truly_compiled()
+def compiled_layers(data: Path, inputs: Inputs) -> list[dict]:
+    """A step of each stage, plain against compiled, once their losses are equal; and what the first compiled step takes, where
+    nothing is compiled yet."""
+    records = []
+    for stage in ("stage1", "stage2", "stage3"):
+        make = contrastive if stage == "stage3" else partial(reconstruction, stage)
+        sides = {}
+        for name in ("plain", "compiled"):
+            torch.manual_seed(0)  # of the decoder for patches
+            sides[name] = make(data, inputs, compiled=name == "compiled")
+        losses = {name: [step() for _ in range(2)] for name, step in sides.items()}  # the second: after equal gradients
+        assert np.allclose(*losses.values(), rtol=1e-4), losses
+        seconds = in_turn(sides, warm=True)
+        text = f"time of a step, plain / compiled layers; batches of profile {PROFILE}"
+        records.append(record(f"compiled layers, {stage}", text, seconds["plain"], seconds["compiled"]))
+    return [*records, first_compiled(data, inputs)]
+
+
+def first_compiled(data: Path, inputs: Inputs, n: int = 5) -> dict:
+    first, plain = [], []
+    for _ in range(n):
+        torch._dynamo.reset()
+        with fresh_cache():
+            for found, compiled in ((first, True), (plain, False)):
+                step = reconstruction("stage1", data, inputs, compiled=compiled)
+                start = time.perf_counter()
+                step()
+                found.append(time.perf_counter() - start)
+    text = "time of the first step with compiled layers, nothing compiled before / of the first plain step; stage 1"
+    return record("compiled layers, first step", text, first, plain)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="How long a step of each stage takes.")
+    parser.add_argument("--compiled", action="store_true", help="plain against compiled layers, and nothing else")
+    only_compiled = parser.parse_args(argv).compiled
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         world.build(data, seed=0, n_pairs=800, n_queries=2, n_corpus=500)
         inputs = Inputs.load(BACKBONE, max_length=256)
+        if only_compiled:
+            return save(
+                "stages_compiled", compiled_layers(data, inputs), "equal losses, then time (n 5); a CPU's compiler"
+            )
         sides = {stage: partial(reconstruction, stage)(data, inputs) for stage in ("stage1", "stage2")}
         picture = {
             "stage2 with the picture": reconstruction("stage2", data, inputs, image_weight=0.5)

@@ -25,6 +25,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from traceback import clear_frames
 from typing import Any
 
 import pandas as pd
@@ -470,7 +471,7 @@ def _run(
     if recipe.torch_compile:  # before FSDP, after the adapter
         compile_layers(model)
     whole = shard(trainer, model, adapter) if trainer.is_fsdp_enabled else (trainer.model, model, adapter)
-    with reporting_a_death(trainer, state):
+    with explained(trainer, state, work):
         group = torch.distributed.new_group(backend="gloo", timeout=SAVING) if state.num_processes > 1 else None
     watch = Watch(checkpoint, group)
     trainer.remove_callback(PrinterCallback)
@@ -478,7 +479,7 @@ def _run(
         trainer.add_callback(Bar())
     trainer.add_callback(watch)
     try:
-        with reporting_a_death(trainer, state), reporting_a_full_disk(trainer, work):
+        with explained(trainer, state, work):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         watch.restore()
@@ -493,42 +494,42 @@ def _run(
         if adapter is not None:
             model = adapter.merge_and_unload()
         decoder = getattr(module, "decoder", None)
-        with reporting_a_full_disk(trainer, work):
+        with explained(trainer, state, work):
             _finish(out, model, inputs, recipe, run, parent, trainer.state.log_history, seconds, decoder)
         shutil.rmtree(work, ignore_errors=True)  # the same command elsewhere may be removing it too
-    with reporting_a_death(trainer, state):
+    with explained(trainer, state, work):
         watch.wait()
     return out
 
 
 @contextmanager
-def reporting_a_death(trainer: Trainer, state: PartialState) -> Iterator[None]:
-    """Torch's words for a process that no longer answers, as a TrainingError that says what to do."""
+def explained(trainer: Trainer, state: PartialState, work: Path) -> Iterator[None]:
+    """What torch, safetensors and the system say of another process that is gone, a worker that was killed and a full disk, as a
+    TrainingError that says what to do; any other error as it is."""
     try:
         yield
-    except RuntimeError as error:
-        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
-            raise
-        raise TrainingError(
-            f"another process of this run died or cannot be reached (after step {trainer.state.global_step}, process "
-            f"{state.process_index} of {state.num_processes}); its own log says why. The same command goes on from the last "
-            "whole checkpoint, also with another number of processes"
-        ) from error
-
-
-@contextmanager
-def reporting_a_full_disk(trainer: Trainer, work: Path) -> Iterator[None]:
-    """What safetensors, torch and the system say of a full disk, as a TrainingError that says what to do."""
-    try:
-        yield
+    except TrainingError:
+        raise
     except (OSError, SafetensorError, RuntimeError) as error:
+        said, at = str(error), f"(after step {trainer.state.global_step}"
+        if "gloo" in said or isinstance(error, torch.distributed.DistError):
+            what = "another process of this run died or cannot be reached "
+            what += f"{at}, process {state.process_index} of {state.num_processes}); its own log says why"
+        elif said.startswith("DataLoader worker") or isinstance(
+            error, ConnectionError
+        ):  # half-way through a batch of its
+            # The loader goes, and the other workers with it: their ends torch would raise wherever the caller then is.
+            with suppress(RuntimeError):
+                clear_frames(error.__traceback__)
+            what = f"a worker that reads pictures was killed {at}), for want of memory or of shared memory as a rule; give more, "
+            what += f"or lower `workers` (another run then, which starts anew). torch says: {said.splitlines()[0]}"
         # torch.save fails in its own writer, at a place that it did not expect
-        if not any(words in str(error) for words in ("No space left", "inline_container", "PytorchStreamWriter")):
+        elif any(words in said for words in ("No space left", "inline_container", "PytorchStreamWriter")):
+            what = f"the disk is full, a checkpoint could not be written below {work} {at}); free some space"
+        else:
             raise
-        raise TrainingError(
-            f"the disk is full, a checkpoint could not be written below {work} (step {trainer.state.global_step}); free some "
-            "space and run the same command: it goes on from the last whole checkpoint"
-        ) from error
+        again = "Run the same command: it goes on from the last whole checkpoint, also with another number of processes"
+        raise TrainingError(f"{what}. {again}") from error
 
 
 def _finish(

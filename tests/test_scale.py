@@ -35,6 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from cocoa_lib import corpus, train, world
 from cocoa_lib.backbone import new_backbone, open_backbone
 from cocoa_lib.checkpoint import read_meta, save_checkpoint
+from cocoa_lib.inputs import Inputs
 from cocoa_lib.lock import locked
 from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
@@ -63,10 +64,13 @@ def home(tmp_path_factory):
     return folder
 
 
-def go(home, stage, out, **more):
+def tiny(stage):
     # mini_batch_size: half of the batch, so two chunks on one process and one on each of two
-    values = TINY | ({"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {}) | more
-    return run_stage(stage, make_recipe(stage, values), parent=home / "init", data=home / "world", out=out,
+    return TINY | ({"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {})
+
+
+def go(home, stage, out, **more):
+    return run_stage(stage, make_recipe(stage, tiny(stage) | more), parent=home / "init", data=home / "world", out=out,
                      allow_parent=True, show_progress=False)  # fmt: skip
 
 
@@ -198,6 +202,35 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert word.startswith(TrainingError.__name__) and "another process of this run" in word and "after step 3" in word
     assert train.last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
+
+
+def a_worker_is_killed(rank, home, out):
+    """In stage 3, at its second batch, as the system does when memory is short."""
+    original, made = Inputs.collate, []
+
+    def collate(self, *args, **kwargs):
+        worker = torch.utils.data.get_worker_info()
+        made.append(1)
+        if worker is not None and worker.id == 0 and len(made) > 2:  # two a batch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args, **kwargs)
+
+    multiprocessing.set_start_method("fork", force=True)  # the workers' too, or they would not know the patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inputs, "collate", collate)
+        go(home, "stage3", out / "stage3", workers=2)
+
+
+def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(home, tmp_path):
+    """In a process of its own: until it ends torch's handler of SIGCHLD raises wherever that is."""
+    start = time.monotonic()
+    assert together(a_worker_is_killed, home, tmp_path, n=1) == [1]
+    assert time.monotonic() - start < 60 and not (tmp_path / "stage3").exists()
+    word = (tmp_path / "error-0").read_text()
+    assert word.startswith(f"{TrainingError.__name__}: a worker that reads pictures was killed (after step "), word
+    assert "Run the same command: it goes on" in word
+    go(home, "stage3", tmp_path / "stage3", workers=2)
+    assert_close(home, "stage3", tmp_path / "stage3")
 
 
 def the_last_word(rank, home, out, finish):
@@ -412,21 +445,22 @@ def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
         assert launch_environment(name) == launch_environment("fsdp_1x8")  # which the tests above ran with
 
 
-def test_accelerate_launches_a_stage_with_a_launch_file(home, tmp_path):
+@pytest.mark.parametrize("stage", STAGES)
+def test_accelerate_launches_a_stage_with_a_launch_file(home, stage, tmp_path):
     """The documented line, on two processes of a CPU. (No --cpu, which starts one: without a GPU the file's kind takes gloo.)"""
-    out = tmp_path / "stage1"
+    out = tmp_path / stage
     launch = (
         f"-m accelerate.commands.accelerate_cli launch --config_file {NOTEBOOKS / 'profiles/accelerate/ddp_1x8.yaml'}"
     )
-    stage = "--num_processes 2 --main_process_port 0 -m cocoa_lib.train stage1 --allow-parent"
-    command = [sys.executable, *shlex.split(f"{launch} {stage}"), "--recipe", json.dumps(TINY)]
+    line = f"{launch} --num_processes 2 --main_process_port 0 -m cocoa_lib.train {stage} --allow-parent"
+    command = [sys.executable, *shlex.split(line), "--recipe", json.dumps(tiny(stage))]
     command += ["--parent", str(home / "init"), "--data", str(home / "world"), "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(str(out)) == 2, "each process names the folder when it is done"
-    assert read_meta(out)["run"]["stage"] == "stage1" and not list(tmp_path.glob(".*"))  # reading compares all hashes
-    assert_close(home, "stage1", out)
+    assert read_meta(out)["run"]["stage"] == stage and not list(tmp_path.glob(".*"))  # reading compares all hashes
+    assert_close(home, stage, out)
 
 
 @pytest.mark.parametrize("name, at_least", [("cluster", 5), ("scaling", 3)])

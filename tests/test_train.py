@@ -364,7 +364,9 @@ def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, mo
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
-@pytest.mark.parametrize(("stage", "values"), [("stage2", LORA | {"steps": 2}), ("stage3", {"steps": 2})])
+@pytest.mark.parametrize(
+    ("stage", "values"), [("stage1", {"steps": 2}), ("stage2", LORA | {"steps": 2}), ("stage3", {"steps": 2})]
+)
 def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
     plain = go(home, stage, tmp_path / "plain", tiny(stage, **values))
     torch._dynamo.reset()
