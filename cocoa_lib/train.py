@@ -515,14 +515,13 @@ def explained(trainer: Trainer, state: PartialState, work: Path) -> Iterator[Non
         if "gloo" in said or isinstance(error, torch.distributed.DistError):
             what = "another process of this run died or cannot be reached "
             what += f"{at}, process {state.process_index} of {state.num_processes}); its own log says why"
-        elif said.startswith("DataLoader worker") or isinstance(
-            error, ConnectionError
-        ):  # half-way through a batch of its
-            # The loader goes, and the other workers with it: their ends torch would raise wherever the caller then is.
+        elif said.startswith("DataLoader worker") or isinstance(error, ConnectionError):
+            # A ConnectionError: half-way through fetching its batch. The loader goes, and the other workers with it: their
+            # ends torch would raise wherever the caller then is.
             with suppress(RuntimeError):
                 clear_frames(error.__traceback__)
             what = f"a worker that reads pictures was killed {at}), for want of memory or of shared memory as a rule; give more, "
-            what += f"or lower `workers` (another run then, which starts anew). torch says: {said.splitlines()[0]}"
+            what += f"or lower `workers` (another run then, which starts anew). torch says: {error!r}"
         # torch.save fails in its own writer, at a place that it did not expect
         elif any(words in said for words in ("No space left", "inline_container", "PytorchStreamWriter")):
             what = f"the disk is full, a checkpoint could not be written below {work} {at}); free some space"
