@@ -472,7 +472,7 @@ def _difference(effects, arm: str) -> str:
 
 
 def summary(run: Path, baseline: str = "contrastive") -> str:
-    """The README's table of a run: an arm a row, means over seeds, and the paired difference with its interval."""
+    """`summary.md` of a run (docs/results.md): an arm a row, means over seeds, the paired difference with its interval."""
     scores, effects = _scores_and_effects(run, baseline, list(read_arms()))
     names = [
         name
