@@ -74,6 +74,7 @@ SPENT = "seconds.json"  # in a Trainer checkpoint: training time so far, of all 
 COMPLETE = "complete.json"  # written last into a Trainer checkpoint, with the hash of every file
 KEPT_CHECKPOINTS = 2  # of a run that lasts: the newest, and one before it should that be damaged
 KEPT_IMAGES = 1 << 29  # bytes of processed pictures that a process keeps, all its workers together (ours)
+FULL = ("No space left", "inline_container", "PytorchStreamWriter")  # what a full disk makes the system and torch say
 SAVING = timedelta(hours=2)  # writing and hashing a checkpoint, and the finished folder's merging, at most
 COLLAPSED_STEPS = 10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
 
@@ -407,7 +408,8 @@ def run_stage(
 
     Returns `out`. A finished `out` of the same configuration is returned as it is; of another one, CheckpointError.
     KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the same call goes on. TrainingError for a loss that is not
-    finite, a batch size that does not fit, or an output folder that another run is writing or nobody can.
+    finite, a batch size that does not fit, an output folder that another run is writing or nobody can, a full disk, and another
+    process or a worker that is gone.
     """
     out, data = Path(out), Path(data)
     parent_meta = check_parent(stage, parent, allow_parent)
@@ -510,20 +512,20 @@ def explained(trainer: Trainer, state: PartialState, work: Path) -> Iterator[Non
         yield
     except TrainingError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         said, at = str(error), f"(after step {trainer.state.global_step}"
+        # A worker can go half-way through handing over a batch.
+        broken = isinstance(error, (ConnectionError, EOFError)) or "ancdata" in said
         if "gloo" in said or isinstance(error, torch.distributed.DistError):
             what = "another process of this run died or cannot be reached "
             what += f"{at}, process {state.process_index} of {state.num_processes}); its own log says why"
-        elif said.startswith("DataLoader worker") or isinstance(error, ConnectionError):
-            # A ConnectionError: half-way through fetching its batch. The loader goes, and the other workers with it: their
-            # ends torch would raise wherever the caller then is.
+        elif said.startswith("DataLoader worker") or (broken and trainer.args.dataloader_num_workers > 0):
+            # The loader goes, and the other workers with it: their ends torch would raise wherever the caller then is.
             with suppress(RuntimeError):
                 clear_frames(error.__traceback__)
-            what = f"a worker that reads pictures was killed {at}), for want of memory or of shared memory as a rule; give more, "
-            what += f"or lower `workers` (another run then, which starts anew). torch says: {error!r}"
-        # torch.save fails in its own writer, at a place that it did not expect
-        elif any(words in said for words in ("No space left", "inline_container", "PytorchStreamWriter")):
+            what = f"a worker that reads pictures was killed {at}), as a rule for want of memory or of shared memory; free "
+            what += f"some, or start anew in another folder with fewer `workers`. torch says: {error!r}"
+        elif "in DataLoader worker" not in said and any(words in said for words in FULL):
             what = f"the disk is full, a checkpoint could not be written below {work} {at}); free some space"
         else:
             raise

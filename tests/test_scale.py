@@ -205,13 +205,15 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
 
 
 def a_worker_is_killed(rank, home, out):
-    """In stage 3, at its second batch, as the system does when memory is short."""
+    """In stage 3, at its third batch, once a checkpoint is whole, as the system does when memory is short."""
     original, made = Inputs.collate, []
 
     def collate(self, *args, **kwargs):
         worker = torch.utils.data.get_worker_info()
         made.append(1)
-        if worker is not None and worker.id == 0 and len(made) > 2:  # two a batch
+        if worker is not None and worker.id == 0 and len(made) > 4:  # two a batch
+            while not (out / ".stage3.work" / "checkpoint-2" / train.COMPLETE).exists():
+                time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args, **kwargs)
 
@@ -229,8 +231,16 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(home, tmp_pat
     word = (tmp_path / "error-0").read_text()
     assert word.startswith(f"{TrainingError.__name__}: a worker that reads pictures was killed (after step "), word
     assert "Run the same command: it goes on" in word
-    go(home, "stage3", tmp_path / "stage3", workers=2)
+    steps = steps_of(lambda: go(home, "stage3", tmp_path / "stage3", workers=2))
+    assert steps in ([3, 4, 5], [5]), "from the newest checkpoint"
     assert_close(home, "stage3", tmp_path / "stage3")
+
+
+@pytest.mark.parametrize("workers, said", [(2, TrainingError), (0, BrokenPipeError)])
+def test_a_lost_connection_is_a_workers_only_where_there_are_workers(workers, said, tmp_path):
+    trainer = Namespace(state=Namespace(global_step=3), args=Namespace(dataloader_num_workers=workers))
+    with pytest.raises(said), train.explained(trainer, Namespace(process_index=0, num_processes=1), tmp_path):
+        raise BrokenPipeError
 
 
 def the_last_word(rank, home, out, finish):
