@@ -123,11 +123,11 @@ def test_the_goals_are_said_as_the_records_have_them():
     ahead = flex.pop("attention, forward, L 4096, A:B 1:1, 12 heads of 128, one layer")
     text = f"perhaps at L 4096 with A:B 1:1 ({ahead['ratio']:.2f} [{ahead['lowest']:.2f}, {ahead['highest']:.2f}];"
     assert text in page and max(line["ratio"] for line in flex.values()) < 1.05
-    compiled = {line["name"]: line for name, line in RECORDS.items() if name.startswith("compiled layers")}
-    first, gain = (compiled[f"compiled layers, {name}"] for name in ("first step", "stage3"))
-    assert [line["name"] for line in compiled.values() if line["lowest"] > 1] == [gain["name"], first["name"]]
-    assert "certain in stage 3 alone, and there the compiler takes about what 250 steps gain" in page
-    assert 0.7 < 250 * (1 - 1 / gain["ratio"]) / first["ratio"] < 1.4
+    compiled = {line["name"]: line["ratio"] for name, line in RECORDS.items() if name.startswith("compiled layers")}
+    text = "a step gains a tenth at most in the median, which stage gains was another in an earlier run, and compiling takes "
+    text += "as long as some thirty steps"
+    assert text in page and 25 < compiled.pop("compiled layers, first step") < 35
+    assert len(compiled) == 3 and 1 < max(compiled.values()) < 1.105
     assert "all 36 tasks in 3 s" in RECORDS["ranking, time"]["compared"] and "36 tasks of 1000 x 1000 took 3 s" in said
 
 
