@@ -43,7 +43,7 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("stage1", ("plain",)), ("stage1", ("plain", COMPILED)), ("stage1", (CHECKPOINTING, "plain")),
     (WITH_ADAPTER, ("plain",)), (WITH_ADAPTER, (CHECKPOINTING, "plain")),
     ("stage2", ("plain",)), ("stage2", ("plain", FLEX)),
-    ("stage3", ("plain",)), ("stage3", (CACHE, "plain")), ("stage3", (CACHE,)),
+    ("stage3", ("plain",)), ("stage3", ("plain", COMPILED)), ("stage3", (CACHE, "plain")), ("stage3", (CACHE,)),
 ]  # fmt: skip
 
 

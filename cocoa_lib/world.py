@@ -24,6 +24,7 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
+from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFilter
 
 from .files import write_json
@@ -31,6 +32,7 @@ from .items import load_image
 from .mmeb import CORPUS, EVAL, TRAIN, Task, finished, write_tables
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other rows or pixels
+FEW = 4096  # items: of more, all cores make them
 CANVAS, PLACEHOLDER = 64, "<|image_1|>"
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 DIGITS = tuple("0123456789")
@@ -608,14 +610,15 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
     (root / "images").mkdir(parents=True)
     rows: dict[str, list] = {stream: [] for stream in lengths}
     content, n_images = hashlib.sha256(), 0
+    items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
+    in_order = Parallel(n_jobs=-1 if len(items) > FEW else 1, return_as="generator", batch_size=64)
     with (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:
-        for stream, length in lengths.items():
-            for index in range(length):
-                row, lines, digest = _make(root, seed, stream, index)
-                rows[stream].append(row)
-                scenes.writelines(json.dumps(line) + "\n" for line in lines)
-                content.update(digest)
-                n_images += len(lines)
+        made = in_order(delayed(_make)(root, seed, *item) for item in items)
+        for (stream, _), (row, lines, digest) in zip(items, made, strict=True):
+            rows[stream].append(row)
+            scenes.writelines(json.dumps(line) + "\n" for line in lines)
+            content.update(digest)
+            n_images += len(lines)
     content.update(_write_tables(root, rows, seed))
     # Candidates a row really has: pools of pictures and captions cannot be larger than the number of queries.
     pools = {t.name: t.n_candidates if t.name in LABELS else min(t.n_candidates, n_queries) for t in TASKS}

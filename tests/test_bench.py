@@ -312,7 +312,7 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
     assert list(shares) == [
         "stage1, plain, 2", "stage1, compiled layers, 2", "stage1, gradient checkpointing, 2",
         "stage1 with adapter, plain, 2", "stage1 with adapter, gradient checkpointing, 2", "stage2, plain, 2",
-        "stage3, plain, 2", "stage3, GradCache, 2", "stage3, GradCache, 8", "encode, 448 x 448 pixels",
+        "stage3, plain, 2", "stage3, compiled layers, 2", "stage3, GradCache, 2", "stage3, GradCache, 8", "encode, 448 x 448 pixels",
         "encode, 1344 x 1344 pixels",
     ]  # fmt: skip
     assert all(0 < line["ratio"] < 1 and line.get("tokens_per_second", line.get("images_per_second", 0)) > 0
@@ -321,6 +321,7 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
         "stage1, plain / compiled layers, 2",
         "stage1, gradient checkpointing / plain, 2",
         "stage1 with adapter, gradient checkpointing / plain, 2",
+        "stage3, plain / compiled layers, 2",
         "stage3, GradCache / plain, 2",
     ]
     assert [name for name in lines if "/" in name] == ratios

@@ -59,6 +59,22 @@ def test_the_same_settings_give_the_same_and_another_seed_does_not(root, tmp_pat
     assert (tmp_path / "two" / "scenes.jsonl").read_bytes() == (root / "scenes.jsonl").read_bytes()
 
 
+def test_several_processes_make_the_same(root, tmp_path, monkeypatch):
+    asked = []
+
+    def parallel(original=world.Parallel, **options):
+        asked.append(options["n_jobs"])
+        return original(**options | {"n_jobs": 2, "batch_size": 7})
+
+    monkeypatch.setattr(world, "FEW", 0)
+    monkeypatch.setattr(world, "Parallel", parallel)
+    build(tmp_path / "two", **SIZES)
+    assert asked == [-1]
+    names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (root, tmp_path / "two")]
+    assert names[0] == names[1]
+    assert (tmp_path / "two/manifest.json").read_bytes() == (root / "manifest.json").read_bytes()
+
+
 def test_smaller_builds_are_prefixes_of_larger_ones(root, tmp_path):
     build(tmp_path / "larger", **{**SIZES, "n_pairs": 128, "n_corpus": 60})
     for name in SUBSETS:
