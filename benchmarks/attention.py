@@ -1,8 +1,11 @@
-"""Stage 2's attention: a dense mask through SDPA against FlexAttention with blocks, one layer of Qwen2-VL-2B's shape.
+"""Stage 2's attention: a dense mask through SDPA against FlexAttention with blocks, at Qwen2-VL-2B's shape.
+
+On a CPU one layer and one row; on a GPU 28 layers one after the other and rows of 16,384 tokens together, since starting one
+small kernel takes longer than running it.
 
 python benchmarks/attention.py                    # CPU: forward only, FlexAttention has no backward pass there
 python benchmarks/attention.py --long             # the same at L 1024, 4096 and 8192 -> attention_long.json; not in `make bench`
-python benchmarks/attention.py --device cuda      # forward and backward, L up to 8192; not run so far
+python benchmarks/attention.py --device cuda      # forward and backward, L up to 8192 -> attention_gpu.json
 """
 
 from __future__ import annotations
@@ -19,22 +22,25 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from cocoa_lib.attention import block_mask, dense_mask, segments
 
-HEADS, WIDTH = 12, 128  # 28 layers of these; keys and values are repeated to 12 heads, as transformers does
+HEADS, WIDTH = 12, 128  # keys and values are repeated to 12 heads, as transformers does
+LAYERS, TOKENS = 28, 16384  # on a GPU
 LONG = [1024, 4096, 8192]
 LAYOUT = "eos_bridged"
 
 
-def tensors(length: int, share_a: float, device: str, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Random q, k, v (1, heads, L, d) and segment ids (1, L) with A : EOS : B."""
+def tensors(
+    length: int, share_a: float, device: str, dtype: torch.dtype, rows: int = 1
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Random q, k, v (rows, heads, L, d) and segment ids (rows, L) with A : EOS : B."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, HEADS, length, WIDTH, generator=generator).to(device, dtype) for _ in range(3))
+    q, k, v = (torch.randn(rows, HEADS, length, WIDTH, generator=generator).to(device, dtype) for _ in range(3))
     n_a = int((length - 1) * share_a)
-    return [q, k, v], segments(n_a, length - 1 - n_a).to(device)
+    return [q, k, v], segments(n_a, length - 1 - n_a).repeat(rows, 1).to(device)
 
 
 def exact(qkv: list[torch.Tensor], mask: torch.Tensor, pull: torch.Tensor) -> list[torch.Tensor]:
-    """Output, and gradients of q, k and v where `pull` is that of the output: float64, softmax written out, each (1, heads, L,
-    width). A head at a time: at L 8192 the scores of all would take 6 GB."""
+    """Output, and gradients of q, k and v where `pull` is that of the output: float64, softmax written out, each (rows, heads,
+    L, width). A head at a time: at L 8192 the scores of all would take 6 GB a row."""
     heads = []
     for head in range(qkv[0].shape[1]):
         q, k, v = (x[:, head].detach().double().requires_grad_() for x in qkv)
@@ -61,7 +67,8 @@ def check(
 @truly_compiled()
 def measure(length: int, share_a: float, device: str, n: int = 5) -> list[dict]:
     cuda = device != "cpu"
-    qkv, ids = tensors(length, share_a, device, torch.bfloat16 if cuda else torch.float32)
+    rows, layers = (max(1, TOKENS // length), LAYERS) if cuda else (1, 1)
+    qkv, ids = tensors(length, share_a, device, torch.bfloat16 if cuda else torch.float32, rows)
     dense, blocks = dense_mask(LAYOUT, ids), block_mask(LAYOUT, ids)
     compiled = torch.compile(flex_attention, dynamic=False)
     sides: dict[str, Callable] = {
@@ -71,11 +78,13 @@ def measure(length: int, share_a: float, device: str, n: int = 5) -> list[dict]:
     tolerance = 3e-2 if cuda else 1e-5
     with torch.no_grad():
         check(sides, qkv, dense, tolerance)
-        forward = in_turn(sides | {"mask": lambda: block_mask(LAYOUT, ids)}, n)
-    shape = f"L {length}, A:B {share_a / (1 - share_a):.0f}:1, {HEADS} heads of {WIDTH}, one layer"
+        through = {name: lambda side=side: [side() for _ in range(layers)] for name, side in sides.items()}
+        forward = in_turn(through | {"mask": lambda: block_mask(LAYOUT, ids)}, n)
+    stack = f"{layers} layers, {rows} rows" if cuda else "one layer"
+    shape = f"L {length}, A:B {share_a / (1 - share_a):.0f}:1, {HEADS} heads of {WIDTH}, {stack}"
     sparsity = f"{100 * float(dense.float().mean()):.0f} % of pairs allowed"
     text = f"time, dense SDPA / Flex, {{}}; {shape}; {sparsity}"
-    once = f"time, building the block mask, once a batch / Flex, forward, once a layer; {shape}"
+    once = f"time, building the block mask, once a batch / Flex, forward, of {stack}; {shape}"
     records = [
         record(f"attention, forward, {shape}", text.format("forward"), forward["dense"], forward["flex"]),
         record(f"attention, block mask / forward, {shape}", once, forward["mask"], forward["flex"]),
@@ -84,7 +93,10 @@ def measure(length: int, share_a: float, device: str, n: int = 5) -> list[dict]:
         for x in qkv:
             x.requires_grad_()
         check(sides, qkv, dense, tolerance, gradients=True)
-        both = in_turn({name: lambda side=side: side().sum().backward() for name, side in sides.items()}, n)
+        both = in_turn(
+            {name: lambda side=side: [side().sum().backward() for _ in range(layers)] for name, side in sides.items()},
+            n,
+        )
         text = text.format("forward and backward")
         records.append(record(f"attention, forward + backward, {shape}", text, both["dense"], both["flex"]))
     return records

@@ -14,7 +14,9 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import BoolTensor, LongTensor, Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 PAD, A, EOS, B = 0, 1, 2, 3
 SEGMENT_NAMES = ("PAD", "A", "EOS", "B")
@@ -153,3 +155,30 @@ def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers:
                 f"{names[query]} may not look at {names[key]}; it can know it through {through} after {depth} layers."
             )
     return f"{names[query]} may not look at {names[key]}, and cannot know it within {layers} layer(s)."
+
+
+def picture_attention(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
+    cu_seq_lens_q: LongTensor, max_length_q: int, scaling: float | None = None, **others,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """A vision tower's attention, all pictures of a batch (or windows) in one call, each seeing itself alone.
+
+    q, k, v (1, heads, N, d), pictures one behind the other, from cu_seq_lens_q[i] to cu_seq_lens_q[i + 1], max_length_q the
+    longest -> (1, N, heads, d). Transformers' own SDPA path takes a call for each picture and layer, and on a GPU starting them
+    takes longer than they do. An attention function of transformers (ours); dropout is none, as in these towers. Float32,
+    and a CPU, have no kernel for different lengths: there each is a call of its own, as in transformers.
+    """
+    n, length = len(cu_seq_lens_q) - 1, query.shape[2]
+    if length == n * max_length_q:  # all of one length: a batch
+        rows = (x[0].unflatten(1, (n, max_length_q)).transpose(0, 1) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(*rows, scale=scaling).transpose(1, 2).flatten(0, 1)
+    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+        ends = cu_seq_lens_q.to(torch.int32)
+        out = varlen_attn(*rows, ends, ends, max_length_q, max_length_q, scale=scaling)
+    else:
+        parts = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
+        out = torch.cat([F.scaled_dot_product_attention(*part, scale=scaling) for part in parts], dim=2)[0].transpose(
+            0, 1
+        )
+    return out[None], None

@@ -16,6 +16,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
+    AttentionInterface,
     AutoModelForImageTextToText,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,7 +25,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from .attention import EOS, PAD, A, additive, block_mask, dense_mask
+from .attention import EOS, PAD, A, additive, block_mask, dense_mask, picture_attention
 from .inputs import Batch, Inputs
 from .items import IMAGE_PAD, VISION_END, VISION_START, InputError
 
@@ -41,6 +42,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", VISION_START, V
 MASK_TOKEN = "<|mask|>"
 # Shapes of a batch that are compiled; past torch's own limit of 8 the others would run unfused, with a mere warning.
 COMPILED_SHAPES = 64
+# "flash": from such a name transformers' vision towers take a function that is told where each picture ends.
+PICTURES = "flash_pictures"
+AttentionInterface.register(PICTURES, picture_attention)
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
@@ -71,9 +75,10 @@ def open_backbone(
 
     attn_implementation: "sdpa", "eager", "flash_attention_2" or "flex_attention". Qwen2-VL does not declare Flex as
     supported although its attention takes any registered function, so it is enabled on the language model's config
-    only; the vision tower stays on SDPA. Where Flex does not run forward and backward (there is no backward pass on a
-    CPU, and nothing at all without a compiler), SDPA takes its place with a warning. safetensors only, never remote
-    code. The model comes back on the CPU. Raises RuntimeError if the probe fails.
+    only; the vision tower stays on SDPA, on a GPU for all pictures at once (`picture_attention`). Where Flex does not
+    run forward and backward (there is no backward pass on a CPU, and nothing at all without a compiler), SDPA takes its
+    place with a warning. safetensors only, never remote code. The model comes back on the CPU. Raises RuntimeError if the
+    probe fails.
     """
     flex = attn_implementation == "flex_attention"
     model = AutoModelForImageTextToText.from_pretrained(
@@ -85,6 +90,8 @@ def open_backbone(
     )
     set_bidirectional(model, bidirectional)
     flash = attn_implementation.startswith("flash")
+    if torch.cuda.is_available() and (flex or attn_implementation == "sdpa"):
+        model.model.visual.config._attn_implementation = PICTURES
     if (flex or flash) and torch.accelerator.is_available():  # their kernels are there and not on the CPU
         model.to(torch.accelerator.current_accelerator())
     if flex:
@@ -101,9 +108,10 @@ def open_backbone(
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """From now on the language model's layers run compiled, one program for all of them; the weights keep their names.
 
-    In place, so that gradient checkpointing, GradCache and an adapter go on as before. The vision tower, whose windows are
-    lists of numbers, is left as it is. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing.
-    peft's DoRA stops the compiler in each layer, under gradient checkpointing before it begins: there a warning says so.
+    In place, so that gradient checkpointing, GradCache and an adapter go on as before. So do the vision tower's on a GPU,
+    where they attend to all pictures at once; elsewhere their pictures are lists of numbers, and they are left as they
+    are. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is missing. peft's DoRA stops the compiler in
+    each layer, under gradient checkpointing before it begins: there a warning says so.
     """
     if any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules()):
         logger.warning(
@@ -113,7 +121,9 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
     torch._inductor.config.fallback_random = True
     torch._dynamo.config.optimize_ddp = False  # a layer is one program, not one for each of DDP's buckets
-    for layer in language_model(model).layers:
+    visual = model.model.visual
+    blocks = visual.blocks if visual.config._attn_implementation == PICTURES else ()
+    for layer in (*language_model(model).layers, *blocks):
         layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import logging
 from dataclasses import replace
 from functools import partial
@@ -409,6 +410,54 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, capl
         backbone.hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
     assert len(graphs) == programs, "once peft's DoRA compiles, the warning and docs/cluster.md can go"
     assert ("gains little or nothing with DoRA" in caplog.text) == bool(dora)
+
+
+def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once(family, monkeypatch):
+    _, folder, _ = family
+    used = lambda **how: open_backbone(folder, bidirectional=True, **how).model.visual.config._attn_implementation  # noqa: E731
+    assert used() == "sdpa"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert (used(), used(attn_implementation="eager")) == (backbone.PICTURES, "eager")
+
+
+@pytest.mark.parametrize("sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"])
+def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatch):
+    """Of one size in one call, Qwen2.5-VL's windows where they are; states and gradients are the same."""
+    _, folder, inputs = family
+    model = open_backbone(folder, bidirectional=True)
+    visual = model.model.visual
+    batch = inputs.collate([{"text": "which", "image": picture(*size, seed=i)} for i, size in enumerate(sizes)])
+    calls, found, original = [], [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *args, **how: calls.append(visual.config._attn_implementation) or original(*args, **how),
+    )  # fmt: skip
+    for implementation in ("sdpa", backbone.PICTURES):
+        visual.config._attn_implementation = implementation
+        states = hidden_states(model, batch, "bidirectional")
+        model.zero_grad()
+        states.square().sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in visual.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 5
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-5 * float(one.abs().max()) + 1e-7)
+    singly, at_once = calls.count("sdpa"), calls.count(backbone.PICTURES)
+    assert singly >= 3 * len(visual.blocks) and (at_once < singly) == (len(set(sizes)) == 1)
+
+
+def test_compiled_pictures_are_one_program(small, picture):
+    """However many there are."""
+    model, inputs = copy.deepcopy(small[0]), small[1]
+    model.model.visual.config._attn_implementation = backbone.PICTURES
+    graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
+    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
+    torch._dynamo.reset()
+    with here, torch._inductor.config.patch(fallback_random=drawn):
+        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for n in (2, 3, 5):
+            batch = inputs.collate([{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)])
+            model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from test_scale import STAGES, go, tiny
 
+from cocoa_lib import attention
 from cocoa_lib.attention import LAYOUTS
-from cocoa_lib.backbone import hidden_states, language_model, new_backbone, set_bidirectional
+from cocoa_lib.backbone import PICTURES, hidden_states, language_model, new_backbone, set_bidirectional
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.profiles import NOTEBOOKS
 
@@ -116,3 +117,26 @@ def test_encode_gives_the_vectors_of_a_cpu():
     assert np.allclose(embedder.encode(items, workers=2), wanted, atol=1e-3)
     embedder.module.to(torch.bfloat16)
     assert (embedder.encode(items) * wanted).sum(axis=1).min() > 0.99
+
+
+def test_pictures_of_different_sizes_are_attended_to_in_one_call(monkeypatch):
+    """In bf16, by torch's kernel for rows of different lengths; transformers takes them singly."""
+    model, inputs = new_backbone(["a large red circle"] * 4, vocab_size=400, image_pixels=4096, seed=0, hidden_size=64, layers=2,
+                                 heads=2, vision_dim=64, vision_layers=2, patch_size=8)  # fmt: skip
+    model = set_bidirectional(model.cuda(), True)
+    noise = [np.random.default_rng(i).integers(0, 255, (32, 32 * (1 + i), 3), dtype=np.uint8) for i in range(3)]
+    batch = inputs.collate([{"text": "a", "image": Image.fromarray(values)} for values in noise])
+    batch = {name: value.cuda() for name, value in batch.items()}
+    calls, kernel = [], attention.varlen_attn
+    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **how: calls.append(1) or kernel(*args, **how))
+    found = []
+    for implementation in ("sdpa", PICTURES):
+        model.model.visual.config._attn_implementation = implementation
+        with torch.autocast("cuda", torch.bfloat16):
+            states = hidden_states(model, batch)
+        model.zero_grad()
+        states.float().square().sum().backward()
+        found.append([states.detach(), *(p.grad.clone() for p in model.model.visual.blocks.parameters())])
+    assert len(calls) == 2, "one a layer"
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() < 0.02 * one.norm()
