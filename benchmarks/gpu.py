@@ -178,7 +178,10 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that the script runs")
     parser.add_argument(
-        "--batch", type=int, default=6, help="rows of a step; stage 3 takes half, through GradCache four times as many"
+        "--batch",
+        type=int,
+        default=6,
+        help="rows of a step; stage 3 and the adapter take half, stage 3 through GradCache twice as many",
     )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of the device at the precision used")
@@ -195,8 +198,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         if cpu and FLEX in ways:
             continue  # Flex has no backward on a CPU
         half = max(2, args.batch // 2)
-        rows, chunk = (4 * args.batch, args.batch) if ways == (CACHE,) else (half, (half + 1) // 2)
-        rows = rows if stage == "stage3" else args.batch
+        rows, chunk = (2 * args.batch, args.batch) if ways == (CACHE,) else (half, (half + 1) // 2)
+        rows = rows if stage == "stage3" else half if stage == WITH_ADAPTER else args.batch  # it keeps twice as much
         parts[f"{stage}, {' / '.join(ways)}"] = partial(
             train, stage, ways, rows=rows, chunk=chunk, length=args.length, **common
         )

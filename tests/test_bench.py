@@ -313,7 +313,7 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
         "encode, 448 x 448 pixels", "encode, 1344 x 1344 pixels", "stage1, pictures singly, 2", "stage1, plain, 2",
         "stage1, compiled layers, 2", "stage3, GradCache, 2", "stage3, plain, 2", "stage3, compiled layers, 2",
         "stage1, gradient checkpointing, 2", "stage1 with adapter, gradient checkpointing, 2",
-        "stage1 with adapter, plain, 2", "stage3, GradCache, 8",
+        "stage1 with adapter, plain, 2", "stage3, GradCache, 4",
     ]  # fmt: skip
     assert all(0 < line["ratio"] < 1 and line.get("tokens_per_second", line.get("images_per_second", 0)) > 0
                for line in shares.values())  # fmt: skip
