@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                          # needs a GPU of 80 GB: writes results/gpu.json, part by part
     python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, keeps nothing unless --out says where
 
-**No GPU numbers exist yet**: this script has been run on a CPU at the tiny shape only. A step is forward, backward and fused
+What one H200 gave is in docs/speed.md. A step is forward, backward and fused
 AdamW, under bf16 autocast, all weights trained, or the adapter of profile `paper`, one picture of 448 x 448 a row and words up to
 the length. FLOPs are counted by `cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward,
 recomputation (GradCache, checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         )
     note = "random weights at Qwen2-VL-2B's shape, bf16, a picture of 448 x 448 a row; n 5"
     if cpu:
-        note = "runs; a CPU's numbers mean nothing here and are not kept. No GPU numbers exist yet."
+        note = "runs; a CPU's numbers mean nothing here and are not kept."
     return save_parts("gpu", parts, note, args.out or (None if cpu else RESULTS), args.device)
 
 

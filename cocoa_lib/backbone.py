@@ -91,7 +91,10 @@ def open_backbone(
     set_bidirectional(model, bidirectional)
     flash = attn_implementation.startswith("flash")
     if torch.cuda.is_available() and (flex or attn_implementation == "sdpa"):
-        model.model.visual.config._attn_implementation = PICTURES
+        if (reason := _pictures_failure()) is None:
+            model.model.visual.config._attn_implementation = PICTURES
+        else:
+            logger.warning("pictures are attended to one by one, which takes longer and gives the same: %s", reason)
     if (flex or flash) and torch.accelerator.is_available():  # their kernels are there and not on the CPU
         model.to(torch.accelerator.current_accelerator())
     if flex:
@@ -138,6 +141,23 @@ def _flex_failure(model: PreTrainedModel) -> str | None:
     except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
+
+
+def _pictures_failure(device: str = "cuda") -> str | None:
+    """Why this GPU cannot attend to pictures of different sizes in one call, or None: a tiny forward and backward pass, in
+    float32, which takes them singly, and in bf16."""
+    drawn, ends, found = torch.Generator().manual_seed(0), torch.tensor([0, 8, 24]), []
+    values = [torch.randn(1, 2, 24, 16, generator=drawn) for _ in range(4)]
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            *qkv, pull = (x.to(device, dtype).requires_grad_() for x in values)
+            with torch.enable_grad():
+                out, _ = picture_attention(nn.Identity(), *qkv, cu_seq_lens_q=ends.to(device), max_length_q=16)
+            found.append([out.detach(), *torch.autograd.grad(out, qkv, pull.transpose(1, 2))])
+    except Exception as error:  # as for Flex
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    wrong = max(float((b - a).norm() / a.norm()) for a, b in zip(*found, strict=True))
+    return f"its numbers are off by {wrong:.0%}" if wrong > 0.02 else None
 
 
 @torch.no_grad()

@@ -30,7 +30,9 @@ from .recipes import Recipe, make_recipe
 SHAPES = {"2B": "qwen2_vl_2b", "3B": "qwen2_5_vl_3b", "7B": "qwen2_5_vl_7b"}  # data/configs/README.md
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # that the formula holds for, and not for a mixture of experts
 LAYER = re.compile(r".*(layers|blocks)\.(\d+)")
-PEAK, UTILISATION = 989e12, 0.35  # FLOP/s of a device (H100, dense bf16), and the share of it that is reached: assumed
+PEAK = 989e12  # FLOP/s of a device (H100 and H200, dense bf16)
+# Share of it that 2B's steps reached on an H200: all weights trained, and with the paper profile's adapter (docs/speed.md).
+UTILISATION, ADAPTED = 0.30, 0.15
 FREE = 0.1  # share of a device's memory that stays free
 HEAD = "GB      weights gradients optimiser copies activations logits inputs memory | PFLOP a step | hours"
 
@@ -129,11 +131,12 @@ def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float
 
 
 def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices: int = 1, *, sharded: bool = False,
-             peak: float = PEAK, utilisation: float = UTILISATION) -> dict[str, float]:  # fmt: skip
+             peak: float = PEAK, utilisation: float | None = None) -> dict[str, float]:  # fmt: skip
     """Bytes on one device by use and their sum `memory`, `flops` of a step on all devices, `hours` of the stage.
 
-    source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device. Of P parameters T are trained; an item has L
-    tokens and N patches; H, I, E, F are the hidden and MLP widths of text and vision; w is 2 bytes under bf16, else 4.
+    source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which `utilisation` is reached (None:
+    `usual_utilisation`). Of P parameters T are trained; an item has L tokens and N patches; H, I, E, F are the hidden and
+    MLP widths of text and vision; w is 2 bytes under bf16, else 4.
     weights 4 P, gradients 4 T, optimiser 8 T (float32; bf16 is autocast); sharded: over the number of devices.
     copies: under bf16 the casts, 2 T + 2 (P - T), the second part twice under DoRA and of one layer only under gradient
     checkpointing; and DDP's buckets, 4 T. Sharded instead what is whole at a time, weights and gradients in w: two layers of the
@@ -149,7 +152,8 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     without adapter. hours: steps x flops / (devices x peak x utilisation).
     Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time, the copy of the inputs in
     which cells are hidden, and the picture's copy in stage 2 with `image_weight` above 0, which comes to that of a second
-    picture. The sum is within 15 % of the measured peak of a small step on a CPU (tests/test_estimate.py).
+    picture. The sum is within 15 % of the measured peak of a small step on a CPU, and above those of steps at 2B's shape on
+    an H200, by 2 to 15 % with all weights trained and kept, by up to 48 % otherwise (tests/test_estimate.py).
     """
     module = build(source, stage, recipe)
     vision, words = module.model.config.vision_config, language_model(module.model).config
@@ -188,8 +192,13 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
         "logits": local * masked * words.vocab_size * ((2 if bf16 else 4) + 12),
         "inputs": items / devices * 12 * vision.temporal_patch_size * largest,
     }  # fmt: skip
-    hours = recipe.steps * flops / (devices * peak * utilisation) / 3600
+    hours = recipe.steps * flops / (devices * peak * (utilisation or usual_utilisation(recipe))) / 3600
     return needs | {"memory": sum(needs.values()), "flops": flops, "hours": hours}
+
+
+def usual_utilisation(recipe: Recipe) -> float:
+    """The share of a device's peak that such a recipe reached where it was measured: at 2B's shape on one H200."""
+    return ADAPTED if recipe.lora_r else UTILISATION
 
 
 def remedies(stage: str, recipe: Recipe, devices: int) -> list[tuple[str, Recipe, dict]]:
@@ -233,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--fsdp", action="store_true", help="weights, gradients and optimiser sharded")
     parser.add_argument("--peak", type=float, default=PEAK / 1e12, help="TFLOP/s of one device (H100, dense bf16)")
     parser.add_argument(
-        "--utilisation", type=float, default=UTILISATION, help="share of the peak that is reached: an assumption"
+        "--utilisation",
+        type=float,
+        help=f"share of the peak that is reached ({UTILISATION}, with an adapter {ADAPTED})",
     )
     args = parser.parse_args(argv)
     source = ROOT / "data/configs" / SHAPES[args.model] if args.model in SHAPES else args.model

@@ -676,7 +676,7 @@ def print_estimate(stage: str, recipe: Recipe, source: str | Path, data: Path) -
     except (OSError, ValueError) as error:  # no config.json, no pairs, an unreadable picture, another family of models
         lines = [f"no estimate of memory and time: {str(error).splitlines()[0]}"]
     else:
-        speed = f"{estimate.UTILISATION:.0%} of {estimate.PEAK / 1e12:.0f} TFLOP/s"
+        speed = f"{estimate.usual_utilisation(recipe):.0%} of {estimate.PEAK / 1e12:.0f} TFLOP/s"
         lines = [f"estimated for one of {n} device(s), hours at {speed}; an item: {item}", estimate.HEAD, *lines]
     print(*lines, sep="\n", flush=True)  # noqa: T201
 

@@ -22,7 +22,10 @@ from cocoa_lib import world
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-RECORDS = {line["name"]: line for path in FILES for line in json.loads(path.read_text(encoding="utf-8"))["results"]}
+CONTENTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
+RECORDS = {line["name"]: line for name, kept in CONTENTS.items() if "gpu" not in name for line in kept["results"]}
+GPU = {line["name"]: line for name in ("gpu_earlier", "gpu", "attention_gpu") for line in CONTENTS[name]["results"]}
+ONE_ROW = {line["name"]: line["ratio"] for line in CONTENTS["attention_gpu_one_row"]["results"]}
 KEYS = {"name", "compared", "ratio", "n", "lowest", "highest", "machine", "commit"}
 
 
@@ -64,7 +67,8 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"bench", "common", "gpu"}
     assert re.search(r"^bench:.*\n.* benchmarks/bench.py$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     # What `make bench` does not write.
-    aside = {"gpu", "attention_gpu", "attention_long", "encode_many", "gradcache_large", "stages_compiled"}
+    aside = {"gpu", "gpu_earlier", "attention_gpu", "attention_gpu_one_row"}
+    aside |= {"attention_long", "encode_many", "gradcache_large", "stages_compiled"}
     assert {*bench.ALONE, *bench.BESIDE} == scripts == {path.stem for path in FILES} - aside
     assert len(bench.ALONE) + len(bench.BESIDE) == len(scripts)
 
@@ -131,6 +135,69 @@ def test_the_goals_are_said_as_the_records_have_them():
     assert "all 36 tasks in 3 s" in RECORDS["ranking, time"]["compared"] and "36 tasks of 1000 x 1000 took 3 s" in said
 
 
+def test_what_a_gpu_gave_is_said_as_the_records_have_it():
+    """Each of one kind of machine; what the pages say of them beside the table."""
+    assert {line["machine"] for line in GPU.values()} == {
+        "x86_64 AVX512, 16 cores, 1 thread(s), torch 2.11.0+cu130, NVIDIA H200"
+    }
+    speed, scaling, readme, cluster = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("docs/speed.md", "docs/scaling.md", "README.md", "docs/cluster.md")
+    )
+    share = {name: line["ratio"] for name, line in GPU.items()}
+    one, three = (f"{stage}, {{}}, {rows} rows of 1024" for stage, rows in (("stage1", 16), ("stage3", 8)))
+    compiled = [GPU[name.format("compiled layers")] for name in (one, three)]
+    plain = [GPU[name.format("plain")]["ratio"] for name in (one, three)]
+    first, third = (
+        f"{100 * line['ratio']:.1f} [{100 * line['lowest']:.1f}, {100 * line['highest']:.1f}]" for line in compiled
+    )
+    rates = [f"{line['tokens_per_second']:,.0f}" for line in compiled]
+    said = f"{first} % in stage 1 and {third} % in stage 3 with compiled layers ({rates[0]} and {rates[1]} tokens a second), "
+    assert said + f"{100 * plain[0]:.1f} and {100 * plain[1]:.1f} % without" in speed
+    assert compiled[0]["ratio"] > 0.45 > compiled[1]["ratio"], "the goal is 45 %"
+    both = sorted(
+        (int(name.split("L ")[1].split(",")[0]), value) for name, value in share.items() if "forward + backward" in name
+    )
+    wins = [value for length, value in both if length >= 1024]
+    assert {length for length, _ in both} == {512, 1024, 2048} and 0.95 < min(
+        value for length, value in both if length < 1024
+    ) < 1
+    assert (
+        f"is {min(wins):.2f} to {max(wins):.2f} times as fast from 1,024 tokens on (level at 512)" in speed
+        and min(wins) > 1
+    )
+    step = GPU["stage2, plain / Flex, 16 rows of 1024"]
+    assert f"a whole step at 1,024 tokens gains {100 * (step['ratio'] - 1):.1f} %" in speed and step["lowest"] > 1
+    alone = [
+        ONE_ROW[f"attention, forward + backward, L 8192, A:B {ratio}:1, 12 heads of 128, one layer"] for ratio in (4, 1)
+    ]
+    assert f"One row of 8,192 tokens, one layer: {alone[0]:.2f} and {alone[1]:.2f}" in speed
+    small, large = (GPU[f"encode, {side} x {side} pixels"] for side in (448, 1344))
+    for line, text in (
+        (small, "for pictures of 448 x 448 ({:.0f} a second)"),
+        (large, "for 1344 x 1344 ({:.1f} a second)"),
+    ):
+        assert f"{100 * line['ratio']:.1f} % {text.format(line['images_per_second'])}" in scaling
+    assert "keeps two to three cores busy" in scaling and 2 < small["images_per_second"] * 0.021 < 3
+    saved = [GPU[f"{name}, gradient checkpointing / plain, 12 rows of 1024"]["peak_memory_gb"]
+             for name in ("stage1", "stage1 with adapter")]  # fmt: skip
+    said = "Gradient checkpointing brings 12 rows from {1:.0f} to {0:.0f} GB".format(*saved[0])
+    assert said + ", with the adapter from {1:.0f} to {0:.0f}".format(*saved[1]) in speed
+    singly = share["stage1, pictures singly / plain, 16 rows of 1024"]
+    assert f"a step of stage 1 takes {singly:.2f} times as long without" in cluster
+    assert f"{100 * compiled[0]['ratio']:.0f} % of the peak instead of {100 * plain[0]:.0f}" in cluster
+    assert (
+        f"On an H200 steps of stages 1 and 3 reach {100 * compiled[0]['ratio']:.0f} and {100 * compiled[1]['ratio']:.0f} %"
+        in readme
+    )
+    missing = {name: list(CONTENTS[name]["not_measured"]) for name in ("gpu", "attention_gpu", "gpu_earlier")}
+    assert (
+        len(missing["gpu"]) == 3
+        and len(missing["attention_gpu"]) == 4
+        and missing["gpu_earlier"] == ["encode, 1344 pixels"]
+    )
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux only")
 def test_a_peak_is_of_its_step_alone_and_there_are_five(monkeypatch):
     """Not of what was in use before: the mark is set back."""
@@ -172,9 +239,11 @@ def test_the_ratios_on_the_pages_are_the_measured_ones(page, at_least):
     text = (ROOT / page).read_text(encoding="utf-8")
     section = text.split("\n## Speed\n")[1].split("\n## ")[0] if page == "README.md" else text
     rows = re.findall(r"^\| .*? \| ([\d.]+) \[([\d.]+), ([\d.]+)\] \| `(.+?)` \|$", section, re.M)
-    assert len(rows) >= at_least and len(rows) == section.count("\n| ") - 1  # every row but the heading
+    assert len(rows) >= at_least and len(rows) == section.count("\n| ") - section.count(
+        "\n| what | ratio "
+    )  # every row
     for *numbers, name in rows:
-        line = RECORDS[name]
+        line = (RECORDS | GPU)[name]
         assert numbers == [f"{line[key]:.2f}" for key in ("ratio", "lowest", "highest")], name
 
 
