@@ -342,9 +342,11 @@ def test_the_page_of_verdicts_is_that_of_the_committed_tables():
         "3. The gain is larger": {**few, "cocoa": -1, "contrastive": 1},
         "250 contrastive steps, all pairs": {"cocoa": 1, "contrastive": -1},
         "half the width": {"cocoa_half": 1, "contrastive_half": -1},
+        "half the width, another backbone": {"cocoa_half_other": 1, "contrastive_half_other": -1},
         "the bottleneck": {"cocoa": 1, "no_truncation": -1},
     }.items():
-        (shown,) = [row for row in rows if row and row[0].startswith(claim)]
+        begun = [row for row in rows if row and row[0].startswith(claim)]
+        (shown,) = [row for row in begun if row[0] == claim] or begun
         assert any(cell.startswith(analysis.said(analysis.contrast(per_query, weights))) for cell in shown[1:]), shown
 
 
