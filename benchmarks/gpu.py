@@ -157,7 +157,7 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
 
 
 def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> list[dict[str, Any]]:
-    """`encode` of pictures in memory, bf16 weights on a GPU: resizing in 8 processes, copying and computing."""
+    """`encode` of pictures in memory, bf16 weights on a GPU: preparing in 8 processes, copying and computing."""
     cuda, size = device != "cpu", pixels(side, tiny)
     model, inputs = model_of(tiny, device, 4096)
     module = Reconstruction(model, layout="bidirectional")
@@ -167,7 +167,7 @@ def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> li
     seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch, workers=8 if cuda else 0)}, n)[""]
     cost = item_cost(module, make_recipe("stage3", {"bf16": cuda}), 0, size**2, 0.0)
     rates = [number * cost.forward / x / 1e12 for x in seconds]
-    return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), resizing included", rates,
+    return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), preparing included", rates,
                    [peak] * n, images_per_second=number / float(np.median(seconds)))]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         "--batch",
         type=int,
         default=6,
-        help="rows of a step; stage 3 and the adapter take half, stage 3 through GradCache twice as many",
+        help="rows of a step; stage 3 and the adapter take half, GradCache alone twice as many",
     )
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of the device at the precision used")

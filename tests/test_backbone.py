@@ -417,10 +417,12 @@ def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(famil
     used = lambda **how: open_backbone(folder, bidirectional=True, **how).model.visual.config._attn_implementation  # noqa: E731
     assert used() == "sdpa"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(backbone, "_pictures_failure", lambda: None)
+    widths = []
+    monkeypatch.setattr(backbone, "_pictures_failure", lambda width: widths.append(width))
     assert (used(), used(attn_implementation="eager")) == (backbone.PICTURES, "eager")
-    assert not caplog.text
-    monkeypatch.setattr(backbone, "_pictures_failure", lambda: "no kernel")
+    attention = open_backbone(folder, bidirectional=True).model.visual.blocks[0].attn
+    assert widths == [attention.head_dim] * 2 and not caplog.text
+    monkeypatch.setattr(backbone, "_pictures_failure", lambda width: "no kernel")
     assert used() == "sdpa" and "one by one, which takes longer and gives the same: no kernel" in caplog.text
 
 
@@ -430,16 +432,17 @@ def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
 
     def kernel(module, *qkv, **how):
         out, _ = right(module, *qkv, **how)
-        assert out.shape == (1, 24, 2, 16)
+        assert out.shape == (1, 300, 2, 80)
         return spoil.get(qkv[0].dtype, lambda out, q: out)(out, qkv[0]), None
 
     monkeypatch.setattr(backbone, "picture_attention", kernel)
-    assert backbone._pictures_failure("cpu") is None
-    for wrong in (lambda out, q: out.roll(1, dims=1), lambda out, q: out + 0.5 * (q - q.detach()).transpose(1, 2)):
+    assert backbone._pictures_failure(80, "cpu") is None
+    for wrong in (lambda out, q: out.roll(1, dims=1), lambda out, q: out + 0.5 * (q - q.detach()).transpose(1, 2),
+                  lambda out, q: out * float("nan")):  # fmt: skip
         spoil[torch.bfloat16] = wrong
-        assert "its numbers are off by" in backbone._pictures_failure("cpu")
+        assert "its numbers are off by" in backbone._pictures_failure(80, "cpu")
     monkeypatch.setattr(backbone, "picture_attention", lambda *args, **how: 1 / 0)
-    assert backbone._pictures_failure("cpu") == "ZeroDivisionError: division by zero"
+    assert backbone._pictures_failure(80, "cpu") == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"])

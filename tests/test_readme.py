@@ -117,6 +117,13 @@ def test_the_readmes_sentences_are_the_tables():
     assert "seeds 0 to 2): CoCoA {}, contrastive alone {}, ".format(*three_quarters) in said
     others = [f"{overall[arm]:.1f}" for arm in ("cocoa_half_other", "contrastive_half_other")]
     assert "had gained: CoCoA {}, contrastive alone {}, ".format(*others) in said
+    three = analysis.arm_scores(results[results["seed"] < 3]).groupby("arm")["overall"].mean()
+    first = [f"{three[arm]:.1f}" for arm in ("cocoa_half", "contrastive_half")]
+    assert "On these seeds the first gives {} and {}:".format(*first) in said
+    alone, apart = three["contrastive_half_other"], three["contrastive_half_other"] - three["contrastive_half"]
+    assert apart > three["cocoa_half_other"] - alone, "more apart than reconstruction then adds"
+    notebook = (ROOT / "notebooks" / "05_ablations.ipynb").read_text(encoding="utf-8")
+    assert f"scores more, {alone:.1f} for {first[1]} on the same three seeds, more apart" in notebook
     gains = [overall[f"cocoa{width}"] - overall[f"contrastive{width}"] for width in ("_half", "_width_96", "")]
     assert gains == sorted(gains, reverse=True), "in means the gain falls with the width"
     of_three = analysis.said(analysis.contrast(per_query[per_query["seed"] < 3], {"cocoa": 1, "contrastive": -1}))
