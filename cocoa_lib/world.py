@@ -24,7 +24,6 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFilter
 
 from .files import write_json
@@ -610,6 +609,8 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
     (root / "images").mkdir(parents=True)
     rows: dict[str, list] = {stream: [] for stream in lengths}
     content, n_images = hashlib.sha256(), 0
+    from sklearn.utils.parallel import Parallel, delayed  # here: it takes a second, and a finished build needs none
+
     items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
     in_order = Parallel(n_jobs=-1 if len(items) > FEW else 1, return_as="generator", batch_size=64)
     with (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:

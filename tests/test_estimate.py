@@ -551,7 +551,7 @@ def test_training_says_beforehand_what_it_needs_and_what_to_change(start, small,
     recipe, item = make_recipe("stage1", {"batch_size": 8}), estimate.measure(tmp_path / "data")
     found = start("--recipe", '{"batch_size": 8}', memory=1e8)
     assert found[1:] == [estimate.HEAD, *estimate.report(small["2B"], "stage1", recipe, item, 0.1, 2)]
-    assert "one of 2 device(s), hours at 35% of 989 TFLOP/s" in found[0] and str(item) in found[0]
+    assert "one of 2 device(s), hours at 30% of 989 TFLOP/s" in found[0] and str(item) in found[0]
     assert "does not fit into 0.1 GB" in found[3]
     assert any(line.startswith("    gradient_checkpointing: true: ") for line in found[4:])
     assert len(start("--recipe", '{"batch_size": 8}')) == 3, "no advice where it fits"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import sklearn.utils.parallel
 from PIL import Image
 
 from cocoa_lib import world
@@ -62,12 +63,12 @@ def test_the_same_settings_give_the_same_and_another_seed_does_not(root, tmp_pat
 def test_several_processes_make_the_same(root, tmp_path, monkeypatch):
     asked = []
 
-    def parallel(original=world.Parallel, **options):
+    def parallel(original=sklearn.utils.parallel.Parallel, **options):
         asked.append(options["n_jobs"])
         return original(**options | {"n_jobs": 2, "batch_size": 7})
 
     monkeypatch.setattr(world, "FEW", 0)
-    monkeypatch.setattr(world, "Parallel", parallel)
+    monkeypatch.setattr("sklearn.utils.parallel.Parallel", parallel)
     build(tmp_path / "two", **SIZES)
     assert asked == [-1]
     names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (root, tmp_path / "two")]
