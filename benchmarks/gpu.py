@@ -3,11 +3,11 @@
     python benchmarks/gpu.py                          # needs a GPU of 80 GB: writes results/gpu.json, part by part
     python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, keeps nothing unless --out says where
 
-What one H200 gave is in docs/speed.md. A step is forward, backward and fused
-AdamW, under bf16 autocast, all weights trained, or the adapter of profile `paper`, one picture of 448 x 448 a row and words up to
-the length. FLOPs are counted by `cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward,
-recomputation (GradCache, checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured
-against is stated in the output (H100, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
+What one H200 gave is in docs/speed.md. A step is forward, backward and fused AdamW, under bf16 autocast, all weights trained, or
+the adapter of profile `paper`, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
+`cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
+checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in the
+output (H100 and H200, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
 reproduce PROFILE=gpu`.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ WITH_ADAPTER = "stage1 with adapter"
 COMPILED, CHECKPOINTING, FLEX, CACHE = "compiled layers", "gradient checkpointing", "Flex", "GradCache"
 SINGLY = "pictures singly"  # the vision tower's attention: transformers' SDPA, a call for each picture
 # Stage and ways of taking a step; of two ways, time of the first over that of the second. "plain": SDPA, no option on, a whole
-# batch at once. Rates are those of the ways a stage has not shown yet.
+# batch at once. Its rate comes with the first part of a stage that has it.
 PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("stage1", (SINGLY, "plain")), ("stage1", ("plain", COMPILED)), ("stage3", (CACHE, "plain")),
     ("stage3", ("plain", COMPILED)), ("stage2", ("plain", FLEX)), ("stage1", (CHECKPOINTING, "plain")),
@@ -142,8 +141,7 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
     seconds = in_turn({way: partial(step, way) for way in ways}, n)
     shape = f"{rows} rows of {length}"
     lines = []
-    shown = {(before, way) for before, taken in takewhile(lambda this: this != (part, ways), PARTS) for way in taken}
-    for way in ways if len(ways) == 1 else [way for way in ways if (part, way) not in shown]:
+    for way in ways:
         rates = [flops / x / 1e12 for x in seconds[way]]
         more = {"tokens_per_second": tokens / float(np.median(seconds[way])), "peak_memory_gb": memory[way]}
         lines.append(record(f"{part}, {way}, {shape}", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), step with AdamW", rates,

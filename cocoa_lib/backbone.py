@@ -132,6 +132,10 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
         layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
 def _flex_failure(model: PreTrainedModel) -> str | None:
     """Why FlexAttention cannot train this model here, or None: one tiny forward and backward pass."""
     ids = torch.tensor([[5, 6, 7, 8]], device=model.device)
@@ -141,7 +145,7 @@ def _flex_failure(model: PreTrainedModel) -> str | None:
             # Through all layers, without room for the gradients of all weights.
             torch.autograd.grad(hidden.sum(), language_model(model).embed_tokens.weight)
     except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return _first_line(error)
     return None
 
 
@@ -157,13 +161,11 @@ def _pictures_failure(width: int, device: str = "cuda") -> str | None:
                 out, _ = picture_attention(nn.Identity(), *qkv, cu_seq_lens_q=ends.to(device), max_length_q=200)
             found.append([out.detach(), *torch.autograd.grad(out, qkv, pull.transpose(1, 2))])
     except Exception as error:  # as for Flex
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return _first_line(error)
     wrong = [float((b - a).norm() / a.norm()) for a, b in zip(*found, strict=True)]
-    return (
-        None
-        if all(share < 0.02 for share in wrong)
-        else f"its numbers are off by {100 * max(wrong):.0f} % or not finite"
-    )
+    if not all(share < 0.02 for share in wrong):  # as NaN is not, either
+        return f"its numbers are off by {100 * max(wrong):.0f} % or not finite"
+    return None
 
 
 @torch.no_grad()

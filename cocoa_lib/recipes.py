@@ -59,7 +59,7 @@ class Recipe:
     lora_dropout: float = 0.1
     dora: bool = True
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # the language model's layers; the first steps wait for the compiler (ours)
+    torch_compile: bool = False  # language model's layers, on a GPU also the vision tower's; compiling takes a while
     workers: int = 0  # processes that decode and tokenise ahead of the device; the batches are the same
     save_steps: int = 500  # at most this many steps of work are lost in a kill
     logging_steps: int = 10

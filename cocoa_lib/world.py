@@ -595,7 +595,8 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
 
     n_pairs: training pairs in all, a multiple of 8; n_queries: a task; n_corpus: scenes of text for the backbone and
     for reconstruction. Item i depends on (seed, stream, i) alone: a smaller build is a prefix of a larger one.
-    Raises ValueError for a bad argument and where `root` holds something else; nothing is ever overwritten.
+    All cores make a large one. Raises ValueError for a bad argument and where `root` holds something else; nothing is
+    ever overwritten.
     """
     root = Path(root)
     settings = {"seed": seed, "n_pairs": n_pairs, "n_queries": n_queries, "n_corpus": n_corpus}
@@ -603,14 +604,14 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
     wanted = {"generator": "world", "generator_version": GENERATOR_VERSION, "settings": settings}
     if (found := finished(root, wanted)) is not None:
         return found
+    from sklearn.utils.parallel import Parallel, delayed  # here: it takes a second, and a finished build needs none
+
     lengths = {f"train/{name}": n_pairs // len(SUBSETS) for name in SUBSETS}
     lengths |= {f"eval/{task.name}": n_queries for task in TASKS}
     lengths |= {"corpus/train": n_corpus, "corpus/heldout": max(50, n_corpus // 20)}
     (root / "images").mkdir(parents=True)
     rows: dict[str, list] = {stream: [] for stream in lengths}
     content, n_images = hashlib.sha256(), 0
-    from sklearn.utils.parallel import Parallel, delayed  # here: it takes a second, and a finished build needs none
-
     items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
     in_order = Parallel(n_jobs=-1 if len(items) > FEW else 1, return_as="generator", batch_size=64)
     with (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -391,6 +392,17 @@ def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch
     assert moves == ["probed", "cpu"]
 
 
+@contextmanager
+def graphs_of(model):
+    """The graphs that `compile_layers` hands to a backend while this lasts; torch's own settings come back."""
+    graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
+    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
+    torch._dynamo.reset()
+    with here, torch._inductor.config.patch(fallback_random=drawn):
+        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        yield graphs
+
+
 @pytest.mark.parametrize("dora, programs", [(None, 1), (False, 1), (True, 0)])
 def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, caplog):
     """Under gradient checkpointing, as the real models are trained."""
@@ -402,11 +414,7 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, capl
     if dora is not None:
         backbone.add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
         model.enable_input_require_grads()
-    graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
-    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
-    torch._dynamo.reset()
-    with here, torch._inductor.config.patch(fallback_random=drawn):
-        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with graphs_of(model) as graphs:
         backbone.hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
     assert len(graphs) == programs, "once peft's DoRA compiles, the warning and docs/cluster.md can go"
     assert ("gains little or nothing with DoRA" in caplog.text) == bool(dora)
@@ -474,11 +482,7 @@ def test_compiled_pictures_are_one_program(small, picture):
     """However many there are."""
     model, inputs = copy.deepcopy(small[0]), small[1]
     model.model.visual.config._attn_implementation = backbone.PICTURES
-    graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
-    here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
-    torch._dynamo.reset()
-    with here, torch._inductor.config.patch(fallback_random=drawn):
-        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with graphs_of(model) as graphs:
         for n in (2, 3, 5):
             batch = inputs.collate([{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)])
             model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
