@@ -376,7 +376,9 @@ def test_the_gpu_script_runs_and_keeps_nothing_from_a_cpu(monkeypatch, capsys):
         raise AssertionError("a CPU's numbers were kept")
 
     monkeypatch.setattr(common, "keep", refuse)
-    lines = {line["name"].removesuffix(" rows of 16"): line for line in gpu.main(TINY)}
+    kept = gpu.main(TINY)
+    lines = {line["name"].removesuffix(" rows of 16"): line for line in kept}
+    assert len(lines) == len(kept), "a way's rate is kept once, whichever parts take steps in it"
     shares = {name: line for name, line in lines.items() if "/" not in name}
     assert list(shares) == [
         "encode, 448 x 448 pixels", "encode, 1344 x 1344 pixels", "stage1, pictures singly, 2", "stage1, plain, 2",
