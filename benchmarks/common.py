@@ -94,8 +94,7 @@ def save_parts(
     failed: dict[str, str] = {}
     for part, measure in parts.items():
         try:
-            shown = {line["name"] for line in records}  # two parts may take steps in the same way
-            records += [line for line in measure() if line["name"] not in shown]
+            records += measure()
         except Exception as error:  # memory, a compiler, a kernel: each says so in its own type
             failed[part] = f"{type(error).__name__}: {error}"
         gc.collect()  # of the part, and of the traceback that held it

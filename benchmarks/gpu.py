@@ -154,6 +154,13 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
     return lines
 
 
+def unshown(measure: Callable[[], list[dict[str, Any]]], shown: set[str]) -> list[dict[str, Any]]:
+    """Of its records those whose names no part before has shown: several parts take steps in the same way."""
+    lines = [line for line in measure() if line["name"] not in shown]
+    shown.update(line["name"] for line in lines)
+    return lines
+
+
 def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> list[dict[str, Any]]:
     """`encode` of pictures in memory, bf16 weights on a GPU: preparing in 8 processes, copying and computing."""
     cuda, size = device != "cpu", pixels(side, tiny)
@@ -192,15 +199,15 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         f"encode, {side} pixels": partial(encode, side, **common) for side in (448, 1344)
     }
+    shown: set[str] = set()
     for stage, ways in PARTS:
         if cpu and FLEX in ways:
             continue  # Flex has no backward on a CPU
         half = max(2, args.batch // 2)
         rows, chunk = (2 * args.batch, args.batch) if ways == (CACHE,) else (half, (half + 1) // 2)
         rows = rows if stage == "stage3" else half if stage == WITH_ADAPTER else args.batch  # it keeps twice as much
-        parts[f"{stage}, {' / '.join(ways)}"] = partial(
-            train, stage, ways, rows=rows, chunk=chunk, length=args.length, **common
-        )
+        measure = partial(train, stage, ways, rows=rows, chunk=chunk, length=args.length, **common)
+        parts[f"{stage}, {' / '.join(ways)}"] = partial(unshown, measure, shown)
     note = "random weights at Qwen2-VL-2B's shape, bf16, a picture of 448 x 448 a row; n 5"
     if cpu:
         note = "runs; a CPU's numbers mean nothing here and are not kept."
