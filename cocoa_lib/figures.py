@@ -257,7 +257,7 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
         text += f"  {row.n_seeds} seeds" * (effects["n_seeds"].nunique() > 1)
         axis.annotate(text, (1.02, i), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(y, effects["arm"])
+    axis.set_yticks(y, [textwrap.fill(arm, 34) for arm in effects["arm"]])
     axis.invert_yaxis()
     axis.set_ylim(len(effects) - 0.4, -0.6)
     axis.locator_params(axis="x", nbins=7)
@@ -486,7 +486,7 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
                 annot_kws={"size": 8, "color": "black"}, xticklabels=[textwrap.fill(group, 18) for group in groups],
-                yticklabels=arms)  # fmt: skip
+                yticklabels=[textwrap.fill(arm, 34) for arm in arms])  # fmt: skip
     for text, bold, star in zip(axis.texts, clear[drawn], stands[drawn], strict=True):
         text.set_weight("bold" if bold else "normal")
         text.set_text(text.get_text() + "*" * bool(star))

@@ -39,7 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     sync(path.parent)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 

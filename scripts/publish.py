@@ -349,6 +349,10 @@ BUDGETS = {
         "cocoa_half_other": 1,
         "contrastive_half_other": -1,
     },
+    "half the width, from the other backbone, {many} contrastive steps on both sides": {
+        "cocoa_half_other_longer": 1,
+        "contrastive_half_other_longer": -1,
+    },
     "half the width, CoCoA with {few}, contrastive training alone with {many}": {
         "cocoa_half": 1,
         "contrastive_half_longer": -1,
@@ -407,8 +411,8 @@ def committed_run(run: Path) -> list[str]:
     errors = pd.read_csv(RECORDS / "stage1_error.csv")
     errors = errors[errors["arm"] == "cocoa"]
     return [
-        "Seeds 3 and 4 of the committed results, the half width, and last its second backbone, were added after what came "
-        "before had been looked at.",
+        "Seeds 3 and 4 of the committed results, the half width, its second backbone, and last 1,100 steps from that, were "
+        "each added after what came before had been looked at.",
         f"The three stages of CoCoA take as long as {time['ratio']:,.0f} [{time['lowest']:,.0f}, {time['highest']:,.0f}] "
         f"contrastive steps (timed as a whole, lowest and highest of {time['n']}; page 05 adds single steps up), "
         "more than the 1,100 it is held against; CoCoA with 1,100 contrastive steps of its own takes twice as long as they do.",

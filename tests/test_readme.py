@@ -101,6 +101,8 @@ def test_the_readmes_sentences_are_the_tables():
         ({"cocoa_half": 1, "contrastive_half": -1}, True),
         ({"cocoa_half": 1, "no_truncation_half": -1}, True),
         ({"cocoa_half_other": 1, "contrastive_half_other": -1}, True),
+        ({"cocoa_half_other_longer": 1, "contrastive_half_other_longer": -1}, True),
+        ({"contrastive_half_other_longer": 1, "cocoa_half_other": -1}, False),  # said as "points behind them"
         ({"cocoa_half": 1, "contrastive_half": -1, "cocoa": -1, "contrastive": 1}, True),
         ({"cocoa_width_96": 1, "contrastive_width_96": -1}, True),
         ({"contrastive_half_longer": 1, "cocoa_half": -1}, False),  # said as "points behind"
@@ -115,15 +117,19 @@ def test_the_readmes_sentences_are_the_tables():
     overall = analysis.arm_scores(results).groupby("arm")["overall"].mean()
     three_quarters = [f"{overall[arm]:.1f}" for arm in ("cocoa_width_96", "contrastive_width_96")]
     assert "seeds 0 to 2): CoCoA {}, contrastive alone {}, ".format(*three_quarters) in said
-    others = [f"{overall[arm]:.1f}" for arm in ("cocoa_half_other", "contrastive_half_other")]
-    assert "had gained: CoCoA {}, contrastive alone {}, ".format(*others) in said
-    three = analysis.arm_scores(results[results["seed"] < 3]).groupby("arm")["overall"].mean()
-    first = [f"{three[arm]:.1f}" for arm in ("cocoa_half", "contrastive_half")]
-    assert "On these seeds the first gives {} and {}:".format(*first) in said
-    alone, apart = three["contrastive_half_other"], three["contrastive_half_other"] - three["contrastive_half"]
-    assert apart > three["cocoa_half_other"] - alone, "more apart than reconstruction then adds"
+    for end, before in (("", "had gained: "), ("_longer", "the second: ")):
+        others = [f"{overall[f'{arm}_half_other{end}']:.1f}" for arm in ("cocoa", "contrastive")]
+        assert "{}CoCoA {}, contrastive alone {}, ".format(before, *others) in said
+    alone, first = overall["contrastive_half_other"], overall["contrastive_half"]
+    assert alone - first > overall["cocoa_half_other"] - alone, "more apart than reconstruction then adds"
     notebook = (ROOT / "notebooks" / "05_ablations.ipynb").read_text(encoding="utf-8")
-    assert f"scores more, {alone:.1f} for {first[1]} on the same three seeds, more apart" in notebook
+    assert f"scores more, {alone:.1f} for {first:.1f}, more apart" in notebook
+    longer = {"cocoa_half_other_longer": 1, "contrastive_half_other_longer": -1}
+    by_seed = analysis.arm_scores(results).pivot(index="seed", columns="arm", values="overall")[list(longer)].dropna()
+    by_seed = by_seed.iloc[:, 0] - by_seed.iloc[:, 1]
+    assert f"by seed {', '.join(f'{value:+.1f}' for value in by_seed)}; undecided" in said and len(by_seed) == 5
+    of_three = analysis.said(analysis.contrast(per_query[per_query["seed"] < 3], longer))
+    assert f"three seeds, which left it open ({of_three})" in said
     gains = [overall[f"cocoa{width}"] - overall[f"contrastive{width}"] for width in ("_half", "_width_96", "")]
     assert gains == sorted(gains, reverse=True), "in means the gain falls with the width"
     of_three = analysis.said(analysis.contrast(per_query[per_query["seed"] < 3], {"cocoa": 1, "contrastive": -1}))
@@ -258,11 +264,14 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
             sign * analysis.contrast(per_query, {full: 1, alone: -1}, group=group, n_boot=20)["difference"] > 0
             for full, alone in ends
         )
-    budgets = dict([*ends, *((f"cocoa_{end}", f"contrastive_{end}") for end in ("half", "half_other"))])
+    budgets = dict(
+        [*ends, *((f"cocoa_{end}", f"contrastive_{end}") for end in ("half", "half_other", "half_other_longer"))]
+    )
     p = [analysis.contrast(per_query, {full: 1, alone: -1})["p"] for full, alone in budgets.items()]
     corrected = dict(zip(budgets, analysis.holm(p), strict=True))
-    assert f"supported: {corrected['cocoa_half']:.3f} corrected for the eleven budgets of notebook 05" in RESULTS
-    assert f"+4.6 [+3.7, +5.5], supported, too: {corrected['cocoa_half_other']:.3f}" in RESULTS
+    assert f"supported: {corrected['cocoa_half']:.3f} corrected for the twelve budgets of notebook 05" in RESULTS
+    assert f"+5.6 [+3.6, +7.9], supported, too: {corrected['cocoa_half_other']:.3f}" in RESULTS
+    assert f"undecided, {corrected['cocoa_half_other_longer']:.2f} corrected for the budgets" in RESULTS
     assert (
         f"+7.2 [+5.2, +9.7],\n  supported: {corrected['cocoa_half']:.3f}" in RESULTS and corrected["cocoa_half"] < 0.05
     )
@@ -275,7 +284,7 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
     }
     corrected = dict(zip(cells, analysis.holm(cell["p"] for cell in cells.values()), strict=True))
     certain = [cell for cell, p in corrected.items() if p < 0.05]
-    assert certain == [("cocoa_half", "ind"), ("cocoa_half", "overall")] and len(cells) == 77
+    assert certain == [("cocoa_half", "ind"), ("cocoa_half", "overall")] and len(cells) == 84
     assert "two cells are, the gain at half the width overall and in distribution" in RESULTS
     page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
     rows = [" ".join(row.get_text(" ").split()) for row in page.select("tr")]

@@ -343,6 +343,11 @@ def test_the_page_of_verdicts_is_that_of_the_committed_tables():
         "250 contrastive steps, all pairs": {"cocoa": 1, "contrastive": -1},
         "half the width": {"cocoa_half": 1, "contrastive_half": -1},
         "half the width, another backbone": {"cocoa_half_other": 1, "contrastive_half_other": -1},
+        "half the width, another backbone, 1,100 contrastive steps": {
+            "cocoa_half_other_longer": 1,
+            "contrastive_half_other_longer": -1,
+        },
+        "1e3. ": {"cocoa_half_other_longer": 1, "contrastive_half_other_longer": -1},
         "the bottleneck": {"cocoa": 1, "no_truncation": -1},
     }.items():
         begun = [row for row in rows if row and row[0].startswith(claim)]

@@ -103,10 +103,13 @@ RUN = {"arm": "contrastive", "data": "d", "loss": [3.0, 2.0], "hits": 3, "querie
         ({"weights_sha256": "v"}, "other weights than recorded"),
         ({"weights_sha256": "v", "where": {"machine": "n"}}, None),
         ({"loss": [3.0, 2.01], "where": {"machine": "n"}}, None),
+        ({"weights_sha256": "x", "where": {"machine": "o"}}, None),
+        ({"weights_sha256": "w", "where": {"machine": "o"}}, "other weights than recorded"),
     ],
 )
 def test_a_smoke_run_is_compared_by_bits_at_home_and_by_loss_elsewhere(change, words):
-    found = verify.compare_runs(copy.deepcopy(RUN) | change, RUN)
+    other = RUN | {"weights_sha256": "x", "where": {"machine": "o"}}
+    found = verify.compare_runs(copy.deepcopy(RUN) | change, [RUN, other])
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
 
 
