@@ -115,10 +115,11 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     In place, so that gradient checkpointing, GradCache and an adapter go on as before. So do the vision tower's on a GPU,
     where they attend to all pictures at once (float32 ones of different sizes are lists of numbers, which stop the
     compiler); elsewhere they are left as they are. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is
-    missing. peft's DoRA stops the compiler in each layer, under gradient checkpointing before it begins: there a warning
-    says so.
+    missing. From torch 2.13 on peft's DoRA stops the compiler in each layer, under gradient checkpointing before it begins:
+    there a warning says so.
     """
-    if any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules()):
+    dora = any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules())
+    if dora and torch.__version__ >= "2.13":
         logger.warning(
             "torch_compile gains little or nothing with DoRA, whose code in peft stops the compiler; set dora: false"
         )

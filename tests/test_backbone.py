@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.version import Version
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import (
@@ -403,9 +404,10 @@ def graphs_of(model):
         yield graphs
 
 
-@pytest.mark.parametrize("dora, programs", [(None, 1), (False, 1), (True, 0)])
-def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, caplog):
-    """Under gradient checkpointing, as the real models are trained."""
+@pytest.mark.parametrize("dora", [None, False, True])
+def test_layers_are_one_program_but_with_dora_which_is_said(dora, caplog):
+    """Under gradient checkpointing, as the real models are trained. torch 2.11 and 2.12 compiled DoRA's layers, too."""
+    stopped = bool(dora) and Version(torch.__version__) >= Version("2.13")
     model, inputs = new_backbone(
         ["a large red circle at the top left"] * 8, vocab_size=300, image_pixels=1024, seed=0, hidden_size=64, layers=3, heads=2,
         vision_dim=32, vision_layers=1, patch_size=8,
@@ -416,8 +418,8 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, programs, capl
         model.enable_input_require_grads()
     with graphs_of(model) as graphs:
         backbone.hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
-    assert len(graphs) == programs, "once peft's DoRA compiles, the warning and docs/cluster.md can go"
-    assert ("gains little or nothing with DoRA" in caplog.text) == bool(dora)
+    assert len(graphs) == (0 if stopped else 1), "once peft's DoRA compiles, the warning and docs/cluster.md can go"
+    assert ("gains little or nothing with DoRA" in caplog.text) == stopped
 
 
 def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(family, monkeypatch, caplog):
