@@ -115,8 +115,8 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     In place, so that gradient checkpointing, GradCache and an adapter go on as before. So do the vision tower's on a GPU,
     where they attend to all pictures at once (float32 ones of different sizes are lists of numbers, which stop the
     compiler); elsewhere they are left as they are. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is
-    missing. From torch 2.13 on peft's DoRA stops the compiler in each layer, under gradient checkpointing before it begins:
-    there a warning says so.
+    missing. Under torch 2.13 (not 2.11 and 2.12) peft's DoRA stops the compiler in each layer, under gradient checkpointing
+    before it begins: from there on a warning says so.
     """
     dora = any(getattr(module, "use_dora", None) and any(module.use_dora.values()) for module in model.modules())
     if dora and torch.__version__ >= "2.13":

@@ -430,6 +430,15 @@ def test_names_of_lines_that_end_together_do_not_overlap():
     assert len(boxes) == 3 and all(low.y1 <= high.y0 for low, high in zip(boxes, boxes[1:], strict=False))
 
 
+def test_a_long_name_of_a_row_wraps():
+    """Else it takes the drawing's room."""
+    name = "half the width, another backbone, 1,100 contrastive steps"
+    axis = figures.forest(EFFECTS.assign(arm=["a", "b", name]), baseline="x").axes[0]
+    assert labels(axis, "y")[-1] == "half the width, another backbone,\n1,100 contrastive steps"
+    table = pd.DataFrame([(name, "vqa", 3.0, 1.0, 5.0)], columns=["arm", "group", "difference", "low", "high"])
+    assert "\n" in labels(figures.effect_table(table, baseline="x").axes[0], "y")[0]
+
+
 def test_a_forest_of_arms_with_different_numbers_of_seeds_says_so():
     table = pd.DataFrame(
         {

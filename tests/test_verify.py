@@ -6,6 +6,7 @@ import ast
 import copy
 import functools
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -111,6 +112,14 @@ def test_a_smoke_run_is_compared_by_bits_at_home_and_by_loss_elsewhere(change, w
     other = RUN | {"weights_sha256": "x", "where": {"machine": "o"}}
     found = verify.compare_runs(copy.deepcopy(RUN) | change, [RUN, other])
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+
+
+def test_writing_keeps_the_records_of_other_machines(tree, monkeypatch):
+    other, path = RUN | {"where": {"machine": "o"}}, tree / "reports" / verify.SMOKE
+    for found in (RUN, other, RUN | {"weights_sha256": "new"}):
+        monkeypatch.setattr(verify, "smoke_run", lambda folder, found=found: found)
+        assert verify.main(["--root", str(tree), "--write"]) == 0
+    assert json.loads(path.read_text(encoding="utf-8")) == [other, RUN | {"weights_sha256": "new"}]
 
 
 # --- docs/troubleshooting.md -------------------------------------------------------------------------------------------
