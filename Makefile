@@ -139,7 +139,7 @@ check-arguments:
 		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
 		exit 2; }
 	@! test $(call quote,$(PROFILE)) = paper || { \
-		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.train (README)." >&2; exit 2; }
+		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.run (README)." >&2; exit 2; }
 	@test -z $(call quote,$(PAIRS)) || test -e $(call quote,$(PAIRS)) || { \
 		echo "PAIRS: no such file or folder: $(PAIRS)" >&2; exit 2; }
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cocoa_lib import corpus, explore
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.checkpoint import load_inputs, read_meta
-from cocoa_lib.profiles import read_arms
+from cocoa_lib.data import corpus
+from cocoa_lib.evaluate.restore import count_right
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.store.checkpoint import load_inputs, read_meta
 
 N_PROBE = 64  # notebook 02's n_probe
 
@@ -31,7 +32,7 @@ def restored(folder: Path, data: Path) -> dict[str, float]:
     own = [row["image"] for row in rows]
     sides = {"own": own, "other": own[1:] + own[:1]}
     counts = {
-        name: explore.count_right(model, inputs, rows, pictures, **how).sum(0) for name, pictures in sides.items()
+        name: count_right(model, inputs, rows, pictures, **how).sum(0) for name, pictures in sides.items()
     }
     return {name: 100 * right / hidden for name, (right, hidden) in counts.items()} | {"n": counts["own"][1]}
 

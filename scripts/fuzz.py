@@ -23,12 +23,13 @@ NOTEBOOKS = ROOT / "notebooks"
 
 def readers() -> dict[str, tuple[str, Callable[[Path], object], tuple[type[Exception], ...], list[Path]]]:
     """Target -> file name, reader of a path, errors it may raise, seed files."""
-    from cocoa_lib.checkpoint import CheckpointError, read_meta
+    from cocoa_lib.data.pairs import read_table
+    from cocoa_lib.evaluate.tasks import choose_tasks
     from cocoa_lib.items import InputError
-    from cocoa_lib.mmeb import choose_tasks
-    from cocoa_lib.pairs import read_table
-    from cocoa_lib.profiles import load_profile, read_arms
     from cocoa_lib.recipes import RecipeError
+    from cocoa_lib.run.arms import read_arms
+    from cocoa_lib.run.profiles import load_profile
+    from cocoa_lib.store.checkpoint import CheckpointError, read_meta
 
     profiles = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
     return {

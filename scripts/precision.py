@@ -15,9 +15,13 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cocoa_lib import analysis, mmeb
+from cocoa_lib.data.tables import load_eval
 from cocoa_lib.embedder import CocoaEmbedder, as_floats, smaller
-from cocoa_lib.profiles import read_arms
+from cocoa_lib.evaluate import effects as analysis
+from cocoa_lib.evaluate.encode import encode_distinct
+from cocoa_lib.evaluate.score import rank, task_items
+from cocoa_lib.evaluate.tasks import choose_tasks
+from cocoa_lib.run.arms import read_arms
 
 FORMS = {  # name -> share of the dimensions, numbers as
     "float32": (1, "float32"), "float16": (1, "float16"), "int8": (1, "int8"), "1 bit": (1, "ubinary"),
@@ -37,16 +41,16 @@ def stored(vectors: np.ndarray, dim: int, kind: str) -> tuple[np.ndarray, np.nda
 def evaluate(embedder: CocoaEmbedder, data: Path) -> tuple[pd.DataFrame, dict[str, float]]:
     """Ranks of all queries by form (column arm), and bytes a vector."""
     parts, sizes = [], {}
-    for task in mmeb.choose_tasks(["all"], str(data)):
-        rows = mmeb.load_eval(str(data), task.name)
-        items, index, _ = mmeb.task_items(rows, task.name, np.arange(len(rows)), data / "images")
-        vectors = mmeb.encode_distinct(embedder, items, show_progress=False)
+    for task in choose_tasks(["all"], str(data)):
+        rows = load_eval(str(data), task.name)
+        items, index, _ = task_items(rows, task.name, np.arange(len(rows)), data / "images")
+        vectors = encode_distinct(embedder, items, show_progress=False)
         queries, candidates = vectors[: len(rows)], vectors[len(rows) :]
         for form, (share, kind) in FORMS.items():
             dim = vectors.shape[1] // share
             kept, read = stored(candidates, dim, kind)
             sizes[form] = kept.nbytes / len(kept)
-            ranks = mmeb.rank(smaller(queries, dim, "float32", None), read, index)
+            ranks = rank(smaller(queries, dim, "float32", None), read, index)
             facts = {
                 "arm": form,
                 "task": task.name,

@@ -14,12 +14,13 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cocoa_lib import corpus, explore
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.checkpoint import load_inputs, read_meta
 from cocoa_lib.corruption import patch_noise
-from cocoa_lib.objectives import load_decoder
-from cocoa_lib.profiles import read_arms
+from cocoa_lib.data import corpus
+from cocoa_lib.evaluate.restore import cell_errors, reconstruct
+from cocoa_lib.reconstruction import load_decoder
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.store.checkpoint import load_inputs, read_meta
 
 N_PROBE = 64  # notebook 02's n_probe
 
@@ -32,9 +33,9 @@ def measure(folder: Path, data: Path) -> dict[str, float]:
     how = {"decoder": decoder, "fill": patch_noise(size, seed=run["seed"]), "objective": recipe["objective"]}
     how |= {"text_rate": recipe["text_mask_rate"], "patch_rate": recipe["patch_mask_rate"]}
     rows = corpus.captions(data, "heldout")[:N_PROBE]
-    restored = [explore.reconstruct(model, inputs, row, draw=i, **how) for i, row in enumerate(rows)]
+    restored = [reconstruct(model, inputs, row, draw=i, **how) for i, row in enumerate(rows)]
     return dict(
-        zip(("decoder", "average"), explore.cell_errors(restored, inputs.image_processor.merge_size), strict=True)
+        zip(("decoder", "average"), cell_errors(restored, inputs.image_processor.merge_size), strict=True)
     )
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cocoa_lib import world
+from cocoa_lib.world.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -35,7 +35,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 @pytest.fixture(scope="module")
 def benchmark_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first") / "benchmark"
-    world.build(folder, n_pairs=256, n_queries=20, n_corpus=128)
+    build(folder, n_pairs=256, n_queries=20, n_corpus=128)
     return folder
 
 
@@ -433,8 +433,8 @@ def test_a_gpu_is_named_where_it_measured(monkeypatch, tmp_path):
 def test_stage_2_is_counted_by_the_pairs_that_its_layout_allows():
     import gpu
 
-    from cocoa_lib.objectives import Reconstruction
     from cocoa_lib.recipes import make_recipe
+    from cocoa_lib.reconstruction import Reconstruction
 
     model, inputs = gpu.model_of(True, "cpu", 40)
     recipe, open_recipe = make_recipe("stage2"), make_recipe("stage2", {"layout": "bidirectional"})

@@ -167,7 +167,7 @@ def test_a_linked_venv_is_not_emptied(tmp_path):
     assert (other / "precious").exists() and not (project / ".venv").is_symlink()
 
 
-@pytest.mark.parametrize("profile, word", [("papre", "Unknown PROFILE papre"), ("paper", "python -m cocoa_lib.train")])
+@pytest.mark.parametrize("profile, word", [("papre", "Unknown PROFILE papre"), ("paper", "python -m cocoa_lib.run")])
 def test_make_refuses_a_profile_that_it_cannot_run(profile, word):
     command = ["make", "-o", ".venv/.installed", "check-arguments", f"PROFILE={profile}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

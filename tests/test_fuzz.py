@@ -18,12 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from cocoa_lib import corpus, mmeb
-from cocoa_lib.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
+from cocoa_lib.data import corpus
+from cocoa_lib.data.pairs import build_pairs, read_table
+from cocoa_lib.data.tables import load_eval
+from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError, load_image
-from cocoa_lib.pairs import build_pairs, read_table
-from cocoa_lib.profiles import load_profile, read_arms
 from cocoa_lib.recipes import RECIPES, Recipe, RecipeError, make_recipe
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
 
 
 def bounded(n):
@@ -105,7 +108,7 @@ DAMAGE = st.none() | st.none() | st.lists(st.tuples(st.integers(0, 4000), st.int
 def test_evaluation_rows(tmp_path, table, damage):
     path = parquet(tmp_path, "eval/T/test-0.parquet", table, damage)
     try:
-        rows = mmeb.load_eval(str(tmp_path), "T")
+        rows = load_eval(str(tmp_path), "T")
     except ValueError as error:
         assert type(error) is ValueError and str(path) in str(error)
         return
@@ -142,7 +145,7 @@ def test_corpus_rows(tmp_path, table, damage):
 def test_a_data_folders_manifest(tmp_path, manifest):
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest), encoding="utf-8")
-    for read in (lambda: corpus.fingerprint(tmp_path), lambda: mmeb.choose_tasks(["all"], str(tmp_path))):
+    for read in (lambda: corpus.fingerprint(tmp_path), lambda: choose_tasks(["all"], str(tmp_path))):
         try:
             assert read()
         except ValueError as error:

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from test_scale import STAGES, go, tiny
 
-from cocoa_lib import attention
+from cocoa_lib import kernels
 from cocoa_lib.attention import LAYOUTS
-from cocoa_lib.backbone import PICTURES, compile_layers, hidden_states, language_model, set_bidirectional
+from cocoa_lib.backbone import hidden_states, language_model, set_bidirectional
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.profiles import NOTEBOOKS
+from cocoa_lib.kernels import PICTURES, compile_layers
+from cocoa_lib.run.profiles import NOTEBOOKS
 
 home = test_scale.home
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -38,7 +39,7 @@ def losses(folder):
 def command(home, stage, out, *before, **environment):
     """The stage by the command line, behind `before`, begun."""
     recipe = json.dumps(tiny(stage))
-    words = [sys.executable, "-m", *before, "cocoa_lib.train", stage, "--parent", home / "init", "--data", home / "world",
+    words = [sys.executable, "-m", *before, "cocoa_lib.run", stage, "--parent", home / "init", "--data", home / "world",
              "--out", out, "--recipe", recipe, "--allow-parent"]  # fmt: skip
     return subprocess.Popen(list(map(str, words)), env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
@@ -129,8 +130,8 @@ def test_pictures_of_different_sizes_are_attended_to_in_one_call(small, compiled
     noise = [np.random.default_rng(i).integers(0, 255, (32, 32 * (1 + i), 3), dtype=np.uint8) for i in range(3)]
     batch = inputs.collate([{"text": "a", "image": Image.fromarray(values)} for values in noise])
     batch = {name: value.cuda() for name, value in batch.items()}
-    calls, kernel = [], attention.varlen_attn
-    monkeypatch.setattr(attention, "varlen_attn", lambda *args, **how: calls.append(1) or kernel(*args, **how))
+    calls, kernel = [], kernels.varlen_attn
+    monkeypatch.setattr("cocoa_lib.kernels.varlen_attn", lambda *args, **how: calls.append(1) or kernel(*args, **how))
     found = []
     for implementation in ("sdpa", PICTURES):
         model.model.visual.config._attn_implementation = implementation

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from cocoa_lib.profiles import read_arms
+from cocoa_lib.run.arms import read_arms
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -22,7 +22,7 @@ REPORTS = sorted(path.parent for path in (ROOT / "reports").glob("*/results"))
 
 
 def ranks_of(run: str) -> pd.DataFrame:
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     return analysis.gather_ranks(ROOT / "reports" / run, analysis.gather_results(ROOT / "reports" / run))
 
@@ -41,7 +41,7 @@ def test_the_readmes_table_is_the_reports(report):
 
 
 def test_the_readme_itself_shows_rows_of_the_table_and_intervals_of_the_results():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     section = README.split("\n## What was measured\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("| ")]
@@ -60,7 +60,7 @@ def test_the_readme_itself_shows_rows_of_the_table_and_intervals_of_the_results(
 
 
 def test_the_readmes_sentences_are_the_tables():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     results = analysis.gather_results(ROOT / "reports" / "long")
     per_query = analysis.gather_ranks(ROOT / "reports" / "long", results)
@@ -137,7 +137,7 @@ def test_the_readmes_sentences_are_the_tables():
 
 
 def test_the_readmes_numbers_of_pairs_are_the_tables():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     per_query = ranks_of("long")
     many = ranks_of("many")
@@ -164,7 +164,7 @@ def test_the_readmes_numbers_of_pairs_are_the_tables():
 
 
 def test_at_equal_time_every_arm_with_few_contrastive_steps_is_behind():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     per_query = ranks_of("long")
     there = set(per_query["arm"])
@@ -184,7 +184,7 @@ def test_at_equal_time_every_arm_with_few_contrastive_steps_is_behind():
 
 
 def test_the_readme_says_what_a_longer_stage_1_is_worth_within_the_method():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     per_query = ranks_of("long")
     less = [
@@ -198,7 +198,7 @@ def test_the_readme_says_what_a_longer_stage_1_is_worth_within_the_method():
 
 def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classification():
     """What docs/results.md and notebook 05 say in words."""
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     results = analysis.gather_results(ROOT / "reports" / "long")
     per_query = analysis.gather_ranks(ROOT / "reports" / "long", results)
@@ -240,7 +240,7 @@ def test_no_part_is_certain_and_every_stage_2_trades_grounding_for_classificatio
 
 
 def test_the_readmes_times_and_its_count_are_the_measured_ones():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     timed = json.loads((ROOT / "benchmarks" / "results" / "stages.json").read_text(encoding="utf-8"))["results"][-1]
     steps = "{ratio:,.0f} [{lowest:,.0f}, {highest:,.0f}]".format(**timed)
@@ -294,7 +294,7 @@ def test_the_readmes_times_and_its_count_are_the_measured_ones():
 
 
 def test_the_readme_says_what_the_probes_found():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     def values(arm):
         files = sorted((ROOT / "reports" / "long" / "results" / arm).glob("seed*/probe.csv"))
@@ -338,7 +338,7 @@ def test_what_passes_through_eos_is_the_committed_table():
 
 
 def test_what_another_cpu_gives_is_the_committed_table():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     def overall(run):
         results = analysis.gather_results(ROOT / "reports" / run)
@@ -354,7 +354,7 @@ def test_what_another_cpu_gives_is_the_committed_table():
 
 
 def test_the_notebooks_name_what_other_seeds_say():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     def text(name):
         cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -402,7 +402,7 @@ def test_what_stage_1_restores_is_the_committed_table():
 
 
 def test_the_readmes_emoji_table_is_the_reports():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     results = analysis.gather_results(ROOT / "reports" / "laptop-emoji_pairs")
     per_query = analysis.gather_ranks(ROOT / "reports" / "laptop-emoji_pairs", results)

@@ -19,8 +19,8 @@ from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..inputs import Inputs
 from .files import file_hash, files_hash, read_json, sync, write_json, write_whole
-from .inputs import Inputs
 
 META = "cocoa.json"
 DECODER = "image_decoder.safetensors"
@@ -38,7 +38,9 @@ def weights_hash(folder: Path) -> str:
     """sha256 over the safetensors files of a folder, in name order. Raises CheckpointError if there are none."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: no .safetensors file; the checkpoint is missing or incomplete")
+        raise CheckpointError(
+            f"{folder}: no .safetensors file; the checkpoint is missing or incomplete"
+        )
     return files_hash(files)
 
 
@@ -59,12 +61,17 @@ def provenance() -> dict[str, Any]:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")}
+    versions = {
+        name: version(name)
+        for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")
+    }
     import torch  # here: not all that read a checkpoint need it
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     commit = "unknown"
-    if git("ls-files", Path(__file__).name):  # else a repository that this package is merely installed below
+    if git(
+        "ls-files", Path(__file__).name
+    ):  # else a repository that this package is merely installed below
         changes = git("status", "--porcelain", "--untracked-files=no")
         commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     return {
@@ -104,8 +111,16 @@ def save_checkpoint(
     for name, text in (extra or {}).items():
         (aside / name).write_text(text, encoding="utf-8")
     settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
-    files = {path.name: file_hash(path) for path in sorted(aside.glob("*.json"))}  # model, tokenizer, image processor
-    meta = {**meta, **settings, "weights_sha256": weights_hash(aside), "files_sha256": files, **provenance()}
+    files = {
+        path.name: file_hash(path) for path in sorted(aside.glob("*.json"))
+    }  # model, tokenizer, image processor
+    meta = {
+        **meta,
+        **settings,
+        "weights_sha256": weights_hash(aside),
+        "files_sha256": files,
+        **provenance(),
+    }
     write_json(aside / META, meta)
     if meta.get("stage") == "stage3":
         (aside / CARD).write_text(model_card(meta), encoding="utf-8")
@@ -120,7 +135,9 @@ def model_card(meta: dict[str, Any], scores: str = "") -> str:
     """README.md of an embedder, from its `cocoa.json`: how to open it, how it was made, how good it is."""
     run = meta.get("run", {})
     facts = {
-        "stage, attention, pooling": ", ".join(str(meta.get(name)) for name in ("stage", "layout", "pooling")),
+        "stage, attention, pooling": ", ".join(
+            str(meta.get(name)) for name in ("stage", "layout", "pooling")
+        ),
         "prompt": f"`{meta['prompt']}`" if "prompt" in meta else None,
         "parent": meta.get("parent"),
         "weights of the parent, sha256": run.get("parent_sha256"),
@@ -129,9 +146,13 @@ def model_card(meta: dict[str, Any], scores: str = "") -> str:
         "seed": run.get("seed"),
         "recipe": ", ".join(f"{name} {value}" for name, value in run.get("recipe", {}).items()),
         "code": meta.get("commit"),
-        "versions": ", ".join(f"{name} {value}" for name, value in meta.get("versions", {}).items()),
+        "versions": ", ".join(
+            f"{name} {value}" for name, value in meta.get("versions", {}).items()
+        ),
     }
-    made = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value not in (None, ""))
+    made = "\n".join(
+        f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")
+    )
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -153,7 +174,7 @@ model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, 
 
 ## Scores
 
-{scores or "Not evaluated yet; `python -m cocoa_lib.mmeb FOLDER --root DATA --out RESULTS` does, and writes them here."}
+{scores or "Not evaluated yet; `python -m cocoa_lib.evaluate FOLDER --root DATA --out RESULTS` does, and writes them here."}
 """
 
 
@@ -172,7 +193,9 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / META
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished")
+        raise CheckpointError(
+            f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished"
+        )
     meta = read_note(path)
     for name, kind in (REQUIRED | OPTIONAL).items():
         if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
@@ -186,12 +209,18 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
         )
     for name, digest in meta.get("files_sha256", {}).items() if check else ():
         if not (path := folder / Path(name).name).is_file():
-            raise CheckpointError(f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again")
+            raise CheckpointError(
+                f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again"
+            )
         if file_hash(path) != digest:
-            raise CheckpointError(f"{path}: does not match {META}; altered or damaged, copy or train it again")
+            raise CheckpointError(
+                f"{path}: does not match {META}; altered or damaged, copy or train it again"
+            )
     return meta
 
 
 def load_inputs(folder: str | Path, meta: dict[str, Any], **settings) -> Inputs:
     """The processor exactly as it was in training: EOS token and max_length come from `cocoa.json`."""
-    return Inputs.load(folder, **{"eos_token": meta["eos_token"], "max_length": meta["max_length"], **settings})
+    return Inputs.load(
+        folder, **{"eos_token": meta["eos_token"], "max_length": meta["max_length"], **settings}
+    )

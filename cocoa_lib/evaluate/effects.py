@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .mmeb import META_TASKS, Task, groups
-
-# Geometry
+from ..data.tables import META_TASKS, Task
+from .tasks import groups
 
 
 def effective_rank(embeddings: np.ndarray) -> float:
@@ -27,7 +26,9 @@ def effective_rank(embeddings: np.ndarray) -> float:
     direction counts as the partial collapse that it is. For the spread about the mean, pass `x - x.mean(0)`.
     Raises ValueError for values that are not finite, or all zero.
     """
-    from scipy import stats  # in functions, here and below: a second, for which first pictures need not wait
+    from scipy import (
+        stats,  # in functions, here and below: a second, for which first pictures need not wait
+    )
 
     singular = np.linalg.svd(_matrix(embeddings), compute_uv=False)
     if not singular.sum():
@@ -74,9 +75,6 @@ def _normalised(x: np.ndarray) -> np.ndarray:
     return x / lengths
 
 
-# Results of a grid
-
-
 def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ()) -> pd.DataFrame:
     """RUN/results/<arm>/seed<k>/results.csv of all arms and seeds: columns as `mmeb.evaluate` gives them, with arm (str) and
     seed (int) in front.
@@ -92,7 +90,9 @@ def gather_results(run: str | Path, *, expected: Iterable[tuple[str, int]] = ())
     pieces = sorted(found | set(expected))
     for arm, seed in pieces:
         folder = root / arm / f"seed{seed}"
-        lost = [name for name in ("results.csv", "per_query.parquet") if not (folder / name).is_file()]
+        lost = [
+            name for name in ("results.csv", "per_query.parquet") if not (folder / name).is_file()
+        ]
         missing += [f"arm {arm}, seed {seed}: no {' and no '.join(lost)}"] if lost else []
     if missing or not pieces:
         raise FileNotFoundError(f"{root}: {'; '.join(missing) or 'no results of any arm'}")
@@ -114,9 +114,13 @@ def gather_ranks(run: str | Path, results: pd.DataFrame) -> pd.DataFrame:
     root, parts, columns = Path(run) / "results", {}, ["task", "query", "rank", "n_candidates"]
     for (arm, seed), tasks in results.groupby(["arm", "seed"])["task"].unique().items():
         with _readable(root, arm, seed) as folder:
-            ranks = parts[arm, seed] = pd.read_parquet(folder / "per_query.parquet", columns=columns)
+            ranks = parts[arm, seed] = pd.read_parquet(
+                folder / "per_query.parquet", columns=columns
+            )
         if differ := sorted({*ranks["task"].unique()} ^ {*tasks}):
-            raise ValueError(f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}")
+            raise ValueError(
+                f"{folder}, arm {arm}, seed {seed}: only one of the files has task {', '.join(differ)}"
+            )
     facts = results.drop_duplicates("task").set_index("task")[["meta_task", "in_distribution"]]
     return _together(parts).join(facts, on="task")
 
@@ -127,12 +131,16 @@ def _readable(root: Path, arm: str, seed: int) -> Iterator[Path]:
     try:
         yield folder
     except (ValueError, OSError, KeyError) as error:
-        raise ValueError(f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})") from error
+        raise ValueError(
+            f"{folder}, arm {arm}, seed {seed}: not readable as results ({error})"
+        ) from error
 
 
 def _together(parts: dict[tuple[str, int], pd.DataFrame]) -> pd.DataFrame:
     """One table, with arm and seed in front."""
-    return pd.concat(parts, names=["arm", "seed"]).reset_index(["arm", "seed"]).reset_index(drop=True)
+    return (
+        pd.concat(parts, names=["arm", "seed"]).reset_index(["arm", "seed"]).reset_index(drop=True)
+    )
 
 
 def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
@@ -144,21 +152,28 @@ def arm_scores(results: pd.DataFrame) -> pd.DataFrame:
     scores = results[results["metric"] == "p@1"]
     _check_once(scores, ["arm", "seed", "task"])
     facts = scores.drop_duplicates("task").sort_values("task")
-    tasks = [Task(row.task, row.meta_task, bool(row.in_distribution), 0) for row in facts.itertuples()]
+    tasks = [
+        Task(row.task, row.meta_task, bool(row.in_distribution), 0) for row in facts.itertuples()
+    ]
     wide = scores.pivot(index=["arm", "seed"], columns="task", values="value")
     for (arm, seed), part in wide[wide.isna().any(axis=1)].head(1).iterrows():
         lost = ", ".join(part.index[part.isna()])
         raise ValueError(f"arm {arm}, seed {seed} has no P@1 of {lost}, which other runs have")
-    return pd.DataFrame({name: wide[names].mean(axis=1) for name, names in groups(tasks).items()}).reset_index()
+    return pd.DataFrame(
+        {name: wide[names].mean(axis=1) for name, names in groups(tasks).items()}
+    ).reset_index()
 
-
-# Effects
 
 SEED_DRAWS = 20  # resamples of seeds for one of queries
 
 
 def paired_effects(
-    per_query: pd.DataFrame, baseline: str, *, group: str = "overall", n_boot: int = 2000, seed: int = 0
+    per_query: pd.DataFrame,
+    baseline: str,
+    *,
+    group: str = "overall",
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Arms less the baseline in points of P@1: arm, difference, low, high, p, p_holm, n_seeds, n_queries (a seed).
 
@@ -184,7 +199,9 @@ def paired_effects(
     hits = _hits(per_query, group)  # (arm, seed) x (task, query)
     arms = hits.index.unique("arm")
     if baseline not in arms or len(arms) < 2:
-        raise ValueError(f"baseline {baseline!r} and another arm are needed; there are {', '.join(map(str, arms))}")
+        raise ValueError(
+            f"baseline {baseline!r} and another arm are needed; there are {', '.join(map(str, arms))}"
+        )
     others = arms.drop(baseline)
     rows = _combine(hits, [{arm: 1, baseline: -1} for arm in others], n_boot, seed)
     table = pd.DataFrame([{"arm": arm, **row} for arm, row in zip(others, rows, strict=True)])
@@ -193,7 +210,12 @@ def paired_effects(
 
 
 def contrast(
-    per_query: pd.DataFrame, weights: Mapping[str, float], *, group: str = "overall", n_boot: int = 2000, seed: int = 0
+    per_query: pd.DataFrame,
+    weights: Mapping[str, float],
+    *,
+    group: str = "overall",
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A weighted sum of arms in points of P@1, e.g. the gain with few pairs less the gain with all of them.
 
@@ -203,16 +225,25 @@ def contrast(
     return _combine(_hits(per_query, group), [weights], n_boot, seed)[0]
 
 
-def _combine(hits: pd.DataFrame, sums: list[Mapping[str, float]], n_boot: int, seed: int) -> list[dict[str, Any]]:
+def _combine(
+    hits: pd.DataFrame, sums: list[Mapping[str, float]], n_boot: int, seed: int
+) -> list[dict[str, Any]]:
     """One row for each weighted sum of arms; all of them on the same resamples."""
     task_of = hits.columns.get_level_values("task")
-    points = 100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()  # (Q,)
+    points = (
+        100 / task_of.nunique() / pd.Series(task_of).groupby(task_of).transform("size").to_numpy()
+    )  # (Q,)
     deltas = [_weighted(hits, weights) * points for weights in sums]  # (S, Q) each
-    cells = np.stack([delta.mean(axis=0) for delta in deltas], axis=1)  # (Q, sums): a column adds up to the difference
+    cells = np.stack(
+        [delta.mean(axis=0) for delta in deltas], axis=1
+    )  # (Q, sums): a column adds up to the difference
     rng, of_queries = np.random.default_rng(seed), np.zeros((n_boot, len(sums)))
     for task in task_of.unique():
         part = cells[task_of == task]
-        draws = rng.integers(len(part), size=(n_boot, len(part))) + len(part) * np.arange(n_boot)[:, None]
+        draws = (
+            rng.integers(len(part), size=(n_boot, len(part)))
+            + len(part) * np.arange(n_boot)[:, None]
+        )
         of_queries += np.bincount(draws.ravel(), minlength=draws.size).reshape(draws.shape) @ part
     rows = []
     for by_seed, drawn in zip([delta.sum(axis=1) for delta in deltas], of_queries.T, strict=True):
@@ -232,7 +263,9 @@ def _weighted(hits: pd.DataFrame, weights: Mapping[str, float]) -> np.ndarray:
     shared = sorted(set.intersection(*(set(hits.loc[arm].index) for arm in weights)))
     if not shared:
         raise ValueError(f"arms {', '.join(weights)} have no seed in common")
-    return np.sum([factor * hits.loc[arm].loc[shared].to_numpy() for arm, factor in weights.items()], axis=0)
+    return np.sum(
+        [factor * hits.loc[arm].loc[shared].to_numpy() for arm, factor in weights.items()], axis=0
+    )
 
 
 @lru_cache(maxsize=8)
@@ -251,22 +284,30 @@ def _hits(per_query: pd.DataFrame, group: str) -> pd.DataFrame:
     elif group != "overall":
         chosen = per_query[per_query["meta_task"] == group]
     if chosen.empty:
-        raise ValueError(f"no query in group {group!r}; groups: overall, ind, ood, {', '.join(META_TASKS)}")
+        raise ValueError(
+            f"no query in group {group!r}; groups: overall, ind, ood, {', '.join(META_TASKS)}"
+        )
     _check_once(chosen, ["arm", "seed", "task", "query"])
     pools = chosen.drop_duplicates(["task", "query", "n_candidates"])
     for row in pools[pools.duplicated(["task", "query"])].head(1).itertuples():
-        raise ValueError(f"task {row.task}, query {row.query}: runs rank among different numbers of candidates")
+        raise ValueError(
+            f"task {row.task}, query {row.query}: runs rank among different numbers of candidates"
+        )
     ranks = chosen.set_index(["arm", "seed", "task", "query"])["rank"].unstack(["task", "query"])
     ranks = ranks.sort_index(axis=0).sort_index(axis=1)
     for i, j in np.argwhere(ranks.isna().to_numpy())[:1]:
         (arm, k), (task, query) = ranks.index[i], ranks.columns[j]
-        raise ValueError(f"arm {arm}, seed {k} has no rank of query {query} of {task}; all runs need the same queries")
+        raise ValueError(
+            f"arm {arm}, seed {k} has no rank of query {query} of {task}; all runs need the same queries"
+        )
     return (ranks == 1).astype(float)
 
 
 def _check_once(table: pd.DataFrame, keys: list[str]) -> None:
     for row in table.loc[table.duplicated(keys), keys].head(1).itertuples(index=False):
-        raise ValueError(f"more than one row of {', '.join(f'{k} {v}' for k, v in zip(keys, row, strict=True))}")
+        raise ValueError(
+            f"more than one row of {', '.join(f'{k} {v}' for k, v in zip(keys, row, strict=True))}"
+        )
 
 
 def holm(p: Iterable[float]) -> np.ndarray:
@@ -300,7 +341,10 @@ def seed_interval(values: Iterable[float]) -> dict[str, Any]:
     One value, or values without any spread, give nan for low, high and p: they do not say how sure they are. Raises ValueError
     for no values, or values that are not finite.
     """
-    from scipy.special import stdtr, stdtrit  # scipy.stats, which has the test whole, takes a second to import
+    from scipy.special import (  # scipy.stats, which has the test whole, takes a second to import
+        stdtr,
+        stdtrit,
+    )
 
     values = np.asarray(list(values), dtype=float)
     if not values.size or not np.isfinite(values).all():
@@ -310,7 +354,11 @@ def seed_interval(values: Iterable[float]) -> dict[str, Any]:
         return facts | dict.fromkeys(("low", "high", "p"), float("nan"))
     mean, error, freedom = values.mean(), values.std(ddof=1) / len(values) ** 0.5, len(values) - 1
     low, high = mean + stdtrit(freedom, [0.025, 0.975]) * error
-    return facts | {"low": float(low), "high": float(high), "p": float(2 * stdtr(freedom, -abs(mean / error)))}
+    return facts | {
+        "low": float(low),
+        "high": float(high),
+        "p": float(2 * stdtr(freedom, -abs(mean / error))),
+    }
 
 
 def said(row: Mapping[str, Any], places: int = 1) -> str:
@@ -323,9 +371,6 @@ def tested(p: float) -> str:
     return "below 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-# Probes
-
-
 class Probe(NamedTuple):
     accuracy: float  # percent of the test rows
     low: float  # 95 % Wilson interval over test rows
@@ -334,14 +379,18 @@ class Probe(NamedTuple):
     n: int  # test rows
 
 
-def linear_probe(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray) -> Probe:
+def linear_probe(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray
+) -> Probe:
     """What a linear classifier reads from frozen embeddings (N, H) of labels (N,): logistic regression, L2, C = 1.
 
     Features are standardised by the training rows; no randomness. Labels that training lacks count as errors. Raises
     scikit-learn's ValueError for different lengths, values that are not finite, or a single class in training.
     """
     from scipy import stats
-    from sklearn.linear_model import LogisticRegression  # here: figures import this module and need none of it
+    from sklearn.linear_model import (
+        LogisticRegression,  # here: figures import this module and need none of it
+    )
     from sklearn.metrics import accuracy_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -363,9 +412,13 @@ def training_costs(run: str | Path, arms: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for folder in sorted(path for path in Path(run).glob("seed*") if path.name[4:].isdigit()):
         for name, arm in arms.items():
-            stages = [stage for stage in ("stage1", "stage2", "stage3") if getattr(arm, stage) is not None]
+            stages = [
+                stage for stage in ("stage1", "stage2", "stage3") if getattr(arm, stage) is not None
+            ]
             metas = [folder / stage / arm.key(stage) / "cocoa.json" for stage in stages]
             if all(meta.is_file() for meta in metas):
-                seconds = sum(json.loads(meta.read_text(encoding="utf-8"))["train_seconds"] for meta in metas)
+                seconds = sum(
+                    json.loads(meta.read_text(encoding="utf-8"))["train_seconds"] for meta in metas
+                )
                 rows.append({"arm": name, "seed": int(folder.name[4:]), "seconds": seconds})
     return pd.DataFrame(rows, columns=["arm", "seed", "seconds"])

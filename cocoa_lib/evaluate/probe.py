@@ -5,7 +5,7 @@ classifier reads from its embedding what the scene was: how many objects, and ki
 one in reading order. Works on the built-in benchmark, whose scenes are known, and on any checkpoint of it: the causal
 backbone, a stage in the middle, the final embedder.
 
-    python -m cocoa_lib.probe CHECKPOINT --data runs/laptop/benchmark --out probe.csv
+    python -m cocoa_lib.evaluate.probe CHECKPOINT --data runs/laptop/benchmark --out probe.csv
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import analysis, corpus
-from .embedder import CocoaEmbedder
-from .files import write_whole
-from .world import POSITIONS, Scene, read_scenes
+from ..data import corpus
+from ..embedder import CocoaEmbedder
+from ..store.files import write_whole
+from ..world.build import read_scenes
+from ..world.scenes import POSITIONS, Scene
+from . import effects as analysis
 
 CONTENT = ("count", "kind", "color", "size", "position")
 
@@ -30,7 +32,9 @@ def content(scene: Scene) -> dict[str, str]:
     return {"count": str(len(scene)), **{name: str(first[name]) for name in CONTENT[1:]}}
 
 
-def probe(embedder: CocoaEmbedder, data: Path, *, n_train: int = 2000, batch_size: int = 64) -> pd.DataFrame:
+def probe(
+    embedder: CocoaEmbedder, data: Path, *, n_train: int = 2000, batch_size: int = 64
+) -> pd.DataFrame:
     """Rows of measure, value, low, high, majority, n for one embedder on the benchmark folder `data`.
 
     Probes (percent right, 95 % Wilson interval over test pictures, `majority`: always the most frequent answer): trained
@@ -48,7 +52,9 @@ def probe(embedder: CocoaEmbedder, data: Path, *, n_train: int = 2000, batch_siz
     captions = embedder.encode([{"text": row["target"]} for row in rows], batch_size=batch_size)
     found = []
     for name in CONTENT:
-        result = analysis.linear_probe(train_x, train_y[name].to_numpy(), test_x, test_y[name].to_numpy())
+        result = analysis.linear_probe(
+            train_x, train_y[name].to_numpy(), test_x, test_y[name].to_numpy()
+        )
         found.append((name, result.accuracy, result.low, result.high, result.majority, result.n))
     for name, value in (
         ("effective_rank", analysis.effective_rank(test_x)),
@@ -60,7 +66,9 @@ def probe(embedder: CocoaEmbedder, data: Path, *, n_train: int = 2000, batch_siz
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.probe", description="What a checkpoint's EOS holds.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cocoa_lib.evaluate.probe", description="What a checkpoint's EOS holds."
+    )
     parser.add_argument("model", help="checkpoint folder")
     parser.add_argument("--data", type=Path, required=True, help="folder of the built-in benchmark")
     parser.add_argument("--out", type=Path, required=True, help="CSV file")

@@ -1,9 +1,4 @@
-"""A user's own pictures and texts -> a data folder in MMEB's layout, so that the same road runs on them.
-
-A JSONL or CSV file with an image path and a text a row; other columns are ignored, one may name a class. Rows are
-split by *concept*, not by row: near-copies (same picture, same text, "waving hand: dark skin tone") stay on one side,
-so that "unseen" means unseen. All rows and pictures are checked before anything is written.
-"""
+"""Files that are whole or not there: written aside, flushed to the disk, renamed; and the hashes that tell them apart."""
 
 from __future__ import annotations
 
@@ -21,17 +16,28 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .files import source_hash, write_json
-from .items import InputError, load_image
-from .mmeb import CORPUS, EVAL, TRAIN, finished, write_tables
+from ..items import InputError, load_image
+from ..store.files import file_hash, write_json
+from .tables import CORPUS, EVAL, TRAIN, finished, write_tables
+
+
+def source_hash(path: Path) -> str:
+    """sha256 of a table's bytes, or of the names and sizes below a folder; "" where there is nothing."""
+    if path.is_dir():
+        listing = [
+            f"{file.relative_to(path)}:{file.stat().st_size}"
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        ]
+        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+    return file_hash(path) if path.is_file() else ""
+
 
 IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
 TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
 CLASS_COLUMNS = ("class", "label", "category", "group")
 # Words whose exchange makes a near-copy of a picture: variants by gender and age (ours, for emoji and people photos).
 VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
-
-
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
@@ -42,7 +48,10 @@ def read_folders(path: Path) -> list[dict[str, Any]]:
         parts = file.relative_to(path).parts
         if file.suffix.lower() in PICTURES and len(parts) > 1:
             text = parts[-2].replace("-", " ").replace("_", " ")
-            rows.append({"image": "/".join(parts), "text": text} | ({"class": parts[0]} if len(parts) > 2 else {}))
+            rows.append(
+                {"image": "/".join(parts), "text": text}
+                | ({"class": parts[0]} if len(parts) > 2 else {})
+            )
     if not rows:
         raise InputError(f"{path}: no pictures in named folders below it ({', '.join(PICTURES)})")
     return rows
@@ -57,9 +66,15 @@ def read_table(path: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: no such file; PAIRS takes {known}")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file, restkey="")) if path.suffix.lower() == ".csv" else _json_rows(path, file)
+            rows = (
+                list(csv.DictReader(file, restkey=""))
+                if path.suffix.lower() == ".csv"
+                else _json_rows(path, file)
+            )
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv") from error
+        raise InputError(
+            f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv"
+        ) from error
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
@@ -74,7 +89,9 @@ def _json_rows(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
             if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+                raise InputError(
+                    f"{path}, line {number}: expected a JSON object, found {type(row).__name__}"
+                )
             rows.append(row)
     return rows
 
@@ -86,7 +103,9 @@ def pick_column(
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if wanted is not None:
         if wanted not in columns:
-            raise InputError(f"{path}: no column {wanted!r} for the {what}; columns: {', '.join(columns)}")
+            raise InputError(
+                f"{path}: no column {wanted!r} for the {what}; columns: {', '.join(columns)}"
+            )
         return wanted
     return next((name for name in known if name in columns), None)
 
@@ -113,10 +132,14 @@ def _string(row: dict[str, Any], column: str | None) -> str:
     return "" if value is None else str(value).strip()
 
 
-def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, root: Path, progress: bool):
+def check_rows(
+    rows: list[dict[str, Any]], image_column: str, text_column: str, root: Path, progress: bool
+):
     """Every row read and every picture decoded: (good rows with `image` and `text`, complaints)."""
     good, bad = [], []
-    for number, row in enumerate(tqdm(rows, desc="check pairs", unit="row", disable=not progress), start=1):
+    for number, row in enumerate(
+        tqdm(rows, desc="check pairs", unit="row", disable=not progress), start=1
+    ):
         try:
             good.append(row | _checked(row, image_column, text_column, root))
         except InputError as error:
@@ -124,18 +147,26 @@ def check_rows(rows: list[dict[str, Any]], image_column: str, text_column: str, 
     return good, bad
 
 
-def _checked(row: dict[str, Any], image_column: str, text_column: str, root: Path) -> dict[str, Any]:
+def _checked(
+    row: dict[str, Any], image_column: str, text_column: str, root: Path
+) -> dict[str, Any]:
     """`_text`, `_path` and `_hash` of a row: not its pixels, of which there may be many. InputError for a bad row."""
     for column in (text_column, image_column):
         if isinstance(row.get(column), (list, dict)):
-            raise InputError(f"{column!r} holds a {type(row[column]).__name__}, not a text; write a row for each entry")
+            raise InputError(
+                f"{column!r} holds a {type(row[column]).__name__}, not a text; write a row for each entry"
+            )
     text, name = (_string(row, column) for column in (text_column, image_column))
     if not text:
         raise InputError(f"empty {text_column!r} (image {name or 'none'})")
     if not name:
         raise InputError(f"empty {image_column!r} (text {text[:40]!r})")
-    if not os.path.realpath(root / name.replace("\0", "")).startswith(os.path.join(os.path.realpath(root), "")):
-        raise InputError(f"image path {name!r} leaves the image folder {root}; name another image_root")
+    if not os.path.realpath(root / name.replace("\0", "")).startswith(
+        os.path.join(os.path.realpath(root), "")
+    ):
+        raise InputError(
+            f"image path {name!r} leaves the image folder {root}; name another image_root"
+        )
     try:
         (text + name).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
@@ -188,8 +219,12 @@ def build_pairs(
     text_name = pick_column(rows, text_column, TEXT_COLUMNS, "text", path)
     class_name = pick_column(rows, class_column, CLASS_COLUMNS, "class", path)
     if image_name is None or text_name is None:
-        raise InputError(f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them")
-    names = (str(row.get(image_name) or "") for row in rows[:20])  # of the first row whose picture is there
+        raise InputError(
+            f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them"
+        )
+    names = (
+        str(row.get(image_name) or "") for row in rows[:20]
+    )  # of the first row whose picture is there
     roots = ((find_image_root(path, name), name) for name in names)
     base = (
         Path(image_root)
@@ -198,12 +233,16 @@ def build_pairs(
     )
     good, bad = check_rows(rows, image_name, text_name, base, progress)
     if bad and on_bad_row == "stop":
-        listing = "\n  ".join(bad[:20]) + (f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else "")
+        listing = "\n  ".join(bad[:20]) + (
+            f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        )
         raise InputError(
             f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  {listing}\nMend them, or set on_bad_row=skip"
         )
     if len(good) < 10:
-        raise InputError(f"{path}: {len(good)} usable rows; at least 10 are needed to train and to hold some out")
+        raise InputError(
+            f"{path}: {len(good)} usable rows; at least 10 are needed to train and to hold some out"
+        )
 
     seen, unseen, training = _split(good, n_eval, seed)
     images = root / "images"
@@ -217,7 +256,9 @@ def build_pairs(
     _write_training(root, training, unseen, class_name)
     (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
     # What `corpus.fingerprint` knows the data by: the split and what is stored, so the settings as well as the rows.
-    listing = json.dumps([[row["_hash"], row["_text"], _string(row, class_name)] for row in good] + [settings]).encode()
+    listing = json.dumps(
+        [[row["_hash"], row["_text"], _string(row, class_name)] for row in good] + [settings]
+    ).encode()
     manifest = {
         "generator": "pairs", "settings": settings, "image_root": base.name, "columns": [image_name, text_name, class_name],
         "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
@@ -246,7 +287,9 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
     return seen, unseen, training
 
 
-def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None) -> list[list]:
+def _write_eval(
+    root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None
+) -> list[list]:
     tasks = []
     classes = sorted({_string(row, class_name) for row in rows} - {""})
     for name, part in parts.items():
@@ -256,8 +299,12 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
             len(part),
             name == "Seen",
         )
-        image_task = [("", files[i], [texts[i]] + texts[:i] + texts[i + 1 :], [""] * n) for i in range(n)]
-        text_task = [(texts[i], "", [""] * n, [files[i]] + files[:i] + files[i + 1 :]) for i in range(n)]
+        image_task = [
+            ("", files[i], [texts[i]] + texts[:i] + texts[i + 1 :], [""] * n) for i in range(n)
+        ]
+        text_task = [
+            (texts[i], "", [""] * n, [files[i]] + files[:i] + files[i + 1 :]) for i in range(n)
+        ]
         tasks += [_eval_task(root, f"TextToImage{name}", "retrieval", seen, text_task)]
         tasks += [_eval_task(root, f"ImageToText{name}", "retrieval", seen, image_task)]
         if len(classes) > 1:
@@ -265,7 +312,11 @@ def _write_eval(root: Path, parts: dict[str, list], rows: list[dict[str, Any]], 
                 ("", row["_file"], [own, *(label for label in classes if label != own)], [""] * len(classes))
                 for row in part if (own := _string(row, class_name))
             ]  # fmt: skip
-            tasks += [_eval_task(root, f"Class{name}", "classification", seen, class_task)] if class_task else []
+            tasks += (
+                [_eval_task(root, f"Class{name}", "classification", seen, class_task)]
+                if class_task
+                else []
+            )
     return tasks
 
 
@@ -274,9 +325,13 @@ def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tup
     return [name, meta_task, seen, len(rows[0][2])]
 
 
-def _write_training(root: Path, training: list[dict], unseen: list[dict], class_name: str | None) -> None:
+def _write_training(
+    root: Path, training: list[dict], unseen: list[dict], class_name: str | None
+) -> None:
     labelled = [(row, own) for row in training if (own := _string(row, class_name))]
-    several = len({own for _, own in labelled}) > 1  # of one class there is nothing to tell apart, as in evaluation
+    several = (
+        len({own for _, own in labelled}) > 1
+    )  # of one class there is nothing to tell apart, as in evaluation
     subsets = {
         "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
         "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],

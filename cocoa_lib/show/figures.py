@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from . import analysis
-from .items import PLACEHOLDER, load_image
+from ..evaluate import effects as analysis
+from ..items import PLACEHOLDER, load_image
 
 # Okabe and Ito's palette, ordered so that neighbours differ in lightness too; grey for their yellow, faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777", "#000000")
@@ -41,7 +41,6 @@ STYLE = {
     "svg.hashsalt": "cocoa",  # the same ids, so the same bytes
     "svg.fonttype": "path",
 }
-mpl.rcParams.update(STYLE)  # one style for the session, so that titles set later follow it too
 
 
 def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 3.0, **kwargs):
@@ -66,9 +65,11 @@ def show(figure: Figure, name: str = "", folder: str | Path = ""):
     which starts at the repository's root as all paths of a notebook's parameters do."""
     from IPython.display import Image as Shown
 
-    from .profiles import path
+    from ..run.profiles import path
 
-    if folder:  # the saved file itself: drawn a second time, a figure can be laid out a hair differently
+    if (
+        folder
+    ):  # the saved file itself: drawn a second time, a figure can be laid out a hair differently
         data = save(figure, path(folder), name).read_bytes()
     else:
         png = io.BytesIO()
@@ -95,7 +96,13 @@ def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
     figure, axes = new(1, len(patterns), width=2.4 * len(patterns), height=3.0, squeeze=False)
     show_names = len(names) <= 32
     for axis, (title, pattern) in zip(axes[0], patterns.items(), strict=True):
-        axis.imshow(pattern, cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(
+            pattern,
+            cmap=ListedColormap(["#f2f2f2", COLOURS[0]]),
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         axis.set_title(title)
         axis.set_xlabel("key: looked at")
         if show_names:
@@ -104,12 +111,21 @@ def masks(patterns: Mapping[str, np.ndarray], names: Sequence[str]) -> Figure:
             axis.set_yticks(range(len(names)), names, fontsize=size)
         axis.tick_params(length=0)
     axes[0][0].set_ylabel("query: looks")
-    shares = ", ".join(f"{title}: {np.mean(pattern):.0%} of cells" for title, pattern in patterns.items())
-    return _done(figure, f"Attention masks as grids of query rows and key columns; dark cells may attend ({shares}).")
+    shares = ", ".join(
+        f"{title}: {np.mean(pattern):.0%} of cells" for title, pattern in patterns.items()
+    )
+    return _done(
+        figure,
+        f"Attention masks as grids of query rows and key columns; dark cells may attend ({shares}).",
+    )
 
 
 def training_curves(
-    logs: Mapping[str, pd.DataFrame], columns: Sequence[str], *, smooth: int = 5, chance: float | None = None
+    logs: Mapping[str, pd.DataFrame],
+    columns: Sequence[str],
+    *,
+    smooth: int = 5,
+    chance: float | None = None,
 ) -> Figure:
     """Loss against step. logs: label -> table with `step` and the columns; raw values faint, centred mean of `smooth` solid.
 
@@ -121,14 +137,18 @@ def training_curves(
             if column not in log:
                 continue
             axis.plot(log["step"], log[column], color=colour, alpha=0.25, linewidth=1)
-            running = log[column].rolling(smooth, center=True).mean()  # whole windows: half of one is another mean
+            running = (
+                log[column].rolling(smooth, center=True).mean()
+            )  # whole windows: half of one is another mean
             axis.plot(log["step"], running, color=colour, linewidth=1.8)
             end = running.dropna().iloc[-1] if len(log) >= smooth else log[column].iloc[-1]
             axis.annotate(label, (log["step"].iloc[-1], end), xytext=(4, 0), textcoords="offset points", color=colour,
                           va="bottom" if "\n" in label else "center", fontsize=8)  # fmt: skip
         if chance is not None:
             axis.axhline(chance, color="grey", linestyle=":", linewidth=1)
-            above = chance < np.mean(axis.get_ylim())  # below a line at the bottom the word would stand on the axis
+            above = chance < np.mean(
+                axis.get_ylim()
+            )  # below a line at the bottom the word would stand on the axis
             axis.annotate("collapsed", (1, chance), xycoords=("axes fraction", "data"), xytext=(0, 3 if above else -3),
                           ha="right", va="bottom" if above else "top", textcoords="offset points", color="grey",
                           fontsize=8)  # fmt: skip
@@ -145,19 +165,29 @@ def training_curves(
     return _done(figure, f"Training curves of {', '.join(columns)} against step. {ends}.")
 
 
-def pictures(images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, size: float = 1.5) -> Figure:
+def pictures(
+    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, size: float = 1.5
+) -> Figure:
     """Pictures in a grid, each with its text below."""
     rows = max(1, -(-len(images) // columns))  # of none, an empty figure
     texts = [textwrap.fill(caption, 24) for caption in captions]
-    below = 0.13 * max((text.count("\n") + 1 for text in texts), default=0)  # inches for the longest text
-    figure, axes = new(rows, columns, width=size * columns, height=(size + below) * rows, squeeze=False)
+    below = 0.13 * max(
+        (text.count("\n") + 1 for text in texts), default=0
+    )  # inches for the longest text
+    figure, axes = new(
+        rows, columns, width=size * columns, height=(size + below) * rows, squeeze=False
+    )
     for axis in axes.flat:
         axis.axis("off")
         axis.set_anchor("N")  # the room for the text is below
     for axis, image, text in zip(axes.flat, images, texts, strict=False):
         axis.imshow(image, interpolation="nearest")
         axis.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axis.transAxes)
-    alt = f"{len(images)} pictures, each with its text below; the first: {captions[0]!r}." if captions else "Pictures."
+    alt = (
+        f"{len(images)} pictures, each with its text below; the first: {captions[0]!r}."
+        if captions
+        else "Pictures."
+    )
     return _done(figure, alt)
 
 
@@ -183,10 +213,15 @@ def reconstructions(originals: Sequence, hidden: Sequence, restored: Sequence) -
             axes[row][column].set_xticks([])
             axes[row][column].set_yticks([])
         axes[row][0].set_ylabel(title, fontsize=8)
-    return _done(figure, f"{n} held-out scenes: original, with hidden cells, and with the hidden cells predicted.")
+    return _done(
+        figure,
+        f"{n} held-out scenes: original, with hidden cells, and with the hidden cells predicted.",
+    )
 
 
-def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width: int = 88) -> Figure:
+def restored_text(
+    samples: Sequence[Sequence[tuple[str, str | None]]], *, width: int = 88
+) -> Figure:
     """Texts with hidden words as they were restored: samples of (text, what stood there or None if it was not hidden).
 
     In brackets, a tick for a right word; for a wrong one a cross and what stood there. `width`: characters a line.
@@ -199,7 +234,11 @@ def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width:
             text, meant = (part and part.replace("\n", "\u21b5") for part in (text, truth))
             bare = text.strip() or text
             marked = (
-                text if truth is None else f" [{bare}\u2713]" if text == meant else f" [{bare}\u2717 {meant.strip()}]"
+                text
+                if truth is None
+                else f" [{bare}\u2713]"
+                if text == meant
+                else f" [{bare}\u2717 {meant.strip()}]"
             )
             if sum(len(part) for part, _ in lines[-1]) + len(marked) > width:
                 lines.append([])
@@ -216,10 +255,15 @@ def restored_text(samples: Sequence[Sequence[tuple[str, str | None]]], *, width:
             at += len(text)
     hidden = [(text, truth) for sample in samples for text, truth in sample if truth is not None]
     right = sum(text == truth for text, truth in hidden)
-    return _done(figure, f"{len(samples)} texts with hidden words restored: {right} of {len(hidden)} are right.")
+    return _done(
+        figure,
+        f"{len(samples)} texts with hidden words restored: {right} of {len(hidden)} are right.",
+    )
 
 
-def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel: str = "precision@1, %") -> Figure:
+def task_scores(
+    table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel: str = "precision@1, %"
+) -> Figure:
     """Scores by task with intervals: columns task, label, value, low, high (low and high may be missing)."""
     labels = list(dict.fromkeys(table["label"]))
     figure, axis = new(width=6.5, height=max(0.36, 0.11 * len(labels)) * len(order) + 1.0)
@@ -229,7 +273,9 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
         y = np.arange(len(order)) + (i - (len(labels) - 1) / 2) * 0.7 / max(1, len(labels))
         errors = None
         if {"low", "high"} <= set(part.columns) and part["low"].notna().any():
-            errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
+            errors = np.nan_to_num(
+                np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
+            )
         axis.errorbar(part["value"], y, xerr=errors, fmt=markers[i % 8], color=COLOURS[i % 8], markersize=4.5,
                       linewidth=1.2, label=label)  # fmt: skip
     axis.set_yticks(range(len(order)), order)
@@ -239,7 +285,9 @@ def task_scores(table: pd.DataFrame, *, order: Sequence[str], title: str, xlabel
     axis.set_title(title)
     axis.grid(axis="y", color="#eeeeee")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
-    means = "; ".join(f"{label} {table[table['label'] == label]['value'].mean():.1f}" for label in labels)
+    means = "; ".join(
+        f"{label} {table[table['label'] == label]['value'].mean():.1f}" for label in labels
+    )
     return _done(figure, f"{title}. Unweighted means over the {len(order)} rows: {means}.")
 
 
@@ -268,20 +316,24 @@ def forest(effects: pd.DataFrame, *, baseline: str, unit: str = "points of preci
         f"n = {seeds} seeds x {queries} queries\ncircle: excludes 0 (filled: once corrected, too)\ndiamond: contains 0"
     )
     listing = "; ".join(
-        f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]" for row in effects.itertuples()
+        f"{row.arm} {row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"
+        for row in effects.itertuples()
     )
     return _done(figure, f"Paired differences to {baseline} with 95 % intervals: {listing}.")
 
 
 def meta_task_bars(panels: Mapping[str, pd.DataFrame]) -> Figure:
     """Scores by meta-task, a panel a title, one above the other: columns label, meta_task, value and optionally low, high."""
-    panels = {title: table.dropna(subset="value") for title, table in panels.items()}  # a meta-task without tasks
+    panels = {
+        title: table.dropna(subset="value") for title, table in panels.items()
+    }  # a meta-task without tasks
     figure, axes = new(len(panels), width=6.5, height=2.7 * len(panels), squeeze=False)
     for axis, (title, table) in zip(axes[:, 0], panels.items(), strict=True):
         _bars(axis, table)
         axis.set_title(title)
     listing = (
-        f"{title}. " + "; ".join(f"{row.label}, {row.meta_task}: {row.value:.1f}" for row in table.itertuples())
+        f"{title}. "
+        + "; ".join(f"{row.label}, {row.meta_task}: {row.value:.1f}" for row in table.itertuples())
         for title, table in panels.items()
     )
     return _done(figure, ". ".join(listing))
@@ -295,10 +347,20 @@ def _bars(axis, table: pd.DataFrame) -> None:
         part = table[table["label"] == label].set_index("meta_task").reindex(groups)
         x = np.arange(len(groups)) + (i - (len(labels) - 1) / 2) * width
         hatch = ("", "//", "..", "xx")[i % 4]  # told apart in grey
-        axis.bar(x, part["value"], width * 0.92, color=COLOURS[i % 8], label=label, edgecolor="white", hatch=hatch)
+        axis.bar(
+            x,
+            part["value"],
+            width * 0.92,
+            color=COLOURS[i % 8],
+            label=label,
+            edgecolor="white",
+            hatch=hatch,
+        )
         tops = part["value"]
         if "low" in part and part["low"].notna().any():
-            errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
+            errors = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(
+                min=0
+            )
             axis.errorbar(x, part["value"], yerr=errors, fmt="none", color="black", linewidth=1)
             tops = part["high"].fillna(part["value"])
         for position, value, top in zip(x, part["value"], tops, strict=True):
@@ -318,7 +380,9 @@ def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Fi
     figure, axes = new(1, len(points), width=3.2 * len(points), height=3.0, squeeze=False)
     names = list(dict.fromkeys(groups))
     for axis, (title, xy) in zip(axes[0], points.items(), strict=True):
-        for name, colour, marker in zip(names, itertools.cycle(COLOURS), itertools.cycle("osD^vPX*p"), strict=False):
+        for name, colour, marker in zip(
+            names, itertools.cycle(COLOURS), itertools.cycle("osD^vPX*p"), strict=False
+        ):
             chosen = np.array([group == name for group in groups])
             axis.plot(*xy[chosen].T, marker, color=colour, markersize=3, alpha=0.7, label=name)
         axis.set_title(title)
@@ -335,43 +399,80 @@ def embedding_map(points: Mapping[str, np.ndarray], groups: Sequence[str]) -> Fi
 
 def _runs(names: Sequence[str]) -> tuple[list[float], list[str]]:
     """Ticks and labels of tokens: three or more of one name in a row, as a picture's, share one in their middle."""
-    runs = [(name, list(each)) for name, each in itertools.groupby(range(len(names)), key=lambda i: names[i])]
-    runs = [part for name, each in runs for part in ([(name, each)] if len(each) > 2 else [(name, [i]) for i in each])]
+    runs = [
+        (name, list(each))
+        for name, each in itertools.groupby(range(len(names)), key=lambda i: names[i])
+    ]
+    runs = [
+        part
+        for name, each in runs
+        for part in ([(name, each)] if len(each) > 2 else [(name, [i]) for i in each])
+    ]
     labels = [f"{name} x {len(each)}" if len(each) > 1 else name for name, each in runs]
     return [float(np.mean(each)) for _, each in runs], labels
 
 
-def token_masks(patterns: Mapping[str, np.ndarray], names: Sequence[str], segments: Sequence[str]) -> Figure:
+def token_masks(
+    patterns: Mapping[str, np.ndarray], names: Sequence[str], segments: Sequence[str]
+) -> Figure:
     """Layouts over the tokens of one sample, two a row: patterns[title] (L, L) bool, a name and a segment a token."""
     rows = -(-len(patterns) // 2)
     figure, axes = new(rows, 2, width=7.4, height=3.9 * rows, squeeze=False)
     starts = [i for i in range(len(segments)) if i == 0 or segments[i] != segments[i - 1]]
     ticks, labels = _runs(names)
     for axis, (title, pattern) in zip(axes.flat, patterns.items(), strict=False):
-        axis.imshow(pattern, cmap=ListedColormap(["#f2f2f2", COLOURS[0]]), vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(
+            pattern,
+            cmap=ListedColormap(["#f2f2f2", COLOURS[0]]),
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         axis.set_title(f"{title}: {np.mean(pattern):.0%} of pairs", fontsize=10, loc="left")
         axis.set_xticks(ticks, labels, rotation=90, fontsize=6.5)
         axis.set_yticks(ticks, labels, fontsize=6.5)
         axis.tick_params(length=0, pad=1)
-        for start, end in zip(starts, [*starts[1:], len(segments)], strict=True):  # where a segment begins and ends
+        for start, end in zip(
+            starts, [*starts[1:], len(segments)], strict=True
+        ):  # where a segment begins and ends
             axis.axhline(start - 0.5, color="white", linewidth=1.5)
             axis.axvline(start - 0.5, color="white", linewidth=1.5)
             if end - start > 2:
-                x, y = start + (end - start) / 4, start + (end - start) * 0.7  # below the diagonal: dark in all layouts
-                axis.text(x, y, segments[start], color="white", ha="center", va="center", fontweight="bold")
+                x, y = (
+                    start + (end - start) / 4,
+                    start + (end - start) * 0.7,
+                )  # below the diagonal: dark in all layouts
+                axis.text(
+                    x,
+                    y,
+                    segments[start],
+                    color="white",
+                    ha="center",
+                    va="center",
+                    fontweight="bold",
+                )
     for axis in list(axes.flat)[len(patterns) :]:
         axis.axis("off")
     figure.supxlabel("key: looked at", fontsize=8)
     figure.supylabel("query: looks", fontsize=8)
     counts = ", ".join(f"{list(segments).count(s)} of {s}" for s in dict.fromkeys(segments))
     shares = ", ".join(f"{title} {np.mean(pattern):.0%}" for title, pattern in patterns.items())
-    return _done(figure, f"Masks over one sample's tokens ({counts}); rows look at columns; share of pairs: {shares}.")
+    return _done(
+        figure,
+        f"Masks over one sample's tokens ({counts}); rows look at columns; share of pairs: {shares}.",
+    )
 
 
-def reach_grid(depths: Mapping[str, np.ndarray], layers: Sequence[int], names: Sequence[str]) -> Figure:
+def reach_grid(
+    depths: Mapping[str, np.ndarray], layers: Sequence[int], names: Sequence[str]
+) -> Figure:
     """Who can know whom after so many layers: depths[layout] (L, L) int, layers until known, 0 never; one row a layout."""
     figure, axes = new(
-        len(depths), len(layers), width=2.3 * len(layers), height=2.25 * len(depths) + 0.3, squeeze=False
+        len(depths),
+        len(layers),
+        width=2.3 * len(layers),
+        height=2.25 * len(depths) + 0.3,
+        squeeze=False,
     )
     colours = ListedColormap(["#f2f2f2", COLOURS[0], COLOURS[1]])
     for line, (layout, depth) in zip(axes, depths.items(), strict=True):
@@ -387,11 +488,20 @@ def reach_grid(depths: Mapping[str, np.ndarray], layers: Sequence[int], names: S
             axis.set_yticks(range(len(names)), names, fontsize=6.5)
             axis.tick_params(length=0, pad=1)
         line[0].set_ylabel(layout, fontsize=9, fontweight="bold")
-    words = {"looks at it": COLOURS[0], "can know it through another token": COLOURS[1], "cannot know it": "#f2f2f2"}
-    swatches = [Patch(facecolor=colour, edgecolor="#777777", label=text) for text, colour in words.items()]
-    figure.legend(handles=swatches, loc="outside lower center", ncols=3 if len(layers) > 2 else 1, fontsize=8)
+    words = {
+        "looks at it": COLOURS[0],
+        "can know it through another token": COLOURS[1],
+        "cannot know it": "#f2f2f2",
+    }
+    swatches = [
+        Patch(facecolor=colour, edgecolor="#777777", label=text) for text, colour in words.items()
+    ]
+    figure.legend(
+        handles=swatches, loc="outside lower center", ncols=3 if len(layers) > 2 else 1, fontsize=8
+    )
     ends = "; ".join(
-        f"{layout}: {np.mean((depth > 0) & (depth <= layers[-1])):.0%}" for layout, depth in depths.items()
+        f"{layout}: {np.mean((depth > 0) & (depth <= layers[-1])):.0%}"
+        for layout, depth in depths.items()
     )
     return _done(figure, f"Which token's state can depend on which token, after {', '.join(map(str, layers))} layers. "
                  f"Share of pairs known at the end: {ends}.")  # fmt: skip
@@ -400,17 +510,31 @@ def reach_grid(depths: Mapping[str, np.ndarray], layers: Sequence[int], names: S
 def effects(panels: Mapping[str, pd.DataFrame], *, unit: str) -> Figure:
     """Tables of effects, layouts (rows) by segments (columns), one panel a title; an exact zero is left light."""
     n_rows = max(len(table) for table in panels.values())
-    figure, axes = new(1, len(panels), width=1.7 * len(panels) + 1.2, height=0.38 * n_rows + 1.1, squeeze=False)
+    figure, axes = new(
+        1, len(panels), width=1.7 * len(panels) + 1.2, height=0.38 * n_rows + 1.1, squeeze=False
+    )
     top = max(float(table.to_numpy().max()) for table in panels.values())
     for axis, (title, table) in zip(axes[0], panels.items(), strict=True):
         values = table.to_numpy()
-        axis.imshow(np.where(values > 0, 0.35 + 0.65 * values / top, 0), cmap="Blues", vmin=0, vmax=1.2, aspect="auto")
+        axis.imshow(
+            np.where(values > 0, 0.35 + 0.65 * values / top, 0),
+            cmap="Blues",
+            vmin=0,
+            vmax=1.2,
+            aspect="auto",
+        )
         for (i, j), value in np.ndenumerate(values):
-            text, colour = (f"{value:.2g}", "white" if value > 0.6 * top else "black") if value > 0 else ("0", "black")
+            text, colour = (
+                (f"{value:.2g}", "white" if value > 0.6 * top else "black")
+                if value > 0
+                else ("0", "black")
+            )
             axis.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
         axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(table.columns)), table.columns, fontsize=8)
-        axis.set_yticks(range(len(table)), table.index if axis is axes[0][0] else [""] * len(table), fontsize=8)
+        axis.set_yticks(
+            range(len(table)), table.index if axis is axes[0][0] else [""] * len(table), fontsize=8
+        )
         axis.tick_params(length=0)
     figure.supxlabel(unit, fontsize=8)
     zeros = "; ".join(
@@ -424,17 +548,32 @@ def effects(panels: Mapping[str, pd.DataFrame], *, unit: str) -> Figure:
 def cost(table: pd.DataFrame, *, block: int) -> Figure:
     """Share of L x L pairs against L: columns layout, ratio, length, cells, blocks (shares of 1)."""
     ratios = list(dict.fromkeys(table["ratio"]))
-    figure, axes = new(1, len(ratios), width=3.4 * len(ratios), height=2.9, sharey=True, squeeze=False)
+    figure, axes = new(
+        1, len(ratios), width=3.4 * len(ratios), height=2.9, sharey=True, squeeze=False
+    )
     each = zip(COLOURS, "osD^", ("-", "--", "-.", ":"), strict=False)
-    looks = dict(zip(dict.fromkeys(table["layout"]), each, strict=False))  # of a layout; one line may lie on another
+    looks = dict(
+        zip(dict.fromkeys(table["layout"]), each, strict=False)
+    )  # of a layout; one line may lie on another
     for axis, ratio in zip(axes[0], ratios, strict=True):
         part = table[table["ratio"] == ratio]
         above = 0.0
-        groups = sorted(part.groupby("layout", sort=False), key=lambda group: group[1]["blocks"].iloc[-1])
+        groups = sorted(
+            part.groupby("layout", sort=False), key=lambda group: group[1]["blocks"].iloc[-1]
+        )
         for layout, rows in groups:
             colour, marker, line = looks[layout]
-            axis.plot(rows["length"], 100 * rows["cells"], color=colour, linewidth=1.4, linestyle=line)
-            axis.plot(rows["length"], 100 * rows["blocks"], marker, color=colour, markersize=4, linestyle=":")
+            axis.plot(
+                rows["length"], 100 * rows["cells"], color=colour, linewidth=1.4, linestyle=line
+            )
+            axis.plot(
+                rows["length"],
+                100 * rows["blocks"],
+                marker,
+                color=colour,
+                markersize=4,
+                linestyle=":",
+            )
             share = 100 * rows["blocks"].iloc[-1]
             above = max(share, above + 8)  # labels keep their distance
             axis.annotate(f" {layout} {share:.0f} %", (rows["length"].iloc[-1] * 1.1, above), va="center", color=colour,
@@ -464,24 +603,41 @@ def similarity(cosine: np.ndarray) -> Figure:
     hits = int((cosine.argmax(1) == np.arange(len(cosine))).sum())
     axis.set_title(f"{hits} of {len(cosine)} are nearest to their own text")
     return _done(
-        figure, f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal."
+        figure,
+        f"Heat map of cosine similarity of {len(cosine)} pictures and texts; {hits} rows peak on the diagonal.",
     )
 
 
-def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1") -> Figure:
+def effect_table(
+    table: pd.DataFrame, *, baseline: str, unit: str = "points of precision@1"
+) -> Figure:
     """Paired differences by group: columns arm, group, difference, low, high; bold where the interval excludes 0.
 
     With p_holm, corrected for all cells, and n_seeds, a star where `analysis.certain`.
     """
     import seaborn as sns  # here: a first picture need not wait for it
 
-    wide = {name: table.pivot(index="arm", columns="group", values=name) for name in ("difference", "low", "high")}
+    wide = {
+        name: table.pivot(index="arm", columns="group", values=name)
+        for name in ("difference", "low", "high")
+    }
     arms, groups = list(dict.fromkeys(table["arm"])), list(dict.fromkeys(table["group"]))
-    value, low, high = (wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high"))
-    drawn, clear, stands = ~np.isnan(value), (low > 0) | (high < 0), np.zeros_like(value, dtype=bool)
+    value, low, high = (
+        wide[name].loc[arms, groups].to_numpy() for name in ("difference", "low", "high")
+    )
+    drawn, clear, stands = (
+        ~np.isnan(value),
+        (low > 0) | (high < 0),
+        np.zeros_like(value, dtype=bool),
+    )
     if "p_holm" in table:
         certain = table.assign(certain=[analysis.certain(row) for row in table.to_dict("records")])
-        stands = certain.pivot(index="arm", columns="group", values="certain").loc[arms, groups].to_numpy() == True  # noqa: E712
+        stands = (
+            certain.pivot(index="arm", columns="group", values="certain")
+            .loc[arms, groups]
+            .to_numpy()
+            == True
+        )  # noqa: E712
     limit = 1.6 * max(1.0, float(np.nanmax(np.abs(value))))  # pale, for black numbers
     figure, axis = new(width=6.5, height=0.38 * len(arms) + 1.1)
     sns.heatmap(value, vmin=-limit, vmax=limit, cmap="PuOr", cbar=False, annot=True, fmt="+.1f", ax=axis,
@@ -493,9 +649,15 @@ def effect_table(table: pd.DataFrame, *, baseline: str, unit: str = "points of p
     axis.tick_params(length=0, rotation=0)
     seeds = f"; n = {span(table['n_seeds'])} seeds" if "n_seeds" in table else ""
     axis.set_title(f"difference to '{baseline}', {unit}")
-    star = f"\n*: corrected for all cells, too ({stands.sum()} of {drawn.sum()})" if "p_holm" in table else ""
+    star = (
+        f"\n*: corrected for all cells, too ({stands.sum()} of {drawn.sum()})"
+        if "p_holm" in table
+        else ""
+    )
     axis.set_xlabel(f"bold: the 95 % interval excludes 0, uncorrected{star}{seeds}")
-    listing = "; ".join(f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples())
+    listing = "; ".join(
+        f"{row.arm}, {row.group}: {row.difference:+.1f}" for row in table.itertuples()
+    )
     return _done(figure, f"Paired differences to {baseline} by group: {listing}.")
 
 
@@ -507,17 +669,27 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     figure, axis = new(width=6.5, height=3.4)
     chosen, dearest = table["arm"].isin(named), table["cost"].max()
     rest, table = table[~chosen], table[chosen].sort_values("value")
-    axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms")
-    errors = np.nan_to_num(np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0))
-    same = table.groupby("cost")["cost"]  # intervals at one cost would look like one: they stand a little apart
+    axis.plot(
+        rest["cost"], rest["value"], ".", color="#999999", markersize=5, label="the other arms"
+    )
+    errors = np.nan_to_num(
+        np.stack([table["value"] - table["low"], table["high"] - table["value"]]).clip(min=0)
+    )
+    same = table.groupby("cost")[
+        "cost"
+    ]  # intervals at one cost would look like one: they stand a little apart
     x = table["cost"] + (same.cumcount() - (same.transform("size") - 1) / 2) * dearest / 120
     axis.plot(x, table["value"], "o", color=COLOURS[0], markersize=5)
     axis.errorbar(x, table["value"], yerr=errors, fmt="none", color=COLOURS[0], linewidth=1)
     middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
-    axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth of a point must not fill the figure
+    axis.set_ylim(
+        middle - max(2.5, half), middle + max(2.5, half)
+    )  # a tenth of a point must not fill the figure
     axis.set_xlim(0, dearest * 1.04)
     placed: list[tuple[float, float]] = []
-    for row in table.itertuples():  # names beside their points, moved apart upwards; of the dearest on the left
+    for row in (
+        table.itertuples()
+    ):  # names beside their points, moved apart upwards; of the dearest on the left
         place, gap = row.value, np.ptp(axis.get_ylim()) / 14
         for x, y in placed:
             place = y + gap if abs(x - row.cost) < dearest / 3 and abs(y - place) < gap else place
@@ -531,7 +703,8 @@ def cost_score(table: pd.DataFrame, *, named: Sequence[str], title: str, xlabel:
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
     listing = "; ".join(
-        f"{row.arm}: {row.cost:,.4g}, {row.value:.1f} %" for row in pd.concat([table, rest]).itertuples()
+        f"{row.arm}: {row.cost:,.4g}, {row.value:.1f} %"
+        for row in pd.concat([table, rest]).itertuples()
     )
     return _done(figure, f"{title}, {xlabel}. {listing}.")
 
@@ -548,19 +721,34 @@ def curves(
     first, last, ends = table["x"].min(), table["x"].max(), []
     for i, (label, part) in enumerate(table.groupby("label", sort=False)):
         part = part.sort_values("x")
-        aside = (i - (table["label"].nunique() - 1) / 2) / 80  # of the figure's width, so that no bar lies in another
+        aside = (
+            i - (table["label"].nunique() - 1) / 2
+        ) / 80  # of the figure's width, so that no bar lies in another
         x = part["x"] * (last / first) ** aside if log else part["x"] + aside * (last - first)
-        errors = np.nan_to_num(np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0))
+        errors = np.nan_to_num(
+            np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(min=0)
+        )
         axis.errorbar(x, part["value"], yerr=errors, color=COLOURS[i % 8], marker="os^D"[i % 4], capsize=2,
                       linestyle=("-", "--", ":", "-.")[i % 4], markersize=5, linewidth=1.5)  # fmt: skip
         ends.append((part["x"].iloc[-1], part["value"].iloc[-1], x.iloc[-1], label))
     place = {x: -np.inf for x, *_ in ends}
-    for last_x, value, x, label in sorted(ends):  # names of lines that end at the same x are moved apart
+    for last_x, value, x, label in sorted(
+        ends
+    ):  # names of lines that end at the same x are moved apart
         place[last_x] = max(value, place[last_x] + np.ptp(axis.get_ylim()) / 14)
-        axis.annotate(label, (x, place[last_x]), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+        axis.annotate(
+            label,
+            (x, place[last_x]),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     if log:
         axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())])
+    axis.set_xticks(
+        sorted(table["x"].unique()), [f"{x:,.10g}" for x in sorted(table["x"].unique())]
+    )
     axis.minorticks_off()
     if reference is not None:
         name, level = reference
@@ -573,6 +761,10 @@ def curves(
     axis.set_ylabel("precision@1, %")
     axis.set_title(title)
     listing = "; ".join(
-        f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.sort_values(["label", "x"]).itertuples()
+        f"{row.label}, {row.x:g}: {row.value:.1f}"
+        for row in table.sort_values(["label", "x"]).itertuples()
     )
     return _done(figure, f"{title}. {listing}.".replace("\n", ". "))
+
+
+mpl.rcParams.update(STYLE)  # one style for the session, so that titles set later follow it too

@@ -2,7 +2,7 @@
 
 The model is built by its own class on torch's meta device: parameters are counted, not guessed, and nothing is downloaded.
 
-    python -m cocoa_lib.estimate --profile paper --model 2B --devices 8 --device-memory 80
+    python -m cocoa_lib.run.estimate --profile paper --model 2B --devices 8 --device-memory 80
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from . import corpus
-from .backbone import add_adapter, language_model
-from .items import InputError, image_size
-from .objectives import Reconstruction
+from ..backbone import language_model
+from ..data import corpus
+from ..items import InputError, image_size
+from ..recipes import Recipe, make_recipe
+from ..reconstruction import Reconstruction
+from .adapters import add_adapter
 from .profiles import ROOT, load_profile
-from .recipes import Recipe, make_recipe
 
-SHAPES = {"2B": "qwen2_vl_2b", "3B": "qwen2_5_vl_3b", "7B": "qwen2_5_vl_7b"}  # data/configs/README.md
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # that the formula holds for, and not for a mixture of experts
+SHAPES = {
+    "2B": "qwen2_vl_2b",
+    "3B": "qwen2_5_vl_3b",
+    "7B": "qwen2_5_vl_7b",
+}  # data/configs/README.md
+MODELS = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)  # that the formula holds for, and not for a mixture of experts
 LAYER = re.compile(r".*(layers|blocks)\.(\d+)")
 PEAK = 989e12  # FLOP/s of a device (H100 and H200, dense bf16)
 # Share of it that 2B's steps reached on an H200: all weights trained, and with the paper profile's adapter (docs/speed.md).
@@ -71,7 +80,9 @@ def measure(folder: Path, n: int = 400) -> Data:
     for path in (item["image"] for item in items if item["image"]):
         areas.append(math.prod(image_size(path)))
     text = sum(len(item["text"]) for item in items) / 4 / len(items)
-    return Data(text, sum(areas) / max(1, len(areas)), max(areas, default=0), len(areas) / len(items))
+    return Data(
+        text, sum(areas) / max(1, len(areas)), max(areas, default=0), len(areas) / len(items)
+    )
 
 
 def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
@@ -79,17 +90,33 @@ def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
     that is not among MODELS."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in MODELS:
-        raise ValueError(f"{source} is a {config.model_type}, the formula knows {', '.join(MODELS)}")
+        raise ValueError(
+            f"{source} is a {config.model_type}, the formula knows {', '.join(MODELS)}"
+        )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        extra = {name: getattr(recipe, name) for name in ("image_weight", "decoder_layers") if hasattr(recipe, name)}
-        module = Reconstruction(model, layout=recipe.layout, **extra)  # stage 3 has no decoder: image_weight 0
+        extra = {
+            name: getattr(recipe, name)
+            for name in ("image_weight", "decoder_layers")
+            if hasattr(recipe, name)
+        }
+        module = Reconstruction(
+            model, layout=recipe.layout, **extra
+        )  # stage 3 has no decoder: image_weight 0
     if recipe.lora_r:
-        add_adapter(model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora)
+        add_adapter(
+            model,
+            r=recipe.lora_r,
+            alpha=recipe.lora_alpha,
+            dropout=recipe.lora_dropout,
+            dora=recipe.dora,
+        )
     return module
 
 
-def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float, masked: float) -> Item:
+def item_cost(
+    module: Reconstruction, recipe: Recipe, text: float, pixels: float, masked: float
+) -> Item:
     """An item of `text` tokens and a picture of `pixels`, head applied to `masked` places; formula in `estimate`."""
     vision, words = module.model.config.vision_config, language_model(module.model).config
     patches = pixels / vision.patch_size**2
@@ -97,7 +124,9 @@ def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float
     length, width = text + cells + 3, 2 if recipe.bf16 else 4  # 3: the picture's two marks, EOS
     gated = hasattr(vision, "fullatt_block_indexes")  # Qwen2.5-VL: gated MLP, attention in windows
     tower = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's own name
-    inner = (2 + gated) * getattr(vision, "intermediate_size", getattr(vision, "mlp_ratio", 0) * tower)
+    inner = (2 + gated) * getattr(
+        vision, "intermediate_size", getattr(vision, "mlp_ratio", 0) * tower
+    )
     forward = repeated = backward = kept = 0.0
     saved: dict[str, float] = defaultdict(float)  # by layer
     for name, part in module.named_modules():
@@ -105,11 +134,22 @@ def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float
         if layer and layer[0] == name:
             seen = "visual" in name
             n, hidden, mlp = (
-                (patches, tower, inner) if seen else (length, words.hidden_size, 3 * words.intermediate_size)
+                (patches, tower, inner)
+                if seen
+                else (length, words.hidden_size, 3 * words.intermediate_size)
             )
             windowed = seen and gated and int(layer[2]) not in vision.fullatt_block_indexes
-            attention = 4 * n * hidden * (min(n, (vision.window_size / vision.patch_size) ** 2) if windowed else n)
-            forward, repeated, backward = forward + attention, repeated + attention, backward + 2 * attention
+            attention = (
+                4
+                * n
+                * hidden
+                * (min(n, (vision.window_size / vision.patch_size) ** 2) if windowed else n)
+            )
+            forward, repeated, backward = (
+                forward + attention,
+                repeated + attention,
+                backward + 2 * attention,
+            )
             kept += 4 * n * hidden
             saved[name] += n * (16 * hidden + width * (4 * hidden + mlp))
         if not isinstance(part, (nn.Linear, nn.Conv3d)):
@@ -119,15 +159,26 @@ def item_cost(module: Reconstruction, recipe: Recipe, text: float, pixels: float
         rows = masked if head else cells if "merger" in name or name == "decoder.project" else rows
         dropped = name.endswith("base_layer") and recipe.lora_dropout > 0
         flops = 2 * part.weight.numel() * rows * (1 + (dropped and recipe.dora))
-        forward, backward = forward + flops, backward + flops * (part.weight.requires_grad + (not pixels_in))
-        repeated += flops * (layer is not None and not name.endswith(("down_proj", "fc2")))  # whose output nobody saves
+        forward, backward = (
+            forward + flops,
+            backward + flops * (part.weight.requires_grad + (not pixels_in)),
+        )
+        repeated += flops * (
+            layer is not None and not name.endswith(("down_proj", "fc2"))
+        )  # whose output nobody saves
         if not head and not pixels_in:
             n_in, n_out = part.in_features, part.out_features
             saved[layer[0] if layer else ""] += rows * (
                 n_in * width + dropped * (5 * n_in + 2 * width * n_out * recipe.dora)
             )
     outside = saved.pop("", 0.0)
-    return Item(forward, repeated, backward, outside + sum(saved.values()), outside + kept + max(saved.values()))
+    return Item(
+        forward,
+        repeated,
+        backward,
+        outside + sum(saved.values()),
+        outside + kept + max(saved.values()),
+    )
 
 
 def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices: int = 1, *, sharded: bool = False,
@@ -160,16 +211,24 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
     pairs, bf16, saving = stage == "stage3", recipe.bf16, recipe.gradient_checkpointing
     text = data.text * (2 if stage == "stage2" else 1)  # A's query and B
     masked = 0.0 if pairs else data.text * getattr(recipe, "text_mask_rate", 1.0)
-    room = min(recipe.image_limit(recipe.max_length), recipe.max_length - text - 3)  # of a picture, in tokens
+    room = min(
+        recipe.image_limit(recipe.max_length), recipe.max_length - text - 3
+    )  # of a picture, in tokens
     fits = max(0.0, room) * (vision.patch_size * vision.spatial_merge_size) ** 2
     largest, share = min(data.largest, fits), data.share if pairs else 1.0
-    worst, mean, bare = (item_cost(module, recipe, text, x, masked) for x in (largest, min(data.pixels, fits), 0.0))
+    worst, mean, bare = (
+        item_cost(module, recipe, text, x, masked) for x in (largest, min(data.pixels, fits), 0.0)
+    )
     sides = 2 + recipe.hard_negatives if pairs else 1
     items, local = recipe.batch_size * sides, recipe.batch_size / devices
     chunked = pairs and (devices > 1 or local > recipe.mini_batch_size)
-    held = min(local, recipe.mini_batch_size) if chunked else sides * local  # items whose graph exists at a time
+    held = (
+        min(local, recipe.mini_batch_size) if chunked else sides * local
+    )  # items whose graph exists at a time
     twice = chunked * (1 - held / (sides * local))  # share of the items that GradCache embeds again
-    passes = [(1 + twice) * cost.forward + saving * cost.repeated + cost.backward for cost in (mean, bare)]
+    passes = [
+        (1 + twice) * cost.forward + saving * cost.repeated + cost.backward for cost in (mean, bare)
+    ]
     flops = items * (share * passes[0] + (1 - share) * passes[1])
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -192,7 +251,9 @@ def estimate(source: str | Path, stage: str, recipe: Recipe, data: Data, devices
         "logits": local * masked * words.vocab_size * ((2 if bf16 else 4) + 12),
         "inputs": items / devices * 12 * vision.temporal_patch_size * largest,
     }  # fmt: skip
-    hours = recipe.steps * flops / (devices * peak * (utilisation or usual_utilisation(recipe))) / 3600
+    hours = (
+        recipe.steps * flops / (devices * peak * (utilisation or usual_utilisation(recipe))) / 3600
+    )
     return needs | {"memory": sum(needs.values()), "flops": flops, "hours": hours}
 
 
@@ -203,7 +264,9 @@ def usual_utilisation(recipe: Recipe) -> float:
 
 def remedies(stage: str, recipe: Recipe, devices: int) -> list[tuple[str, Recipe, dict]]:
     """What may be changed where a stage does not fit, cheapest first: (in words, recipe, arguments of `estimate`)."""
-    changes: list[tuple[str, dict, dict]] = [("gradient_checkpointing: true", {"gradient_checkpointing": True}, {})]
+    changes: list[tuple[str, dict, dict]] = [
+        ("gradient_checkpointing: true", {"gradient_checkpointing": True}, {})
+    ]
     if stage == "stage3":
         changes.append(("mini_batch_size: 1", {"mini_batch_size": 1}, {}))
     changes += [("lora_r: 8", {"lora_r": recipe.lora_r or 8}, {}),
@@ -222,9 +285,13 @@ def report(source: str | Path, stage: str, recipe: Recipe, data: Data, memory: f
     lines = [f"{stage}  {row} | {flops[1] / 1e15:12.1f} | {hours[1]:5.1f}"]
     if needs["memory"] <= (1 - FREE) * 1e9 * memory:
         return lines
-    lines.append(f"  does not fit into {memory:g} GB, of which a tenth is left free. Each change alone:")
+    lines.append(
+        f"  does not fit into {memory:g} GB, of which a tenth is left free. Each change alone:"
+    )
     for words, changed, more in remedies(stage, recipe, devices):
-        less = estimate(source, stage, changed, data, **settings | {"devices": devices} | more)["memory"]
+        less = estimate(source, stage, changed, data, **settings | {"devices": devices} | more)[
+            "memory"
+        ]
         if less < 0.98 * needs["memory"]:
             lines.append(f"    {words}: {less / 1e9:.1f} GB")
     return lines
@@ -232,15 +299,25 @@ def report(source: str | Path, stage: str, recipe: Recipe, data: Data, memory: f
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m cocoa_lib.estimate", description="Memory and time before the start."
+        prog="python -m cocoa_lib.run.estimate", description="Memory and time before the start."
     )
     parser.add_argument("--profile", default="paper")
-    parser.add_argument("--model", default="2B", help=f"{', '.join(SHAPES)}, or a folder with config.json")
-    parser.add_argument("--data", type=Path, help="measure items of this folder instead of assuming them")
+    parser.add_argument(
+        "--model", default="2B", help=f"{', '.join(SHAPES)}, or a folder with config.json"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="measure items of this folder instead of assuming them"
+    )
     parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--device-memory", type=float, default=80, help="GB of one device; a tenth is left free")
-    parser.add_argument("--fsdp", action="store_true", help="weights, gradients and optimiser sharded")
-    parser.add_argument("--peak", type=float, default=PEAK / 1e12, help="TFLOP/s of one device (H100, dense bf16)")
+    parser.add_argument(
+        "--device-memory", type=float, default=80, help="GB of one device; a tenth is left free"
+    )
+    parser.add_argument(
+        "--fsdp", action="store_true", help="weights, gradients and optimiser sharded"
+    )
+    parser.add_argument(
+        "--peak", type=float, default=PEAK / 1e12, help="TFLOP/s of one device (H100, dense bf16)"
+    )
     parser.add_argument(
         "--utilisation",
         type=float,
@@ -254,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(HEAD)  # noqa: T201
     for stage in ("stage1", "stage2", "stage3"):
         recipe = make_recipe(stage, profile[stage])
-        print(*report(source, stage, recipe, data, args.device_memory, args.devices, **settings), sep="\n")  # noqa: T201
+        print(
+            *report(source, stage, recipe, data, args.device_memory, args.devices, **settings),
+            sep="\n",
+        )  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Tables are memory-mapped by `datasets`: however many rows there are, a process h
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,26 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from . import mmeb
-from .files import file_hash
-from .items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
-
-
-def fingerprint(data: Path) -> str:
-    """What the data are, in one short string: the manifest's content hash, or one over all tables (pictures are not read)."""
-    manifest = data / "manifest.json"
-    if manifest.is_file():
-        found = mmeb.read_manifest(data).get("content_hash")
-        if not isinstance(found, str) or not found:
-            raise InputError(f"{manifest}: no content_hash; the data folder is damaged, make it again")
-        return found
-    files = sorted(path for path in data.rglob("*.parquet"))
-    if not files:
-        raise FileNotFoundError(
-            f"{data}: no parquet files; expected train/<Subset>/original-*.parquet or corpus/train.parquet"
-        )
-    listing = "".join(f"{path.relative_to(data)}:{file_hash(path)}" for path in files)
-    return hashlib.sha256(listing.encode()).hexdigest()
+from ..items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
+from .tables import CORPUS, below, blocks, check_columns, load_train, quiet, read_parquet
 
 
 class Rows(Sequence):
@@ -68,15 +49,23 @@ class Rows(Sequence):
 def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
     path, images = data / "corpus" / f"{split}.parquet", data / "images"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it")
-    table = mmeb.read_parquet([path], split, str(path))
-    mmeb.check_columns(table, str(path), mmeb.CORPUS)
+        raise FileNotFoundError(
+            f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it"
+        )
+    table = read_parquet([path], split, str(path))
+    check_columns(table, str(path), CORPUS)
     _check_paths(table, str(path), ("image_path",), images)
-    return Rows(_where(table, pc.equal(table.data.column("kind"), kind)), partial(_corpus_row, images=images))
+    return Rows(
+        _where(table, pc.equal(table.data.column("kind"), kind)),
+        partial(_corpus_row, images=images),
+    )
 
 
 def _corpus_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
-    return {**_item(row["question"], row["image_path"], images, None), "target": row["answer"] or ""}
+    return {
+        **_item(row["question"], row["image_path"], images, None),
+        "target": row["answer"] or "",
+    }
 
 
 def _pairs_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
@@ -89,12 +78,12 @@ def _where(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
 
 def _check_paths(table: Dataset, where: str, columns: Sequence[str], images: Path) -> None:
     """Raises InputError for an image path that leads out of the image folder."""
-    for start, block in mmeb.blocks(table.select_columns(list(columns))):
+    for start, block in blocks(table.select_columns(list(columns))):
         for name in columns:
             for row, path in enumerate(block[name].to_pylist(), start):
                 try:
                     if path:
-                        mmeb.below(images, path)
+                        below(images, path)
                 except ValueError as error:
                     raise InputError(f"{where}, row {row}, column {name}: {error}") from None
 
@@ -111,7 +100,9 @@ def questions(data: Path, split: str = "train") -> Rows:
 
 def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
     """For next-token prediction: each scene twice, {image, turns} with its caption alone, and with all its questions."""
-    rows = [{"image": row["image"], "turns": [("", row["target"])]} for row in captions(data, split)]
+    rows = [
+        {"image": row["image"], "turns": [("", row["target"])]} for row in captions(data, split)
+    ]
     asked: dict[str, list[tuple[str, str]]] = {}
     for row in questions(data, split):
         asked.setdefault(row["image"], []).append((row["text"], row["target"]))
@@ -164,20 +155,26 @@ def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
 def subsets(data: Path) -> list[str]:
     """Names of the training subsets in the folder, sorted."""
     folder = data / "train"
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    names = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    )
     if not names:
-        raise FileNotFoundError(f"{folder}: no training subsets; expected <Subset>/original-*.parquet")
+        raise FileNotFoundError(
+            f"{folder}: no training subsets; expected <Subset>/original-*.parquet"
+        )
     return names
 
 
 def _pairs(data: Path, name: str, n: int | None, negatives: bool = False) -> Dataset:
-    table = mmeb.load_train(str(data), name, n=n, negatives=negatives)
+    table = load_train(str(data), name, n=n, negatives=negatives)
     columns = ("qry_image_path", "pos_image_path", "neg_image_path")[: 2 + negatives]
     _check_paths(table, f"{data}, {name}", columns, data / "images")
     return table
 
 
-def _item(text: str | None, image: str | None, images: Path, no_image: str | None = "") -> dict[str, Any]:
+def _item(
+    text: str | None, image: str | None, images: Path, no_image: str | None = ""
+) -> dict[str, Any]:
     return {"text": text or "", "image": str(images / image) if image else no_image}
 
 
@@ -190,11 +187,15 @@ def text_pairs(data: Path) -> dict[str, Rows]:
             pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
             for column in ("pos_text", "pos_image_path")
         )
-        found[name] = Rows(_where(table, pc.and_not(has_text, has_image)), partial(_pairs_row, images=images))
+        found[name] = Rows(
+            _where(table, pc.and_not(has_text, has_image)), partial(_pairs_row, images=images)
+        )
     return {name: rows for name, rows in found.items() if len(rows)}
 
 
-def pairs(data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False) -> tuple[Dataset, list[int]]:
+def pairs(
+    data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False
+) -> tuple[Dataset, list[int]]:
     """All contrastive pairs: a dataset with columns anchor, positive (, negative) of {text, image}; rows a subset."""
     images, parts = data / "images", []
     columns = {"anchor": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
@@ -203,12 +204,17 @@ def pairs(data: Path, max_per_subset: int | None = None, *, hard_negatives: bool
 
     def convert(table: dict[str, list[str]]) -> dict[str, list[dict[str, str]]]:
         return {
-            side: [_item(text, image, images) for text, image in zip(table[texts], table[pictures], strict=True)]
+            side: [
+                _item(text, image, images)
+                for text, image in zip(table[texts], table[pictures], strict=True)
+            ]
             for side, (texts, pictures) in columns.items()
         }
 
     for name in subsets(data):
         table = _pairs(data, name, max_per_subset, hard_negatives)
-        with mmeb.quiet():  # the result is a file in the cache of `datasets`, memory-mapped like its source
+        with (
+            quiet()
+        ):  # the result is a file in the cache of `datasets`, memory-mapped like its source
             parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
     return concatenate_datasets(parts), [len(part) for part in parts]
