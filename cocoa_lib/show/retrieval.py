@@ -1,97 +1,109 @@
-"""Explorer: retrieval by typed text or uploaded picture."""
+"""Queries, candidates and what is found: cards, ranked lists, and an explorer to search by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
 
-from ..data.tables import row_items
-from ..items import item_images, load_image
+from ..items import PLACEHOLDER, item_images
 from .figures import COLOURS
-from .panel import _explorer, _img, _slider
+from .panel import Explorer, explore, img, menu, read_upload, show_html, slider, thumbnail
+
+Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
+CARD = "margin:4px;padding:4px;width:124px;overflow-wrap:anywhere;font-size:12px;border:"
 
 
-@lru_cache(maxsize=512)
-def _thumbnail(path: str, alt: str) -> str:
-    image = load_image(path)
-    image.thumbnail((112, 112))
-    return _img(image, alt)
+def words_of(item: Item, most: int = 160) -> str:
+    """Give an item's text without the marks for pictures, shortened to `most` characters."""
+    text = " ".join(PLACEHOLDER.sub(" ", item.get("text") or "").split())
+    return text if len(text) <= most else text[: most - 4].rstrip() + " ..."
 
 
-def _card(item: Mapping[str, Any], title: str, alt: str, border: str) -> str:
-    images = "".join(_thumbnail(str(image), alt) for image in item_images(dict(item)))
-    return (
-        f'<div style="border:{border};margin:4px;padding:4px;width:130px;overflow-wrap:anywhere">'
-        f"<b>{title}</b>{images}<div>{escape(str(item.get('text') or ''))}</div></div>"
+def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
+    """Show an item: title, its pictures, its text."""
+    images = "".join(
+        thumbnail(str(image), title) if isinstance(image, str) else img(image, title)
+        for image in item_images(dict(item))
     )
+    return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
 
 
-def candidates_html(query: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
-    """A query and its candidates in the order given, the first one marked as right, as self-contained HTML."""
-    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
-    for place, candidate in enumerate(candidates, start=1):
-        mark, border = (
-            (" &#10003; right", f"3px solid {COLOURS[2]}") if place == 1 else ("", "1px solid #ccc")
+def pairs_html(pairs: Iterable[tuple[Item, Item]]) -> str:
+    """Show pairs: each query with its target below it."""
+    return show_html(
+        "".join(
+            f"<div>{card(query, 'query', '1px dashed grey')}{card(target, 'target')}</div>"
+            for query, target in pairs
         )
-        cards.append(_card(candidate, f"{place}.{mark}", f"picture of candidate {place}", border))
-    return f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
+    ).data
 
 
-def retrieval_html(
-    query: Mapping[str, Any],
-    candidates: Sequence[Mapping[str, Any]],
+def ranked_html(
+    query: Item,
+    candidates: Sequence[Item],
     scores: Sequence[float],
-    right: int,
+    *,
+    right: int | None = None,
     k: int = 5,
 ) -> str:
-    """A query and its `k` best candidates as self-contained HTML, the right one marked, and added if it ranks lower.
+    """Show a query and its `k` best candidates; the right one is marked, and added if it ranks lower.
 
-    query, candidates: {"text", "image": path or None}; scores: one a candidate; right: its index. A tie counts against
-    the right one, as in `mmeb.rank`. Raises ValueError where lengths differ, InputError for an unreadable picture.
+    scores: one a candidate; right: index of the right one, if known. A tie counts against it. Raises
+    ValueError where lengths differ, InputError for an unreadable picture.
     """
-    if len(scores) != len(candidates) or not 0 <= right < len(candidates):
-        raise ValueError(
-            f"{len(candidates)} candidates, {len(scores)} scores, right one at {right}: they do not fit"
-        )
+    if len(scores) != len(candidates):
+        raise ValueError(f"{len(candidates)} candidates but {len(scores)} scores")
     order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i == right))
-    rank = order.index(right) + 1
-    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
+    cards = [card(query, "query", "1px dashed grey")]
     for place, i in enumerate(order, start=1):
         if place <= k or i == right:
-            mark, border = (
-                (" &#10003; right", f"3px solid {COLOURS[2]}")
-                if i == right
-                else ("", "1px solid #ccc")
-            )
-            title = f"{place}. {float(scores[i]):.3f}{mark}"
-            cards.append(_card(candidates[i], title, f"picture of candidate {place}", border))
-    return (
-        f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
-        f"<p>The right candidate ranks <b>{rank}</b> of {len(candidates)}.</p>"
+            border = f"3px solid {COLOURS[2]}" if i == right else "1px solid #ccc"
+            mark = " &#10003; right" * (i == right)
+            cards.append(card(candidates[i], f"{place}. {float(scores[i]):.2f}{mark}", border))
+    found = (
+        ""
+        if right is None
+        else (f"<p>The right one ranks <b>{order.index(right) + 1}</b> of {len(candidates)}.</p>")
     )
+    return show_html("".join(cards)).data + found
 
 
-def retrieval_explorer(
-    task_rows: Mapping[str, Sequence[Mapping[str, Any]]], scores: Mapping[str, Sequence[Sequence[float]]],
-    image_root: str | Path, k: int = 5,
-) -> widgets.VBox:  # fmt: skip
-    """Choose a task and a query: see its best candidates. MMEB's rows (`mmeb.load_eval`), and one score a candidate."""
-    last = {task: max(0, len(rows) - 1) for task, rows in task_rows.items()}
-    task = widgets.Dropdown(options=list(task_rows), description="task")
-    query = _slider(0, 0, last[task.value], "query")
-    task.observe(lambda change: setattr(query, "max", last[change["new"]]), "value")
+def explore_retrieval(
+    encode: Callable[[list[dict]], np.ndarray],
+    queries: Sequence[tuple[Item, int | None]],
+    items: Sequence[Item],
+) -> Explorer:
+    """Search `items` by one of `queries`, by a typed text or by an uploaded picture.
 
-    def answer(task: str, query: int, k: int) -> dict[str, str]:
-        items = row_items(task_rows[task][query], image_root)
-        return {
-            "retrieval": retrieval_html(*items, scores[task][query], 0, k)
-        }  # MMEB: the right one comes first
+    encode: items -> unit vectors (N, H), as `CocoaEmbedder.encode`; queries: (item, index of its right
+    item or None). The items are encoded once, here.
+    """
+    vectors = encode([dict(item) for item in items])
+    labels = {
+        f"{i + 1}: {words_of(query, 36) or 'a picture'}": i for i, (query, _) in enumerate(queries)
+    }
+    controls = {
+        "query": menu(labels, "query"),
+        "words": widgets.Text(
+            placeholder="your own text", description="or type", continuous_update=False
+        ),
+        "upload": widgets.FileUpload(accept="image/*", description="or upload a picture"),
+        "k": slider(5, 1, 10, "show"),
+    }
 
-    return _explorer(
-        {"task": task, "query": query, "k": _slider(k, 1, 10, "candidates")}, answer, ["retrieval"]
-    )
+    @lru_cache(maxsize=64)
+    def score(i: int) -> np.ndarray:
+        return vectors @ encode([dict(queries[i][0])])[0]
+
+    def answer(query: int, words: str, upload: Sequence, k: int) -> str:
+        if not upload and not words.strip():
+            return ranked_html(queries[query][0], items, score(query), right=queries[query][1], k=k)
+        own = {"text": words.strip(), "image": read_upload(upload) if upload else None}
+        return ranked_html(own, items, vectors @ encode([own])[0], k=k)
+
+    return explore(controls, answer, {"query": dict(list(labels.items())[:8])})
