@@ -72,8 +72,9 @@ def show(figure: Figure, caption: str, path: str | Path | None = None) -> None:
     display(HTML(f'<p class="figure-caption">{escape(caption)}</p>'))
 
 
-def _close(figure: Figure, alt: str) -> Figure:
-    figure.alt = " ".join(alt.split())
+def _finish(figure: Figure, title: str, alt: str) -> Figure:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.alt = " ".join(f"{title}. {alt}".split())
     plt.close(figure)  # shown by `show`, not a second time by pyplot
     return figure
 
@@ -92,6 +93,22 @@ def _errors(table: pd.DataFrame) -> np.ndarray | None:
         return None
     below, above = table["value"] - table["low"], table["high"] - table["value"]
     return np.nan_to_num(np.stack([below, above]).clip(min=0))
+
+
+def _dots(
+    axis: Axes, x: Any, y: Any, errors: Mapping[str, Any], i: int, line: str = "", label=""
+) -> None:
+    """Draw the points of series `i` in its colour and marker; errors: xerr or yerr."""
+    look = {"color": COLOURS[i % 8], "marker": MARKERS[i % 8], "markersize": 5, "capsize": 2}
+    axis.errorbar(x, y, **errors, **look, linestyle=line, linewidth=1.3, label=label)
+
+
+def _label(
+    axis: Axes, text: str, at: tuple, xycoords: Any = "data", dx: int = 0, **look: Any
+) -> None:
+    """Write text at a place, `dx` points to the right of it."""
+    look = {"va": "center", "fontsize": 8, "annotation_clip": False} | look
+    axis.annotate(text, at, xycoords=xycoords, xytext=(dx, 0), textcoords="offset points", **look)
 
 
 def name_runs(names: Sequence[str], most: int = 24) -> tuple[list[float], list[str]]:
@@ -129,10 +146,9 @@ def draw_masks(
         words.pop("knows it through others")
     swatches = [Patch(facecolor=c, edgecolor="#777777", label=text) for text, c in words.items()]
     figure.legend(handles=swatches, loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.supylabel("query: looks", fontsize=8)
     shares = (f"{name}: {np.mean(np.asarray(p) > 0):.0%} of pairs" for name, p in panels.items())
-    return _close(figure, f"{title}. Masks, rows look at columns. {'; '.join(shares)}.")
+    return _finish(figure, title, f"Masks, rows look at columns. {'; '.join(shares)}.")
 
 
 def _draw_grid(
@@ -177,8 +193,7 @@ def draw_training(
         axis.set_ylabel("squared error" if column == "image_loss" else "cross-entropy, nats")
         axis.set_title(column.replace("_", " "), fontsize=9)
         axis.legend(fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return _close(figure, f"{title}. Training curves. {'; '.join(ends)}.")
+    return _finish(figure, title, f"Training curves. {'; '.join(ends)}.")
 
 
 def draw_pictures(
@@ -187,26 +202,24 @@ def draw_pictures(
     *,
     columns: int = 6,
     rows: Sequence[str] = (),
-    size: float = 1.3,
+    title: str = "",
 ) -> Figure:
     """Draw pictures in a grid, each with its text below; `rows` names the rows at the left."""
     texts = [textwrap.shorten(text, 90, placeholder=" ...") for text in captions]
-    texts = [textwrap.fill(text, int(16 * size)) for text in texts]
+    texts, size = [textwrap.fill(text, 20) for text in texts], 1.3
     below = 0.12 * max((text.count("\n") + 1 for text in texts), default=0)
     n_rows = max(1, -(-len(images) // columns))
-    height = (size + below + 0.05) * n_rows
+    height = (size + below + 0.05) * n_rows + 0.25 * bool(title)
     figure, axes = new(n_rows, columns, width=size * columns, height=height, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], anchor="N", frame_on=False)
     for axis, image, text in itertools.zip_longest(axes.flat, images, texts, fillvalue=None):
         if image is not None:
             axis.imshow(image, interpolation="nearest")
-        axis.text(
-            0.5, -0.04, text or "", fontsize=7, ha="center", va="top", transform=axis.transAxes
-        )
+        _label(axis, text or "", (0.5, -0.04), "axes fraction", ha="center", va="top", fontsize=7)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name, fontsize=8)
-    return _close(figure, f"{len(images)} pictures. {'; '.join([*rows, *captions[:3]])}")
+    return _finish(figure, title, f"{len(images)} pictures. {'; '.join([*rows, *captions[:3]])}")
 
 
 def draw_scores(
@@ -219,24 +232,14 @@ def draw_scores(
     for i, label in enumerate(labels):
         part = table[table["label"] == label].set_index("task").reindex(order)
         y = np.arange(len(order)) + (i - (len(labels) - 1) / 2) * 0.6 / len(labels)
-        axis.errorbar(
-            part["value"],
-            y,
-            xerr=_errors(part),
-            fmt=MARKERS[i % 8],
-            markersize=4.5,
-            color=COLOURS[i % 8],
-            linewidth=1.2,
-            label=label,
-        )
+        _dots(axis, part["value"], y, {"xerr": _errors(part)}, i, label=label)
     axis.set_yticks(range(len(order)), order)
     axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(-2, 102), xlabel=xlabel)
     axis.grid(axis="y", color="#eeeeee")
     figure.legend(loc="outside lower center", fontsize=8, ncols=min(4, len(labels)))
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     means = table.groupby("label", sort=False)["value"].mean()
     told = "; ".join(f"{label} {value:.1f}" for label, value in means.items())
-    return _close(figure, f"{title}. Means over {len(order)} rows: {told}.")
+    return _finish(figure, title, f"Means over {len(order)} rows: {told}.")
 
 
 def draw_forest(effects: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
@@ -254,29 +257,17 @@ def draw_forest(effects: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
         axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
         axis.plot(row.difference, place, "o", color=colour, markerfacecolor=fill, markersize=6)
         text = f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]  n = {row.n_seeds}"
-        axis.annotate(
-            text, (1.02, place), xycoords=("axes fraction", "data"), va="center", fontsize=8
-        )
+        _label(axis, text, (1.02, place), ("axes fraction", "data"))
     for place, name in zip(y[starts], group[starts], strict=True):
-        axis.annotate(
-            name,
-            (0.0, place - 1),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            fontsize=8,
-            fontweight="bold",
-            xytext=(4, 0),
-            textcoords="offset points",
-        )
+        _label(axis, name, (0, place - 1), ("axes fraction", "data"), 4, fontweight="bold")
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(y, [textwrap.fill(str(arm), 34) for arm in effects["arm"]])
     axis.set(ylim=(y[-1] + 0.6, -0.6), xlabel=xlabel)
     axis.tick_params(axis="y", length=0)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     rows = (
         f"{r.arm} {r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}]" for r in effects.itertuples()
     )
-    return _close(figure, f"{title}. Differences with 95 % intervals: {'; '.join(rows)}.")
+    return _finish(figure, title, f"Differences with 95 % intervals: {'; '.join(rows)}.")
 
 
 def draw_map(points: Mapping[str, np.ndarray], groups: Sequence[str], *, title: str) -> Figure:
@@ -285,21 +276,15 @@ def draw_map(points: Mapping[str, np.ndarray], groups: Sequence[str], *, title: 
     for axis, (name, xy) in zip(axes[0], points.items(), strict=True):
         for i, group in enumerate(dict.fromkeys(groups)):
             chosen = np.array(groups) == group
-            axis.plot(
-                *xy[chosen].T,
-                MARKERS[i % 8],
-                color=COLOURS[i % 8],
-                markersize=3,
-                alpha=0.7,
-                label=group if axis is axes[0][0] else None,
-            )
+            look = {"color": COLOURS[i % 8], "markersize": 3, "alpha": 0.7}
+            axis.plot(*xy[chosen].T, MARKERS[i % 8], **look, label=group)
         axis.set_title(name, fontsize=9)
         axis.set(xticks=[], yticks=[], xlabel="first main axis", ylabel="second main axis")
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=8)
     kinds = ", ".join(dict.fromkeys(groups))
-    return _close(
-        figure, f"{title}. {len(groups)} embeddings on two axes by {kinds}: {', '.join(points)}."
+    return _finish(
+        figure, title, f"{len(groups)} embeddings on two axes by {kinds}: {', '.join(points)}."
     )
 
 
@@ -317,41 +302,27 @@ def draw_heat(
 
     bold: a table of the same form, true where the number of the first panel is set in bold.
     """
-    top = max(float(np.nanmax(np.abs(table.to_numpy(float)))) for table in panels.values()) or 1.0
-    n_rows, n_columns = max(map(len, panels.values())), max(len(t.columns) for t in panels.values())
-    width = min(9.0, 1.6 + (0.62 if annotate else 0.24) * n_columns * len(panels))
-    figure, axes = new(
-        1, len(panels), width=max(4.2, width), height=0.3 * n_rows + 1.5, squeeze=False
+    top = (
+        1.4 * max(float(np.nanmax(np.abs(table.to_numpy(float)))) for table in panels.values()) or 1
     )
+    n_rows, n_columns = max(map(len, panels.values())), max(len(t.columns) for t in panels.values())
+    width = max(4.2, min(9.0, 1.6 + (0.62 if annotate else 0.24) * n_columns * len(panels)))
+    figure, axes = new(1, len(panels), width=width, height=0.3 * n_rows + 1.5, squeeze=False)
+    look = {"vmin": -top if signed else 0, "vmax": top, "cmap": "PuOr" if signed else "Blues"}
+    look |= {"annot": annotate, "fmt": fmt, "cbar": not annotate, "annot_kws": {"size": 8}}
     for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
-        sns.heatmap(
-            table,
-            ax=axis,
-            vmin=-1.4 * top if signed else 0,
-            vmax=1.4 * top,
-            fmt=fmt,
-            cmap="PuOr" if signed else "Blues",
-            annot=annotate,
-            cbar=not annotate,
-            annot_kws={"size": 8},
-            yticklabels=axis is axes[0][0] or "auto",
-        )
+        first = axis is axes[0][0]
+        sns.heatmap(table, ax=axis, **look)
         axis.tick_params(length=0, labelsize=8)
         axis.tick_params(axis="x", rotation=45 if n_columns > 5 else 0)
-        axis.tick_params(axis="y", rotation=0, labelleft=axis is axes[0][0])
+        axis.tick_params(axis="y", rotation=0, labelleft=first)
         axis.set_title(name, fontsize=9)
-        axis.set(
-            xlabel=table.columns.name or "", ylabel=(table.index.name or "") * (axis is axes[0][0])
-        )
-    for text, strong in zip(
-        axes[0][0].texts, () if bold is None else bold.to_numpy().flat, strict=False
-    ):
-        text.set_weight("bold" if strong else "normal")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+        axis.set(xlabel=table.columns.name or "", ylabel=(table.index.name or "") * first)
+    if bold is not None:
+        for text, strong in zip(axes[0][0].texts, bold.to_numpy().flat, strict=True):
+            text.set_weight("bold" if strong else "normal")
     figure.supxlabel(unit, fontsize=8)
-    return _close(
-        figure, f"{title}. Heat maps of {unit}: {', '.join(panels)}; largest {top:{fmt}}."
-    )
+    return _finish(figure, title, f"Heat maps of {unit}: {', '.join(panels)}.")
 
 
 def draw_tradeoff(table: pd.DataFrame, named: Iterable[str], *, title: str, xlabel: str) -> Figure:
@@ -363,31 +334,15 @@ def draw_tradeoff(table: pd.DataFrame, named: Iterable[str], *, title: str, xlab
     chosen = table["arm"].isin(list(named))
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5)
-    axis.errorbar(
-        table["cost"],
-        table["value"],
-        yerr=_errors(table),
-        fmt="o",
-        color=COLOURS[0],
-        markersize=5,
-        linewidth=1,
-    )
+    _dots(axis, table["cost"], table["value"], {"yerr": _errors(table)}, 0)
     places = _spread(table["value"].tolist(), np.ptp(axis.get_ylim()) / 16)
     dearest = max(table["cost"].max(), rest["cost"].max() if len(rest) else 0)
     for row, place in zip(table.itertuples(), places, strict=True):
-        left = row.cost > 0.7 * dearest
-        axis.annotate(
-            row.arm,
-            (row.cost, place),
-            xytext=(-8 if left else 8, 0),
-            fontsize=8,
-            textcoords="offset points",
-            va="center",
-            ha="right" if left else "left",
-        )
-    axis.set(xlim=(0, dearest * 1.05), xlabel=xlabel, ylabel="precision@1, %", title=title)
+        dx, ha = (-8, "right") if row.cost > 0.7 * dearest else (8, "left")
+        _label(axis, row.arm, (row.cost, place), dx=dx, ha=ha)
+    axis.set(xlim=(0, dearest * 1.05), xlabel=xlabel, ylabel="precision@1, %")
     rows = (f"{row.arm}: {row.cost:,.4g}, {row.value:.1f}" for row in table.itertuples())
-    return _close(figure, f"{title}. {xlabel} against precision@1: {'; '.join(rows)}.")
+    return _finish(figure, title, f"{xlabel} against precision@1: {'; '.join(rows)}.")
 
 
 def draw_curves(
@@ -406,33 +361,16 @@ def draw_curves(
     lines = dict(list(table.groupby("label", sort=False)))
     for i, (_, part) in enumerate(lines.items()):
         part = part.sort_values("x")
-        axis.errorbar(
-            part["x"],
-            part["value"],
-            yerr=_errors(part),
-            color=COLOURS[i % 8],
-            capsize=2,
-            marker=MARKERS[i % 8],
-            markersize=5,
-            linewidth=1.5,
-        )
+        _dots(axis, part["x"], part["value"], {"yerr": _errors(part)}, i, "-")
     ends = [part.sort_values("x").iloc[-1] for part in lines.values()]
     places = _spread([end["value"] for end in ends], np.ptp(axis.get_ylim()) / 14)
     for i, (label, end, place) in enumerate(zip(lines, ends, places, strict=True)):
-        axis.annotate(
-            label,
-            (end["x"], place),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            color=COLOURS[i % 8],
-            annotation_clip=False,
-        )
+        _label(axis, label, (end["x"], place), dx=8, color=COLOURS[i % 8])
     ticks = sorted(table["x"].unique())
     if log:
         axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{x:,.10g}" for x in ticks])
     axis.minorticks_off()
-    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     rows = (f"{row.label}, {row.x:g}: {row.value:.1f}" for row in table.itertuples())
-    return _close(figure, f"{title}. {'; '.join(rows)}.")
+    return _finish(figure, title, f"{'; '.join(rows)}.")
