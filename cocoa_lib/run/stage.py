@@ -32,6 +32,7 @@ from ..backbone import open_backbone, set_mask_token
 from ..contrastive import CachedInfoNCE, pair_features
 from ..corruption import stage1_batch, stage1_item, stage2_batch
 from ..data import corpus
+from ..data.tables import fingerprint
 from ..embedder import EosEmbedding
 from ..inputs import Inputs
 from ..kernels import compile_layers
@@ -117,7 +118,7 @@ def run_stage(
         "seed": seed,
         "parent_stage": parent_meta.get("stage"),
         "parent_sha256": parent_meta["weights_sha256"],
-        "data": corpus.fingerprint(data),
+        "data": fingerprint(data),
     }
     work = out.parent / f".{out.name}.work"
     if (
@@ -132,7 +133,7 @@ def run_stage(
         with locked(work, TrainingError) if state.is_main_process else nullcontext():
             if not (out / META).is_file():  # else another process has finished it a moment ago
                 return _run(run, recipe, parent, parent_meta, data, out, work, state, show_progress)
-    _same_run(read_meta(out).get("run", {}), run, out)
+    compare_runs(read_meta(out).get("run", {}), run, out)
     shutil.rmtree(work, ignore_errors=True)  # of a run killed after `out` was whole
     return out
 
@@ -144,7 +145,7 @@ def _run(
     """`run_stage` once `work` is ours: go on from the newest whole checkpoint, train, leave `out`, remove `work`."""
     stage, seed = run["stage"], run["seed"]
     if (work / "run.json").is_file():
-        _same_run(read_note(work / "run.json"), run, work)
+        compare_runs(read_note(work / "run.json"), run, work)
     with state.main_process_first():
         if state.is_main_process:
             write_json(work / "run.json", run)
@@ -259,7 +260,7 @@ def _finish(
     save_checkpoint(out, model, inputs, meta, extra, decoder)
 
 
-def _same_run(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raises CheckpointError where the two differ. A recipe from before an option existed has that option's default."""
     found = found | {
         "recipe": dataclasses.asdict(RECIPES[wanted["stage"]]()) | found.get("recipe", {})
@@ -361,7 +362,7 @@ def train_backbone(
     asked = {
         "shape": shape,
         "seed": seed,
-        "data": corpus.fingerprint(data),
+        "data": fingerprint(data),
     }  # its tokenizer is learnt from the data
     found = read_meta(init, check=False) if (init / META).is_file() else asked
     if {name: found.get(name) for name in asked} != asked:
