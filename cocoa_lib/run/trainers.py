@@ -138,7 +138,7 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
         at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         if self.steps_at_chance == COLLAPSED_STEPS:
-            from ..evaluate.effects import effective_rank
+            from ..evaluate.probe import effective_rank
 
             rank = effective_rank(self.loss.embeddings.float().cpu().numpy())
             logger.warning(
