@@ -19,7 +19,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 
-from ..contrastive import gathered
+from ..contrastive import gather_rows
 from ..store.checkpoint import read_note
 from ..store.files import file_hash, write_json
 
@@ -95,7 +95,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.interrupted = bool(
-            gathered(torch.tensor([self.interrupted], device=args.device)).any()
+            gather_rows(torch.tensor([self.interrupted], device=args.device)).any()
         )
         if self.interrupted and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

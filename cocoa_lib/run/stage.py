@@ -333,7 +333,7 @@ def _stage3(
         loss=CachedInfoNCE(
             embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size
         ),
-        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs)),
+        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)),
     )
 
 

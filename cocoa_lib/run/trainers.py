@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..contrastive import gathered
+from ..contrastive import gather_rows
 from ..recipes import Recipe
 from .resume import COMPLETE, TrainingError, checkpoint_step
 
@@ -114,7 +114,7 @@ class ReconstructionTrainer(PlainTrainer, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {
-                name: float(gathered(value[None]).mean()) for name, value in self.parts.items()
+                name: float(gather_rows(value[None]).mean()) for name, value in self.parts.items()
             }
         super().log(logs, start_time)
 
@@ -138,14 +138,11 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
         at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         if self.steps_at_chance == COLLAPSED_STEPS:
-            from ..evaluate.probe import effective_rank
-
-            rank = effective_rank(self.loss.embeddings.float().cpu().numpy())
             logger.warning(
                 "collapsed: for %d steps, up to step %d, the loss %.3f has been that of identical embeddings (ln of "
-                "the number of candidates, %.3f); the effective rank of this batch's embeddings is %.2f. Start again "
-                "with a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
-                COLLAPSED_STEPS, self.state.global_step + 1, loss, self.loss.chance, rank,
+                "the number of candidates, %.3f). Start again with a longer warm-up (warmup_steps), a lower "
+                "max_grad_norm or learning_rate, or a larger batch_size",
+                COLLAPSED_STEPS, self.state.global_step + 1, loss, self.loss.chance,
             )  # fmt: skip
 
 
