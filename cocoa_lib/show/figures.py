@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from IPython.display import HTML, display
+from IPython.display import HTML, Markdown, display
 from IPython.display import Image as Shown
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
@@ -70,6 +70,11 @@ def show(figure: Figure, caption: str, path: str | Path | None = None) -> None:
         save(figure, path)
     display(Shown(data=png.getvalue(), alt=figure.alt))
     display(HTML(f'<p class="figure-caption">{escape(caption)}</p>'))
+
+
+def say(text: str) -> None:
+    """Display a sentence in Markdown: what a page says with numbers of its own run."""
+    display(Markdown(text))
 
 
 def _finish(figure: Figure, title: str, alt: str) -> Figure:
@@ -223,9 +228,13 @@ def draw_pictures(
 
 
 def draw_scores(
-    table: pd.DataFrame, order: Sequence[str], *, title: str, xlabel: str = "precision@1, %"
+    table: pd.DataFrame, *, title: str, xlabel: str = "precision@1, %", order: Sequence[str] = ()
 ) -> Figure:
-    """Draw a row of dots a task: columns task, label, value and optionally low, high."""
+    """Draw a row of dots a task: columns task, label, value and optionally low, high.
+
+    order: the tasks from top to bottom, in the table's order unless given.
+    """
+    order = list(order) or list(dict.fromkeys(table["task"]))
     labels = list(dict.fromkeys(table["label"]))
     height = max(0.24, 0.1 * len(labels)) * len(order) + 1.0
     figure, axis = new(width=6.5, height=height)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
+import pandas as pd
 import torch
 from IPython.display import HTML
 from torch import BoolTensor, LongTensor
 
-from ..attention import EOS, LAYOUTS, PAD, SEGMENT_NAMES, A, B, dense_mask
+from ..attention import EOS, LAYOUTS, PAD, SEGMENT_NAMES, A, B, block_mask, dense_mask
+from ..backbone import hidden_states, language_model
+from ..inputs import Batch, Inputs
 from .figures import COLOURS, LIGHT
 from .panel import page
 
@@ -72,6 +76,90 @@ def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers:
     between = (mask[query] & before).nonzero().flatten().tolist()
     through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
     return f"{q} does not look at {k}, but knows it through {through} after {depth} layers."
+
+
+def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
+    """Name the tokens of a batch of one: words, EOS, "picture" for each token of a picture."""
+    known = {inputs.eos_id: "EOS", inputs.image_pad_id: "picture"}
+    ids = batch["input_ids"][0].tolist()
+    return [known.get(i) or inputs.tokenizer.decode([i]).strip(" <|>\n") or "space" for i in ids]
+
+
+def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
+    """Count the pairs of tokens that each layout allows in a row (1, L): between A and B, and in all."""
+    ids, rows = segment_ids[0], []
+    for layout in LAYOUTS:
+        mask = dense_mask(layout, segment_ids)[0, 0]
+        rows.append(
+            {
+                "layout": layout,
+                "B looks at A": int(mask[ids == B][:, ids == A].sum()),
+                "A looks at B": int(mask[ids == A][:, ids == B].sum()),
+                "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
+                "share of all pairs": f"{mask.float().mean():.0%}",
+            }
+        )
+    return pd.DataFrame(rows).set_index("layout")
+
+
+@torch.no_grad()
+def measure_moves(
+    model, batch: Batch, layout: str, depth: int, places: Sequence[int], token: int
+) -> np.ndarray:
+    """Change one token and measure how far each state moves after `depth` layers: (places, L).
+
+    batch: of one; token: the id that the token at each of `places` becomes, one place at a time.
+    """
+    text = language_model(model)
+    layers = text.layers
+    text.layers = layers[:depth]
+    try:
+        before = hidden_states(model, batch, layout)[0]
+        moves = []
+        for place in places:
+            ids = batch["input_ids"].clone()
+            ids[0, place] = token
+            after = hidden_states(model, {**batch, "input_ids": ids}, layout)[0]
+            moves.append((after - before).abs().amax(-1).numpy())
+    finally:
+        text.layers = layers
+    return np.stack(moves)
+
+
+def tabulate_moves(
+    moves: np.ndarray, segment_ids: LongTensor, places: Sequence[int]
+) -> pd.DataFrame:
+    """Tabulate the largest move of another token: a row a changed block, a column a block that moves."""
+    ids, table = segment_ids[0].numpy(), {}
+    moves = moves.copy()
+    moves[range(len(places)), list(places)] = 0
+    for changed in (A, EOS, B):
+        rows = moves[ids[list(places)] == changed]
+        table[f"{SEGMENT_NAMES[changed]} changes"] = {
+            SEGMENT_NAMES[block]: float(rows[:, ids == block].max(initial=0))
+            for block in (A, EOS, B)
+        }
+    return pd.DataFrame(table).T
+
+
+def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Count the share of 128 x 128 blocks that FlexAttention computes, in percent.
+
+    parts: ratios A : B. Columns label, x (length), value, as `draw_curves` takes them.
+    """
+    rows = []
+    for (a, b), length in product(parts, lengths):
+        n_b = round((length - 1) * b / (a + b))
+        ids = segments(length - 1 - n_b, n_b)
+        rows += [
+            {
+                "label": f"{layout}, A : B = {a} : {b}",
+                "x": length,
+                "value": 100 - float(block_mask(layout, ids).sparsity()),
+            }
+            for layout in ("causal", "eos_bridged")
+        ]
+    return pd.DataFrame(rows)
 
 
 def tabulate_layouts() -> dict[str, dict[str, bool]]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..evaluate.restore import reconstruct, restored_words
+from ..corruption import IGNORE, patch_noise
+from ..evaluate.restore import cell_errors, count_right, reconstruct, restored_words
 from ..inputs import Batch, Inputs
+from ..recipes import Stage1Recipe, Stage2Recipe
+from ..reconstruction import load_decoder
 from .figures import COLOURS
 from .panel import Explorer, explore, figure, img, menu, show_html, slider
 
@@ -55,6 +61,27 @@ def three_pictures(rows: Sequence[Mapping[str, Any]], i: int) -> dict[str, Any]:
     return {"right picture": rows[i]["image"], "wrong picture": wrong, "grey picture": GREY}
 
 
+def measure_door(
+    models: Mapping[str, Any], inputs: Inputs, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> pd.DataFrame:
+    """Measure how much of a hidden text comes back with the right, a wrong and a grey picture.
+
+    models: name -> model; how: what `reconstruct` takes, with a layout of stage 2. Columns task (the
+    model), label (the picture), value, low, high: percent of the hidden tokens, 95 % bootstrap over rows.
+    """
+    draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
+    pictures = [three_pictures(rows, i) for i in range(len(rows))]
+    found = []
+    for name, model in models.items():
+        for label in pictures[0]:
+            counts = count_right(model, inputs, rows, [each[label] for each in pictures], **how)
+            right, hidden = counts[draws].sum(1).T
+            low, high = np.percentile(100 * right / hidden, [2.5, 97.5])
+            value = 100 * counts[:, 0].sum() / counts[:, 1].sum()
+            found.append({"task": name, "label": label, "value": value, "low": low, "high": high})
+    return pd.DataFrame(found)
+
+
 def compare_html(
     model, inputs: Inputs, row: Mapping[str, Any], pictures: Mapping[str, Any], **how: Any
 ) -> str:
@@ -85,6 +112,61 @@ def restored_html(
     return show_html("".join(pictures) + words_html(batch, predicted, inputs)).data
 
 
+def stage1_settings(
+    folder: str | Path, model, inputs: Inputs, recipe: Stage1Recipe, seed: int
+) -> dict[str, Any]:
+    """Collect what `reconstruct` needs to hide and restore as a finished stage 1 did."""
+    how = {"text_rate": recipe.text_mask_rate, "objective": recipe.objective}
+    if recipe.image_weight == 0:
+        return how
+    decoder = load_decoder(folder, model)
+    processor = inputs.image_processor
+    size = 3 * processor.temporal_patch_size * processor.patch_size**2
+    fills = {"noise": patch_noise(size, seed=seed), "zero": torch.zeros(size)}
+    fill = fills.get(recipe.patch_fill, getattr(decoder, "fill", None))
+    return {**how, "patch_rate": recipe.patch_mask_rate, "decoder": decoder, "fill": fill}
+
+
+def stage2_settings(recipe: Stage2Recipe) -> dict[str, Any]:
+    """Collect what `reconstruct` needs to ask EOS as a stage 2 did, always through the bottleneck."""
+    layout = recipe.layout if recipe.layout.startswith("eos") else "eos_bridged"
+    return {"text_rate": recipe.text_mask_rate, "objective": recipe.objective, "layout": layout}
+
+
+def restore_all(
+    model, inputs: Inputs, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> list[tuple[Batch, list[int], dict[str, Tensor]]]:
+    """Restore every row with a draw of its own: what `reconstruct` returns, a row."""
+    return [reconstruct(model, inputs, dict(row), draw=i, **how) for i, row in enumerate(rows)]
+
+
+def summarise_stage1(
+    found: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], inputs: Inputs
+) -> str:
+    """Say in Markdown how many hidden tokens and how much of hidden cells came back.
+
+    found: what `reconstruct` returned. Baselines: always the commonest token, the average patch.
+    """
+    pairs = [
+        pair
+        for batch, guesses, _ in found
+        for pair in zip(batch["labels"][batch["labels"] != IGNORE].tolist(), guesses, strict=True)
+    ]
+    right = 100 * np.mean([truth == guess for truth, guess in pairs])
+    most = 100 * Counter(truth for truth, _ in pairs).most_common(1)[0][1] / len(pairs)
+    said = (
+        f"Of {len(pairs)} hidden tokens **{right:.0f} %** come back; the commonest token alone would "
+        f"be right for {most:.0f} %."
+    )
+    if any("hidden cells predicted" in patches for *_, patches in found):
+        error, average = cell_errors(found, inputs.image_processor.merge_size)
+        said += (
+            f" Squared error on hidden cells: **{error:.3f}** by the decoder, {average:.3f} by the "
+            "average patch of these pictures."
+        )
+    return said
+
+
 def explore_restored(model, inputs: Inputs, rows: Sequence[dict[str, Any]], **how: Any) -> Explorer:
     """Choose a text and how much of it to hide, or type one: see what comes back.
 
@@ -106,8 +188,8 @@ def explore_restored(model, inputs: Inputs, rows: Sequence[dict[str, Any]], **ho
         row = {**rows[text], "target": words.strip() or rows[text]["target"]}
         if not stage1:
             pictures = three_pictures(rows, text)
-            return compare_html(model, inputs, row, pictures, text_rate=hidden, **how)
-        found = reconstruct(model, inputs, row, text_rate=hidden, patch_rate=0.5, **how)
+            return compare_html(model, inputs, row, pictures, **{**how, "text_rate": hidden})
+        found = reconstruct(model, inputs, row, **{**how, "text_rate": hidden})
         return restored_html(*found, inputs)
 
     return explore(controls, answer, {"text": dict(list(samples.items())[:4]), "hidden": rates})

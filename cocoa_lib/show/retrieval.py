@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 
+from ..data.tables import EvalItems, Task, list_items, load_eval
+from ..embedder import CocoaEmbedder
 from ..items import PLACEHOLDER, item_images
 from .figures import COLOURS
 from .panel import Explorer, explore, img, menu, read_upload, show_html, slider, thumbnail
 
 Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
+RIGHT = f"3px solid {COLOURS[2]}"
 CARD = "margin:4px;padding:4px;width:124px;overflow-wrap:anywhere;font-size:12px;border:"
 
 
@@ -27,7 +32,7 @@ def words_of(item: Item, most: int = 160) -> str:
 def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
     """Show an item: title, its pictures, its text."""
     images = "".join(
-        thumbnail(str(image), title) if isinstance(image, str) else img(image, title)
+        thumbnail(str(image), title) if isinstance(image, (str, Path)) else img(image, title)
         for image in item_images(dict(item))
     )
     return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
@@ -41,6 +46,14 @@ def pairs_html(pairs: Iterable[tuple[Item, Item]]) -> str:
             for query, target in pairs
         )
     ).data
+
+
+def candidates_html(query: Item, candidates: Sequence[Item]) -> str:
+    """Show a query and its candidates in the order given; the first is the right one."""
+    cards = [card(query, "query", "1px dashed grey")]
+    for i, item in enumerate(candidates):
+        cards.append(card(item, "right", RIGHT) if i == 0 else card(item, f"wrong {i}"))
+    return show_html("".join(cards)).data
 
 
 def ranked_html(
@@ -62,7 +75,7 @@ def ranked_html(
     cards = [card(query, "query", "1px dashed grey")]
     for place, i in enumerate(order, start=1):
         if place <= k or i == right:
-            border = f"3px solid {COLOURS[2]}" if i == right else "1px solid #ccc"
+            border = RIGHT if i == right else "1px solid #ccc"
             mark = " &#10003; right" * (i == right)
             cards.append(card(candidates[i], f"{place}. {float(scores[i]):.2f}{mark}", border))
     found = (
@@ -71,6 +84,52 @@ def ranked_html(
         else (f"<p>The right one ranks <b>{order.index(right) + 1}</b> of {len(candidates)}.</p>")
     )
     return show_html("".join(cards)).data + found
+
+
+def read_task(data: Path, task: Task, n: int) -> EvalItems:
+    """Read the first `n` queries of a task and all their candidates, each distinct one once."""
+    rows = load_eval(data, task.name)
+    return list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
+
+
+def list_collection(
+    data: Path, task: Task, n: int
+) -> tuple[list[tuple[Item, int | None]], list[Item]]:
+    """Read a task as a collection to search: queries with the index of their right item, and items.
+
+    At most `n` items: the right ones of the queries first, then others.
+    """
+    found = read_task(data, task, min(n, 20))
+    own = [index[0] for index in found.candidates]
+    others = (i for index in found.candidates for i in index[1:])
+    chosen = list(dict.fromkeys([*own, *others]))[:n]
+    n_queries = len(found.queries)
+    queries = [(found.items[i], chosen.index(own[i])) for i in range(n_queries)]
+    return queries, [found.items[n_queries + i] for i in chosen]
+
+
+def find_confusions(
+    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task], *, n: int = 200, most: int = 8
+) -> tuple[Task, pd.DataFrame, list[tuple[Item, list[Item], np.ndarray]]]:
+    """Find what is taken for what, in the task with the fewest candidates a query of its kind.
+
+    Returns the task, a table of truth (rows) against choice for the `most` frequent answers, and
+    the queries that go wrong: (query, candidates, scores), the right candidate first.
+    """
+    task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
+    found = read_task(data, task, n)
+    vectors = embedder.encode(found.items)
+    items, n_queries, pairs, wrong = found.items[len(found.queries) :], len(found.queries), [], []
+    names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
+    for i, index in enumerate(found.candidates):
+        scores = vectors[n_queries + index] @ vectors[i]
+        pairs.append((names[index[0]], names[index[scores.argmax()]]))
+        if scores.argmax():
+            wrong.append((found.items[i], [items[j] for j in index], scores))
+    table = pd.DataFrame(pairs, columns=["truth", "choice"])
+    frequent = table["truth"].value_counts().index[:most]
+    table = pd.crosstab(table["truth"], table["choice"]).reindex(index=frequent, columns=frequent)
+    return task, table.fillna(0), wrong
 
 
 def explore_retrieval(
