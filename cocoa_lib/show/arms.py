@@ -20,6 +20,7 @@ from .panel import still
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 GROUPS = ("overall", *META_TASKS, "ind", "ood")
 METRICS = {"p@1": 1, "hit@5": 5}  # is the right candidate among the first so many
+NAMES = {"cocoa": "CoCoA", "contrastive": "contrastive learning alone"}
 WIDTH = 220  # pixels of the drawn scale
 
 
@@ -73,12 +74,10 @@ def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame
 
 def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
     """Say the first row of `compare_groups` in one sentence."""
-    row = effects.iloc[0]
-    if row["n_seeds"] > 1 and row["low"] > 0:
-        return f"{arm} is better than {baseline} overall"
-    if row["n_seeds"] > 1 and row["high"] < 0:
-        return f"{arm} is worse than {baseline} overall"
-    return f"{arm} and {baseline} cannot be told apart overall"
+    row, names = effects.iloc[0], [NAMES.get(name, name) for name in (arm, baseline)]
+    if row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0):
+        return f"{names[0]} is {'better' if row['low'] > 0 else 'worse'} than {names[1]} overall"
+    return f"{names[0]} and {names[1]} cannot be told apart overall"
 
 
 def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -87,10 +86,11 @@ def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     Columns label (the shortest arm's name), x, value, low, high; empty where no two arms do.
     """
     lines: dict[str, dict[str, int]] = {}
-    for row in runs.drop_duplicates("arm").itertuples():
+    for row in runs.astype(object).where(runs.notna(), None).drop_duplicates("arm").itertuples():
         recipe = {stage: dict(values) for stage, values in row.recipes.items()}
         steps = recipe["stage3"].pop("steps")
         recipe["stage3"].pop("warmup_steps", None)
+        recipe["from"] = getattr(row, "backbone", None) or getattr(row, "backbone_sha256", None)
         lines.setdefault(repr(sorted(recipe.items())), {})[row.arm] = steps
     rows = []
     for line in lines.values():
@@ -144,7 +144,12 @@ def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
 
 
 def tabulate_costs(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Collect seconds of training, all stages, and score of each arm: arm, cost, value, low, high."""
+    """Collect seconds of training, all stages, and score of each arm: arm, cost, value, low, high.
+
+    Empty where the runs have not recorded their seconds.
+    """
+    if "seconds" not in runs:
+        return pd.DataFrame()
     seconds = runs.assign(cost=runs["seconds"].map(lambda each: sum(each.values())))
     costs = seconds.groupby("arm")["cost"].mean()
     return pd.DataFrame(

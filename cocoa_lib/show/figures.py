@@ -49,7 +49,8 @@ mpl.rcParams.update(STYLE)
 
 
 def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 3.0, **kwargs: Any):
-    """Open a figure in the project's style: (figure, axes)."""
+    """Open a figure in the project's style: (figure, axes); all are as wide as a page's text."""
+    width = max(width, 6.5)
     return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
 
 
@@ -139,10 +140,8 @@ def draw_masks(
     names: L token labels. Long sequences get wide panels, and one label for a run of equal names.
     """
     columns = min(columns if len(names) <= 16 else 2, len(panels))
-    rows, side = -(-len(panels) // columns), 2.1 if len(names) <= 16 else 3.7
-    figure, axes = new(
-        rows, columns, width=side * columns + 0.3, height=(side + 0.35) * rows + 0.5, squeeze=False
-    )
+    rows, side = -(-len(panels) // columns), min(2.2 if len(names) <= 16 else 3.0, 6.2 / columns)
+    figure, axes = new(rows, columns, height=(side + 0.35) * rows + 0.6, squeeze=False)
     ticks, labels = name_runs(names)
     for axis, (name, panel) in itertools.zip_longest(axes.flat, panels.items(), fillvalue=("", [])):
         axis.set_axis_off() if not len(panel) else _draw_grid(axis, name, panel, ticks, labels)
