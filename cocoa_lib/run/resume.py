@@ -17,7 +17,7 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from ..contrastive import gathered
+from ..contrastive import gather_rows
 from ..store.checkpoint import read_note
 from ..store.files import sync, write_json
 

@@ -295,5 +295,5 @@ def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
         loss=CachedInfoNCE(
             embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size
         ),
-        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs)),
+        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)),
     )

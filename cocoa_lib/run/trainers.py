@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..contrastive import gathered
+from ..contrastive import gather_rows
 from ..recipes import Recipe
 from .resume import COMPLETE, TrainingError, list_checkpoints
 
