@@ -52,11 +52,9 @@ def mask_text(
     """Replace allowed tokens by the mask token with probability `rate`.
 
     input_ids, allowed: (B, L); draws: one integer a row. Returns (masked ids, labels), labels = the
-    original id where masked and -100 elsewhere. A row with any allowed token gets at least one masked
-    one. Source: 0.2 in stage 1, 0.7 in stage 2 (script). Raises ValueError for a rate outside [0, 1].
+    original id where masked and -100 elsewhere. A row with any allowed token gets at least one
+    masked one. Source: 0.2 in stage 1, 0.7 in stage 2 (script).
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"text mask rate must lie in [0, 1], got {rate}")
     labels = torch.full_like(input_ids, IGNORE)
     masked = input_ids.clone()
     for row, draw in enumerate(draws):
@@ -83,12 +81,10 @@ def mask_cells(
 ) -> BoolTensor:
     """Choose merged cells (merge_size x merge_size patches, one vision token), Bernoulli a cell.
 
-    Returns (cells,) bool over all images of the batch in order, True = hidden. An image has at least
-    one hidden cell when rate > 0. Source: mask unit and Bernoulli from MoCa; rate 0.5 (figure), 0.3
-    (script). Raises ValueError for a rate outside [0, 1].
+    Returns (cells,) bool over all images of the batch in order, True = hidden. An image has at
+    least one hidden cell when rate > 0. Source: mask unit and Bernoulli from MoCa; rate 0.5
+    (figure), 0.3 (script).
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"patch mask rate must lie in [0, 1], got {rate}")
     cells = iter((image_grid_thw.prod(-1) // merge_size**2).tolist())
     hidden = [torch.zeros(0, dtype=torch.bool)]
     for draw, n_images in zip(draws, num_images_per_sample.tolist(), strict=True):
@@ -188,10 +184,11 @@ def _corrupt(
 
 
 def mask_token_id(inputs: Inputs) -> int:
-    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), else `<|vision_pad|>`.
+    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), else
+    `<|vision_pad|>`.
 
-    Qwen's tokenizers have none, and no processor uses `<|vision_pad|>`: so the embedding table needs
-    no new row (ours).
+    Qwen's tokenizers have none, and no processor uses `<|vision_pad|>`: so the embedding table
+    needs no new row (ours).
     """
     if inputs.tokenizer.mask_token_id is not None:
         return inputs.tokenizer.mask_token_id
