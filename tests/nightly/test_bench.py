@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from cocoa_lib.world.build import build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 FILES = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 CONTENTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in FILES}
