@@ -8,7 +8,7 @@ it nor the workers, and a resumed run draws what the uninterrupted one would hav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,17 @@ from .attention import A, B
 from .inputs import Batch, Inputs
 from .items import PLACEHOLDER
 
-if TYPE_CHECKING:  # recipes imports the losses, and with them this file
-    from .recipes import Stage1Recipe, Stage2Recipe
-
 IGNORE = -100  # transformers' label of a position without loss
 TEXT_STREAM, PATCH_STREAM = 0, 1
+
+
+class Corruption(Protocol):
+    """What the recipes of stages 1 and 2 say about hiding; their sources are in `recipes`."""
+
+    text_mask_rate: float
+    patch_mask_rate: float
+    patch_fill: str  # noise, zero or learned
+    image_weight: float  # 0: no cell is hidden
 
 
 def maskable(batch: Batch, inputs: Inputs, segment: int) -> BoolTensor:
@@ -123,7 +129,7 @@ def stage1_item(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage1_batch(
-    rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recipe, seed: int
+    rows: list[dict[str, Any]], inputs: Inputs, recipe: Corruption, seed: int
 ) -> Batch:
     """Image and caption, without EOS; text tokens and image cells hidden."""
     batch = inputs.collate([stage1_item(row) for row in rows], eos=False)
@@ -131,7 +137,7 @@ def stage1_batch(
 
 
 def stage2_batch(
-    rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage2Recipe, seed: int
+    rows: list[dict[str, Any]], inputs: Inputs, recipe: Corruption, seed: int
 ) -> Batch:
     """A = image and query, EOS, B = the text to reconstruct, masked.
 
@@ -151,7 +157,7 @@ def _corrupt(
     batch: Batch,
     rows: list[dict[str, Any]],
     inputs: Inputs,
-    recipe: Stage1Recipe | Stage2Recipe,
+    recipe: Corruption,
     seed: int,
     segment: int,
 ) -> Batch:

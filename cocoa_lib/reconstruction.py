@@ -21,7 +21,6 @@ from .contrastive import gather_rows
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
 from .packing import pack
-from .store.checkpoint import DECODER
 
 
 def mntp_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
@@ -43,6 +42,7 @@ def mlm_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
     return _cross_entropy_at(hidden, lm_head, labels)
 
 
+DECODER = "image_decoder.safetensors"  # its file in a checkpoint folder
 TEXT_LOSSES = {"mntp": mntp_loss, "mlm": mlm_loss}
 
 
