@@ -130,10 +130,10 @@ def pair_features(items: list[dict[str, Any]], inputs: Inputs, mini_batch_size: 
     if len(items) > mini_batch_size:
         batch, order = sort_longest_first(batch)
         batch["order"] = order
-    return batch | {"key": torch.tensor([hash_item(item) for item in items])}
+    return batch | {"key": torch.tensor([make_key(item) for item in items])}
 
 
-def hash_item(item: dict[str, Any]) -> int:
+def make_key(item: dict[str, Any]) -> int:
     """A 63-bit hash of an item's text and image path: equal items, equal hashes."""
     content = f"{item.get('text') or ''}\0{item.get('image') or ''}"
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1

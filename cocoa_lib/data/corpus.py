@@ -21,7 +21,15 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from ..items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
-from .tables import CORPUS, below, blocks, check_columns, load_train, quiet, read_parquet
+from .tables import (
+    CORPUS,
+    check_columns,
+    hide_progress,
+    iterate_blocks,
+    load_train,
+    read_parquet,
+    resolve_below,
+)
 
 
 class Rows(Sequence):
@@ -52,7 +60,7 @@ def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
         raise FileNotFoundError(
             f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it"
         )
-    table = read_parquet([path], split, str(path))
+    table = read_parquet([path], str(path))
     check_columns(table, str(path), CORPUS)
     _check_paths(table, str(path), ("image_path",), images)
     return Rows(
@@ -78,12 +86,12 @@ def _where(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
 
 def _check_paths(table: Dataset, where: str, columns: Sequence[str], images: Path) -> None:
     """Raises InputError for an image path that leads out of the image folder."""
-    for start, block in blocks(table.select_columns(list(columns))):
+    for start, block in iterate_blocks(table.select_columns(list(columns))):
         for name in columns:
             for row, path in enumerate(block[name].to_pylist(), start):
                 try:
                     if path:
-                        below(images, path)
+                        resolve_below(images, path)
                 except ValueError as error:
                     raise InputError(f"{where}, row {row}, column {name}: {error}") from None
 
@@ -214,7 +222,7 @@ def pairs(
     for name in subsets(data):
         table = _pairs(data, name, max_per_subset, hard_negatives)
         with (
-            quiet()
+            hide_progress()
         ):  # the result is a file in the cache of `datasets`, memory-mapped like its source
             parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
     return concatenate_datasets(parts), [len(part) for part in parts]

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..items import InputError, load_image
 from ..store.files import file_hash, write_json
-from .tables import CORPUS, EVAL, TRAIN, finished, write_tables
+from .tables import CORPUS, EVAL, TRAIN, read_finished, write_tables
 
 
 def source_hash(path: Path) -> str:
@@ -211,7 +211,7 @@ def build_pairs(
     settings = {"source": path.name, "source_sha256": source_hash(path),
                 "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
                 "max_side": max_side, "seed": seed, **({"image_root": str(image_root)} if image_root else {})}  # fmt: skip
-    if (found := finished(root, {"settings": settings})) is not None:
+    if (found := read_finished(root, {"settings": settings})) is not None:
         return found
 
     rows = read_table(path)
