@@ -241,10 +241,10 @@ class CocoaEmbedder:
         Raises InputError naming the item that cannot be used, with its place as `error.item`.
         """
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
-        items = [items] if single else list(items)
+        given = [as_item(item) for item in ([items] if single else items)]
         try:
             vectors = self.model.encode(
-                items,
+                [{"text": "", "image": None} | item for item in given],  # one kind for all
                 batch_size=batch_size,
                 show_progress_bar=show_progress,
                 truncate_dim=truncate_dim,
@@ -252,11 +252,11 @@ class CocoaEmbedder:
                 precision=precision,
             )
         except InputError:
-            self._name_bad_item(items)
+            self._name_bad_item(given)
             raise
         return vectors[0] if single else vectors
 
-    def _name_bad_item(self, items: list[Any]) -> None:
+    def _name_bad_item(self, items: list[dict[str, Any]]) -> None:
         """Raise InputError for the first item that fails alone: a batch knows its own rows only."""
         for i, item in enumerate(items):
             try:
