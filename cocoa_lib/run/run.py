@@ -29,6 +29,7 @@ from ..recipes import Recipe, RecipeError, make_recipe, unknown_name
 from ..store.checkpoint import META, CheckpointError
 from ..world.build import build
 from . import checks, launch, results
+from .backbone import train_backbone
 from .profiles import (
     PROFILES,
     ROOT,
@@ -40,7 +41,7 @@ from .profiles import (
     read_arms,
     read_yaml,
 )
-from .stage import run_stage, train_backbone
+from .stage import Progress, run_stage
 
 NAMES: dict[str, tuple[type, ...]] = {
     "profile": (str,),
