@@ -33,7 +33,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the run in the table (0)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read pictures (0)")
     parser.add_argument("--n-queries", type=int, help="queries a task, drawn at random (all)")
     return parser.parse_args(argv)
 
@@ -57,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         process_index=state.process_index,
         num_processes=state.num_processes,
         wait=state.wait_for_everyone,
-        workers=args.workers,
     )
     if not state.is_main_process:
         return

@@ -31,7 +31,6 @@ def encode_distinct(
     process_index: int = 0,
     num_processes: int = 1,
     wait: Callable[[], Any] | None = None,
-    workers: int = 0,
 ) -> np.ndarray:
     """Encode items {text, image path or None} -> (N, H) float32, each distinct one once.
 
@@ -39,7 +38,7 @@ def encode_distinct(
     some would get no pictures. A finished shard is a file below cache_dir, in a folder of the
     embedder's fingerprint: an interrupted run goes on from there, a second one encodes nothing.
     Of several processes, each encodes every n-th shard, calls `wait` (a barrier) and reads the
-    others'. `workers`, if not 0, goes to the embedder's `encode`.
+    others'.
 
     Raises ValueError for embeddings that are not of length 1, and RuntimeError for a missing share.
     An error of the embedder with `.item` leaves with the place among these items.
@@ -50,7 +49,6 @@ def encode_distinct(
         )
     keys = [hash_item(item) for item in items]
     shards = _cut_shards(dict(zip(keys, items, strict=True)), batch_size, num_processes)
-    options = {"batch_size": batch_size} | ({"workers": workers} if workers else {})
     mine = shards[process_index::num_processes]
     with TemporaryDirectory() if cache_dir is None else nullcontext(cache_dir) as base:
         folder = Path(base) / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
@@ -61,7 +59,7 @@ def encode_distinct(
         ) as bar:
             for shard in mine:
                 if todo := {key: item for key, item in shard.items() if key not in stored}:
-                    stored |= _encode_shard(embedder, todo, folder, keys, options)
+                    stored |= _encode_shard(embedder, todo, folder, keys, batch_size)
                 bar.update(len(shard))
         if num_processes > 1:
             wait()
@@ -91,12 +89,12 @@ def _encode_shard(
     todo: Mapping[bytes, Mapping[str, Any]],
     folder: Path,
     keys: Sequence[bytes],
-    options: Mapping[str, Any],
+    batch_size: int,
 ) -> dict[bytes, tuple[Path, int]]:
     """Encode and store one shard: where each of its vectors lies."""
     chosen = list(todo.values())
     try:
-        vectors = embedder.encode(chosen, show_progress=False, **options)
+        vectors = embedder.encode(chosen, batch_size=batch_size, show_progress=False)
     except ValueError as error:
         if (at := getattr(error, "item", None)) is not None:
             error.item = keys.index(list(todo)[at])

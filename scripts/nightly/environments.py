@@ -1,7 +1,7 @@
 """The tests on the lowest and on the newest versions that pyproject.toml admits, each in a new virtual environment.
 
-    python scripts/environments.py lowest [--python python3.11] [--folder /tmp/envs] [--torch 2.13.0+cpu] [--dry-run]
-    python scripts/environments.py newest --python python3.12 --with torchvision --tests tests/test_inputs.py
+    python scripts/nightly/environments.py lowest [--python python3.11] [--folder /tmp/envs] [--torch 2.13.0+cpu] [--dry-run]
+    python scripts/nightly/environments.py newest --python python3.12 --with torchvision --tests tests/test_inputs.py
 
 "lowest" takes the last patch of the lowest minor version of each range (torch>=2.11 becomes torch==2.11.*), "newest" the
 ranges as they stand; what these depend on is pip's choice. `--torch` names one build for both, such as a CPU one that a
@@ -22,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ranges() -> list[Requirement]:

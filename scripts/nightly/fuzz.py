@@ -1,6 +1,6 @@
 """Feed readers bytes that coverage guides, for a bounded time each: rows, profiles, arms, notes of checkpoints and data.
 
-    pip install atheris && python scripts/fuzz.py --seconds 60
+    pip install atheris && python scripts/nightly/fuzz.py --seconds 60
 
 Every outcome must be a value or the project's own error; anything else is a crash, which atheris prints with its input. A
 supplement to tests/test_fuzz.py, which needs no compiled fuzzer and runs with the tests. Needs Linux and atheris (not installed
@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
 
 
