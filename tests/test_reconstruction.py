@@ -30,6 +30,7 @@ from cocoa_lib.reconstruction import (
     patch_loss,
     patch_targets,
 )
+from cocoa_lib.world.backbone import causal_batch
 
 
 def rows(picture, n=4):
@@ -286,3 +287,18 @@ def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch
     cut = lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS))  # noqa: E731
     monkeypatch.setitem(LAYOUTS, "eos_bridged_strict", cut)
     assert torch.equal(pixels(0), pixels(1))
+
+
+def test_next_token_prediction_learns_answers_where_the_text_is_cut_too(small, picture):
+    """Of cut text the end is lost; what is left of an answer is learnt, and EOS; a question never."""
+    _, inputs = small
+    turns = [("What color?", "red red red"), ("And the circle?", "blue")]
+    rows = [{"image": picture(), "turns": turns}]
+    whole = causal_batch(rows, inputs)
+    ids, learnt = whole["input_ids"][0], whole["labels"][0] != IGNORE
+    assert inputs.tokenizer.decode(ids[learnt]) == " red red red\n blue" + inputs.eos_token
+    for length in range(len(ids) - 1, int(whole["mm_token_type_ids"].sum()) + 4, -1):
+        cut = causal_batch(rows, replace(inputs, max_length=length))
+        for name in ("input_ids", "labels"):  # what stands before EOS is the same
+            assert torch.equal(cut[name][0, : length - 1], whole[name][0, : length - 1])
+            assert cut[name][0, length - 1] == inputs.eos_id
