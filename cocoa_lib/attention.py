@@ -1,13 +1,15 @@
 """Who may look at whom. Each layout is one predicate; every mask derives from it.
 
-A sequence carries segment ids (B, L): PAD for padding, A for the input (image, instruction), EOS for the one token
-that becomes the embedding, B for the text that is reconstructed from it. A layout decides from the segments and the
-positions of a query and a key. `dense_mask` evaluates it for SDPA and eager attention, `block_mask` hands the same
-function to FlexAttention.
+A sequence carries segment ids (B, L): PAD for padding, A for the input (image, instruction), EOS
+for the one token that becomes the embedding, B for the text that is reconstructed from it. A layout
+decides from the segments and the positions of a query and a key. `dense_mask` evaluates it for SDPA
+and eager attention, `block_mask` hands the same function to FlexAttention.
 
-To add a layout, write its predicate and put it into LAYOUTS: recipes, masks and figures then know it.
+To add a layout, write its predicate and put it into LAYOUTS: recipes, masks and figures then know
+it.
 
-Source: overview figure of arXiv 2603.01471 (`causal`, `bidirectional`, `eos_bridged`); `eos_bridged_strict` is ours.
+Source: overview figure of arXiv 2603.01471 (`causal`, `bidirectional`, `eos_bridged`);
+`eos_bridged_strict` is ours.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def eos_bridged(seg_q: Tensor, seg_k: Tensor, pos_q: Tensor, pos_k: Tensor) -> T
 
 
 def eos_bridged_strict(seg_q: Tensor, seg_k: Tensor, pos_q: Tensor, pos_k: Tensor) -> Tensor:
-    """As `eos_bridged`, but EOS sees A and itself only, as at inference where there is no B (ours)."""
+    """As `eos_bridged`, but EOS sees A and itself only, as at inference, without a B (ours)."""
     return (seg_q == seg_k) | ((seg_q == EOS) & (seg_k == A)) | (seg_k == EOS)
 
 
@@ -53,9 +55,9 @@ def mask_function(
 ) -> Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]:
     """Return FlexAttention's `mask_mod(b, h, q, k)`: may query q of row b attend to key k?
 
-    Nobody attends to padding. A padding query may attend to every real token: nobody reads its state, and a row
-    without any key would be NaN in eager attention. `sample_ids` (B, L) keeps the samples of a packed row apart.
-    Raises ValueError for an unknown layout.
+    Nobody attends to padding. A padding query may attend to every real token: nobody reads its
+    state, and a row without any key would be NaN in eager attention. `sample_ids` (B, L) keeps the
+    samples of a packed row apart. Raises ValueError for an unknown layout.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"unknown attention layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
@@ -76,9 +78,9 @@ def dense_mask(
 ) -> BoolTensor:
     """Evaluate the layout as a dense 4-D mask for SDPA (and, made additive, for eager attention).
 
-    segment_ids: (B, L) of PAD, A, EOS, B = 0, 1, 2, 3. sample_ids: (B, L), the sample of each token where rows hold
-    several (`packing.pack`). Returns (B, 1, L, L) bool, True = may attend.
-    Raises ValueError for an unknown layout, another shape, or a row of padding only.
+    segment_ids: (B, L) of PAD, A, EOS, B = 0, 1, 2, 3. sample_ids: (B, L), the sample of each token
+    where rows hold several (`packing.pack`). Returns (B, 1, L, L) bool, True = may attend. Raises
+    ValueError for an unknown layout, another shape, or a row of padding only.
     """
     may_attend = mask_function(layout, segment_ids, sample_ids)
     if segment_ids.ndim != 2:
@@ -93,7 +95,7 @@ def dense_mask(
 def block_mask(
     layout: str, segment_ids: LongTensor, sample_ids: LongTensor | None = None
 ) -> BlockMask:
-    """Give the layout as a FlexAttention `BlockMask` (B, 1, L, L), from the predicate of `dense_mask`."""
+    """Give the layout as FlexAttention's `BlockMask` (B, 1, L, L), from the same predicate."""
     batch, length = segment_ids.shape
     may_attend = mask_function(layout, segment_ids, sample_ids)
     device = str(segment_ids.device)
@@ -101,6 +103,6 @@ def block_mask(
 
 
 def make_additive(mask: BoolTensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, L, L) bool -> 0 where True, the lowest finite number of `dtype` where False (for eager attention)."""
+    """(B, 1, L, L) bool -> 0 where True, the lowest finite number where False (for eager)."""
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     return zeros.masked_fill(~mask, torch.finfo(dtype).min)

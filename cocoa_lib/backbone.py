@@ -1,9 +1,9 @@
 """Open a Qwen2-VL, Qwen2.5-VL or Qwen3-VL and give its attention the layout that is asked for.
 
 The models are transformers' own classes, unmodified. Three things are set from outside: whether the
-language model is causal, which mask a forward pass uses, and the 3-D rotary positions (computed here
-from the 2-D mask, because they cannot be derived from a 4-D one). A probe checks that the causal
-switch took before anything trains.
+language model is causal, which mask a forward pass uses, and the 3-D rotary positions (computed
+here from the 2-D mask, because they cannot be derived from a 4-D one). A probe checks that the
+causal switch took before anything trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def language_model(model: PreTrainedModel) -> nn.Module:
-    """The text decoder of a vision-language model: `.layers`, `.norm`, `.rotary_emb`, `.embed_tokens`."""
+    """The text decoder: `.layers`, `.norm`, `.rotary_emb`, `.embed_tokens`."""
     return model.model.language_model
 
 
@@ -51,9 +51,9 @@ def open_backbone(
 ) -> PreTrainedModel:
     """Open a local folder or hub name with the wanted attention, probed; comes back on the CPU.
 
-    attn_implementation: "sdpa", "eager", "flash_attention_2" or "flex_attention". Flex is set on the
-    language model only, since Qwen2-VL does not declare it; SDPA takes its place where it does not run.
-    safetensors only, never remote code. Raises RuntimeError if the probe fails.
+    attn_implementation: "sdpa", "eager", "flash_attention_2" or "flex_attention". Flex is set on
+    the language model only, since Qwen2-VL does not declare it; SDPA takes its place where it does
+    not run. safetensors only, never remote code. Raises RuntimeError if the probe fails.
     """
     flex, flash = attn_implementation == "flex_attention", attn_implementation.startswith("flash")
     model = AutoModelForImageTextToText.from_pretrained(
@@ -88,8 +88,8 @@ def _train_a_little(model: PreTrainedModel) -> None:
 def probe_attention(model: PreTrainedModel, bidirectional: bool) -> None:
     """Change the last token and look at the first one's state, without and with padding.
 
-    Raises RuntimeError when a bidirectional model does not notice, or a causal one does. llm2vec and
-    others have shipped models whose switch was silently off for some backend or a batch of one.
+    Raises RuntimeError when a bidirectional model does not notice, or a causal one does. llm2vec
+    and others have shipped models whose switch was silently off for some backend or a batch of one.
     """
     was_training = model.training
     model.eval()
@@ -104,10 +104,10 @@ def probe_attention(model: PreTrainedModel, bidirectional: bool) -> None:
         )
         if torch.equal(first, second) == bidirectional:
             wanted, got = ("bidirectional", "causal")[:: 1 if bidirectional else -1]
+            kernel = language_model(model).config._attn_implementation
             raise RuntimeError(
                 f"the attention switch did not take: {wanted} attention was asked for, but "
-                f"{type(model).__name__} with {language_model(model).config._attn_implementation!r} "
-                f"attends like a {got} model"
+                f"{type(model).__name__} with {kernel!r} attends like a {got} model"
             )
     model.train(was_training)
 
@@ -122,7 +122,10 @@ def _text_batch(input_ids: LongTensor, segment_ids: LongTensor) -> Batch:
 
 
 def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
-    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask; a packed batch has its own."""
+    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask.
+
+    A packed batch brings its own.
+    """
     if "position_ids" in batch:
         return batch["position_ids"]
     if not len(batch.get("image_grid_thw", ())):  # text alone: the tokens, counted
@@ -145,17 +148,18 @@ def layout_mask(model: PreTrainedModel, batch: Batch, layout: str) -> Any:
         return block_mask(layout, segments, samples)
     if implementation.startswith("flash_attention"):
         raise ValueError(
-            f"{implementation} cannot express the layout {layout!r}, or packed rows; use sdpa or flex_attention"
+            f"{implementation} cannot express the layout {layout!r}, or packed rows; use sdpa"
         )
     mask = dense_mask(layout, segments, samples)
     return make_additive(mask, model.dtype) if implementation == "eager" else mask
 
 
 def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = None) -> Tensor:
-    """One forward pass without logits: final, normed hidden states (B, L, H) under the given layout.
+    """One forward pass without logits: final, normed hidden states (B, L, H) under the given
+    layout.
 
-    `layout=None` is the model's own mode, which needs the 2-D mask alone. The language-model head is
-    left out: 152 k x L numbers a sample, which stage 3 and inference do not read.
+    `layout=None` is the model's own mode, which needs the 2-D mask alone. The language-model head
+    is left out: 152 k x L numbers a sample, which stage 3 and inference do not read.
     """
     text = language_model(model).config
     own = "bidirectional" if getattr(text, "is_causal", True) is False else "causal"
@@ -174,7 +178,8 @@ def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = Non
 
 
 def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:
-    """(B, L, H) -> (B, H), not normalised: the state at EOS (script) or the mean over tokens (MoCa).
+    """(B, L, H) -> (B, H), not normalised: the state at EOS (script) or the mean over tokens
+    (MoCa).
 
     The EOS position comes from segment_ids, so padding side and padding token play no part.
     Raises ValueError for another `pooling`.
@@ -191,15 +196,16 @@ def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:
 def set_mask_token(model: PreTrainedModel, inputs: Inputs, token: str) -> None:
     """Hide words behind `token`: one of the vocabulary, or a new special token.
 
-    A new one gets a new embedding where none is spare. The tokenizer keeps it, so the checkpoint does.
-    "" changes nothing. Source: MoCa adds `<|mask|>`. Raises InputError for a token with another part.
+    A new one gets a new embedding where none is spare. The tokenizer keeps it, so the checkpoint
+    does. "" changes nothing. Source: MoCa adds `<|mask|>`. Raises InputError for a token with
+    another part.
     """
     if not token:
         return
     tokenizer = inputs.tokenizer
     if token in (VISION_START, IMAGE_PAD, VISION_END, inputs.eos_token, tokenizer.pad_token):
         raise InputError(
-            f"mask_token {token!r} has a part of its own in every input; choose another, or leave it empty"
+            f"mask_token {token!r} has a part of its own in every input; choose another, or none"
         )
     tokenizer.add_special_tokens({"mask_token": token})  # adds what the vocabulary lacks
     rows = model.get_input_embeddings().num_embeddings

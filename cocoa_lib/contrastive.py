@@ -1,4 +1,4 @@
-"""Stage 3: InfoNCE on the embedding at EOS, with GradCache; copies of the positive are no negatives."""
+"""Stage 3: InfoNCE on the embedding at EOS, with GradCache and without copies of the positive."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ def info_nce(
     temperature: float,
     exclude: BoolTensor | None = None,
 ) -> Tensor:
-    """InfoNCE: -log softmax of the positive among all candidates, mean over queries. Scalar, float32.
+    """InfoNCE: -log softmax of the positive among all candidates, mean over queries. Scalar,
+    float32.
 
-    queries (Q, H), candidates (N, H), both normalised here; positive (Q,) = column of each query's own
-    candidate; exclude (Q, N) = candidates that are no negatives. Source: temperature 0.02 (script).
+    queries (Q, H), candidates (N, H), both normalised here; positive (Q,) = column of each query's
+    own candidate; exclude (Q, N) = candidates that are no negatives. Source: temperature 0.02
+    (script).
     """
     queries, candidates = (
         F.normalize(queries.float(), dim=-1),
@@ -49,14 +51,15 @@ def gather_rows(tensor: Tensor, with_grad: bool = False) -> Tensor:
 class CachedInfoNCE(CachedLossMixin, nn.Module):
     """InfoNCE over all devices with sentence-transformers' GradCache.
 
-    Columns: query, positive and, optionally, explicit negatives, as `pair_features` makes them. Each
-    may carry `key` (B,), one integer per distinct item. A candidate with the key of a query's positive,
-    or a positive of the same query in another row, is no negative. (The library's own loss leaves
-    duplicates to its batch sampler, which starves on tasks with a handful of labels.)
+    Columns: query, positive and, optionally, explicit negatives, as `pair_features` makes them.
+    Each may carry `key` (B,), one integer per distinct item. A candidate with the key of a query's
+    positive, or a positive of the same query in another row, is no negative. (The library's own
+    loss leaves duplicates to its batch sampler, which starves on tasks with a handful of labels.)
 
-    On one process a batch of at most `mini_batch_size` rows is embedded once, with its graph; loss and
-    gradients are the same. On several, DDP takes one forward pass a step where columns use other
-    parameters (texts, no vision tower), so GradCache stays. `chance` is the loss of a collapsed model.
+    On one process a batch of at most `mini_batch_size` rows is embedded once, with its graph; loss
+    and gradients are the same. On several, DDP takes one forward pass a step where columns use
+    other parameters (texts, no vision tower), so GradCache stays. `chance` is the loss of a
+    collapsed model.
     """
 
     def __init__(
@@ -115,20 +118,22 @@ def chance_loss(n_candidates: int, mine: LongTensor, exclude: BoolTensor | None)
 
 
 def pair_features(items: list[dict[str, Any]], inputs: Inputs, mini_batch_size: int, **_) -> Batch:
-    """One column of (anchor, positive, negative?) items -> its features, and the `key` of each item.
+    """One column of (anchor, positive, negative?) items -> its features, and the `key` of each
+    item.
 
-    A column that GradCache cuts into several chunks has its longest rows first, and their `order` (B,):
-    a text of 20 tokens is then not computed at the width of a picture of 600. Chunks stay equal in
-    rows, not in tokens: processes that share weights must do the same number of forward passes.
+    A column that GradCache cuts into several chunks has its longest rows first, and their `order`
+    (B,): a text of 20 tokens is then not computed at the width of a picture of 600. Chunks stay
+    equal in rows, not in tokens: processes that share weights must do the same number of forward
+    passes.
     """
     batch = inputs.collate(items)
     if len(items) > mini_batch_size:
         batch, order = sort_longest_first(batch)
         batch["order"] = order
-    return batch | {"key": torch.tensor([hash_item(item) for item in items])}
+    return batch | {"key": torch.tensor([make_key(item) for item in items])}
 
 
-def hash_item(item: dict[str, Any]) -> int:
+def make_key(item: dict[str, Any]) -> int:
     """A 63-bit hash of an item's text and image path: equal items, equal hashes."""
     content = f"{item.get('text') or ''}\0{item.get('image') or ''}"
     return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1

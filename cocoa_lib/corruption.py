@@ -8,7 +8,7 @@ it nor the workers, and a resumed run draws what the uninterrupted one would hav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,17 @@ from .attention import A, B
 from .inputs import Batch, Inputs
 from .items import PLACEHOLDER
 
-if TYPE_CHECKING:  # recipes imports the losses, and with them this file
-    from .recipes import Stage1Recipe, Stage2Recipe
-
 IGNORE = -100  # transformers' label of a position without loss
 TEXT_STREAM, PATCH_STREAM = 0, 1
+
+
+class Corruption(Protocol):
+    """What the recipes of stages 1 and 2 say about hiding; their sources are in `recipes`."""
+
+    text_mask_rate: float
+    patch_mask_rate: float
+    patch_fill: str  # noise, zero or learned
+    image_weight: float  # 0: no cell is hidden
 
 
 def maskable(batch: Batch, inputs: Inputs, segment: int) -> BoolTensor:
@@ -52,11 +58,9 @@ def mask_text(
     """Replace allowed tokens by the mask token with probability `rate`.
 
     input_ids, allowed: (B, L); draws: one integer a row. Returns (masked ids, labels), labels = the
-    original id where masked and -100 elsewhere. A row with any allowed token gets at least one masked
-    one. Source: 0.2 in stage 1, 0.7 in stage 2 (script). Raises ValueError for a rate outside [0, 1].
+    original id where masked and -100 elsewhere. A row with any allowed token gets at least one
+    masked one. Source: 0.2 in stage 1, 0.7 in stage 2 (script).
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"text mask rate must lie in [0, 1], got {rate}")
     labels = torch.full_like(input_ids, IGNORE)
     masked = input_ids.clone()
     for row, draw in enumerate(draws):
@@ -83,12 +87,10 @@ def mask_cells(
 ) -> BoolTensor:
     """Choose merged cells (merge_size x merge_size patches, one vision token), Bernoulli a cell.
 
-    Returns (cells,) bool over all images of the batch in order, True = hidden. An image has at least
-    one hidden cell when rate > 0. Source: mask unit and Bernoulli from MoCa; rate 0.5 (figure), 0.3
-    (script). Raises ValueError for a rate outside [0, 1].
+    Returns (cells,) bool over all images of the batch in order, True = hidden. An image has at
+    least one hidden cell when rate > 0. Source: mask unit and Bernoulli from MoCa; rate 0.5
+    (figure), 0.3 (script).
     """
-    if not 0.0 <= rate <= 1.0:
-        raise ValueError(f"patch mask rate must lie in [0, 1], got {rate}")
     cells = iter((image_grid_thw.prod(-1) // merge_size**2).tolist())
     hidden = [torch.zeros(0, dtype=torch.bool)]
     for draw, n_images in zip(draws, num_images_per_sample.tolist(), strict=True):
@@ -127,7 +129,7 @@ def stage1_item(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def stage1_batch(
-    rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage1Recipe, seed: int
+    rows: list[dict[str, Any]], inputs: Inputs, recipe: Corruption, seed: int
 ) -> Batch:
     """Image and caption, without EOS; text tokens and image cells hidden."""
     batch = inputs.collate([stage1_item(row) for row in rows], eos=False)
@@ -135,7 +137,7 @@ def stage1_batch(
 
 
 def stage2_batch(
-    rows: list[dict[str, Any]], inputs: Inputs, recipe: Stage2Recipe, seed: int
+    rows: list[dict[str, Any]], inputs: Inputs, recipe: Corruption, seed: int
 ) -> Batch:
     """A = image and query, EOS, B = the text to reconstruct, masked.
 
@@ -155,7 +157,7 @@ def _corrupt(
     batch: Batch,
     rows: list[dict[str, Any]],
     inputs: Inputs,
-    recipe: Stage1Recipe | Stage2Recipe,
+    recipe: Corruption,
     seed: int,
     segment: int,
 ) -> Batch:
@@ -188,10 +190,11 @@ def _corrupt(
 
 
 def mask_token_id(inputs: Inputs) -> int:
-    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), else `<|vision_pad|>`.
+    """The tokenizer's own mask token (`backbone.set_mask_token` gives it one), else
+    `<|vision_pad|>`.
 
-    Qwen's tokenizers have none, and no processor uses `<|vision_pad|>`: so the embedding table needs
-    no new row (ours).
+    Qwen's tokenizers have none, and no processor uses `<|vision_pad|>`: so the embedding table
+    needs no new row (ours).
     """
     if inputs.tokenizer.mask_token_id is not None:
         return inputs.tokenizer.mask_token_id

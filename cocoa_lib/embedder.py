@@ -1,8 +1,8 @@
 """What one takes away: any mix of text and picture -> one vector of length 1.
 
 `EosEmbedding` is a sentence-transformers input module (one forward pass, the state at EOS); stage 3
-trains it. `CocoaEmbedder` opens a checkpoint folder and encodes items; to search, hand its vectors to
-`sentence_transformers.util.semantic_search` or, for large corpora, to `semantic_search_faiss`.
+trains it. `CocoaEmbedder` opens a checkpoint folder and encodes items; to search, hand its vectors
+to `sentence_transformers.util.semantic_search` or, for large corpora, to `semantic_search_faiss`.
 
 sentence-transformers imports no module class from outside its own namespace unless told
 `trust_remote_code=True`, for local folders too. `sentence_transformer(folder)` hands it the module
@@ -24,24 +24,16 @@ import torch.nn.functional as F
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util.file_io import load_dir_path
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .backbone import hidden_states, language_model, open_backbone, pool
 from .inputs import Batch, Inputs
 from .items import InputError
-from .store.checkpoint import (
-    META,
-    CheckpointError,
-    load_inputs,
-    read_meta,
-    read_note,
-    save_checkpoint,
-)
+from .store.checkpoint import META, CheckpointError, load_inputs, read_meta, save_checkpoint
 
 
 class EosEmbedding(InputModule):
-    """Batch -> `sentence_embedding` (B, H): final state at EOS under the model's own attention, length 1."""
+    """Batch -> `sentence_embedding` (B, H): the final state at EOS, of length 1."""
 
     config_keys = ["pooling"]  # what `print` shows
 
@@ -89,7 +81,8 @@ class EosEmbedding(InputModule):
         return self.model.config.text_config.hidden_size
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint beside what `SentenceTransformer.save_pretrained` has put into this folder.
+        """Write a checkpoint beside what `SentenceTransformer.save_pretrained` has put into this
+        folder.
 
         Raises CheckpointError where the folder holds a checkpoint already.
         """
@@ -110,32 +103,25 @@ class EosEmbedding(InputModule):
         cls,
         model_name_or_path: str,
         *,
-        subfolder: str = "",
-        token: bool | str | None = None,
-        cache_folder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         config_kwargs: dict[str, Any] | None = None,
-        **_: Any,
+        **where: Any,
     ) -> EosEmbedding:
-        """As sentence-transformers asks; `model_kwargs`: `load_module`'s settings.
+        """Open a folder or hub name for sentence-transformers; `model_kwargs`: `load_module`'s
+        settings.
 
-        Raises ValueError for other settings: a checkpoint keeps the processor and config of its training.
+        Raises ValueError for other settings: a checkpoint keeps the processor and config of its
+        training.
         """
         if unread := [*(processor_kwargs or ()), *(config_kwargs or ())]:
             raise ValueError(
-                f"{', '.join(unread)}: not a setting of this model; model_kwargs takes dtype, attn_implementation"
+                f"{', '.join(unread)}: not a setting of this model; model_kwargs takes dtype and "
+                "attn_implementation"
             )
-        folder = load_dir_path(
-            model_name_or_path,
-            subfolder,
-            token=token,
-            cache_folder=cache_folder,
-            revision=revision,
-            local_files_only=local_files_only,
-        )
+        names = ("subfolder", "token", "cache_folder", "revision", "local_files_only")
+        where = {name: where[name] for name in names if name in where}
+        folder = load_dir_path(model_name_or_path, **where)
         return load_module(folder or model_name_or_path, **(model_kwargs or {}))
 
 
@@ -168,18 +154,17 @@ def sentence_transformer(
 ) -> SentenceTransformer:
     """Open a checkpoint folder as a sentence-transformers model; `settings`: `load_module`'s.
 
-    Prompts and what else sentence-transformers keeps beside the modules come along. Raises ValueError
-    where the folder holds modules after ours.
+    Prompts and what else sentence-transformers keeps beside the modules come along. Raises
+    ValueError where the folder holds modules after ours.
     """
-    listed, kept = (
-        Path(folder) / name for name in ("modules.json", "config_sentence_transformers.json")
-    )
+    listed, kept = Path(folder) / "modules.json", Path(folder) / "config_sentence_transformers.json"
     if listed.is_file() and len(found := json.loads(listed.read_text(encoding="utf-8"))) > 1:
         names = ", ".join(str(module.get("type")) for module in found)
         raise ValueError(
-            f"{folder}: several modules ({names}); open it by SentenceTransformer(..., trust_remote_code=True)"
+            f"{folder}: several modules ({names}); open it by SentenceTransformer(..., "
+            "trust_remote_code=True)"
         )
-    saved = read_note(kept) if kept.is_file() else {}
+    saved = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     names = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
     saved = {name: saved[name] for name in names if name in saved}
     return SentenceTransformer(modules=[load_module(folder, **settings)], device=device, **saved)
@@ -188,8 +173,8 @@ def sentence_transformer(
 def mteb_model(folder: str | Path, **settings: Any) -> Any:
     """A checkpoint folder as `mteb.evaluate` takes it. Needs the extra `mteb`.
 
-    mteb's own wrapper, told that the model sees pictures too; named and versioned by the checkpoint,
-    since mteb stores results under these.
+    mteb's own wrapper, told that the model sees pictures too; named and versioned by the
+    checkpoint, since mteb stores results under these.
     """
     from mteb.models import SentenceTransformerEncoderWrapper
 
@@ -223,7 +208,8 @@ class CocoaEmbedder:
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
     ) -> CocoaEmbedder:
-        """Open a checkpoint folder on `device` (default: a GPU if there is one). dtype: of the weights.
+        """Open a checkpoint folder on `device` (default: a GPU if there is one). dtype: of the
+        weights.
 
         Raises CheckpointError for a folder with a missing, damaged or altered file.
         """
@@ -249,16 +235,16 @@ class CocoaEmbedder:
     ) -> np.ndarray:
         """Items, or one alone -> (N, H) float32 in the order given, or (H,); vectors of length 1.
 
-        An item is a dict {text, image}, a string (always text) or a picture (a PIL image or a `Path`).
-        sentence-transformers' `encode` batches them by length. `truncate_dim` keeps the first dimensions
-        and normalises again; `precision`: its int8, uint8, binary or ubinary. Raises InputError naming
-        the item that cannot be used, with its place as `error.item`.
+        An item is a dict {text, image}, a string (always text) or a picture (a PIL image or a
+        `Path`). sentence-transformers' `encode` batches them by length. `truncate_dim` keeps the
+        first dimensions and normalises again; `precision`: its int8, uint8, binary or ubinary.
+        Raises InputError naming the item that cannot be used, with its place as `error.item`.
         """
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
-        items = [items] if single else list(items)
+        given = [as_item(item) for item in ([items] if single else items)]
         try:
             vectors = self.model.encode(
-                items,
+                [{"text": "", "image": None} | item for item in given],  # one kind for all
                 batch_size=batch_size,
                 show_progress_bar=show_progress,
                 truncate_dim=truncate_dim,
@@ -266,11 +252,11 @@ class CocoaEmbedder:
                 precision=precision,
             )
         except InputError:
-            self._name_bad_item(items)
+            self._name_bad_item(given)
             raise
         return vectors[0] if single else vectors
 
-    def _name_bad_item(self, items: list[Any]) -> None:
+    def _name_bad_item(self, items: list[dict[str, Any]]) -> None:
         """Raise InputError for the first item that fails alone: a batch knows its own rows only."""
         for i, item in enumerate(items):
             try:

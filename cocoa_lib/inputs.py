@@ -9,9 +9,9 @@ plain dict of tensors:
 
 `pixel_values` and `image_grid_thw` are there only with images. The prompt is that of CoCoA's stages
 1 and 2 and of MoCa, `<|vision_start|><|image_pad|>...<|vision_end|>text`. EOS stands exactly once:
-last of an input, in stage 2 between A and B (stage 1 has none). Ids are assembled piece by piece, so
-what a user types never becomes a control token. Images always go through the PIL processor, with or
-without torchvision: training and evaluation see the same pixels everywhere.
+last of an input, in stage 2 between A and B (stage 1 has none). Ids are assembled piece by piece,
+so what a user types never becomes a control token. Images always go through the PIL processor, with
+or without torchvision: training and evaluation see the same pixels everywhere.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Inputs:
         known = self.tokenizer.get_vocab()  # Qwen2's unknown token is <|endoftext|>, maybe EOS
         if lost := [token for token in wanted if token not in known]:
             raise InputError(
-                f"the tokenizer lacks {', '.join(lost)}; take a Qwen2-VL tokenizer or another eos_token"
+                f"the tokenizer lacks {', '.join(lost)}; take Qwen2-VL's, or another eos_token"
             )
         self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = (
             known[token] for token in wanted
@@ -92,7 +92,7 @@ class Inputs:
             self.kept.clear()
 
     def keep_images(self, n_bytes: int) -> None:
-        """Keep processed picture files in memory, up to `n_bytes`: each is read once, not every epoch."""
+        """Keep processed picture files in memory, up to `n_bytes`: each is then read only once."""
         self.kept: dict[str, tuple[Tensor, Tensor]] = {}
         self.room = n_bytes
 
@@ -118,12 +118,6 @@ class Inputs:
         """Plain text -> ids; control tokens typed by a user stay text."""
         if not text:
             return []
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
-            raise InputError(
-                f"the text is not valid Unicode ({error.reason}, place {error.start})"
-            ) from None
         ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return ids["input_ids"]
 
@@ -202,7 +196,7 @@ class Inputs:
     def _join(
         self, ids_a: list[int], ids_b: list[int] | None = None, *, eos: bool
     ) -> tuple[list[int], list[int]]:
-        """Join A, EOS, B into (ids, segments), text cut to max_length: the longer side gives way."""
+        """Join A, EOS, B into (ids, segments), text cut to max_length, the longer side first."""
         middle = [self.eos_id] if eos or ids_b is not None else []
         ids_b = ids_b or []
         over = len(ids_a) + len(middle) + len(ids_b) - self.max_length

@@ -1,4 +1,4 @@
-"""Faster attention where the machine has it: compiled layers, FlexAttention, all pictures in one call."""
+"""Faster attention where the machine has it: compiled layers, FlexAttention, pictures at once."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def picture_attention(
     query, key, value (1, heads, N, d), pictures one behind the other, from cu_seq_lens_q[i] to
     cu_seq_lens_q[i + 1], max_length_q the longest -> (1, N, heads, d). An attention function of
     transformers (ours), without dropout, as these towers have none. Transformers' SDPA path takes a
-    call for each picture and layer; on a GPU, starting them takes longer than they do. Float32 and a
-    CPU have no kernel for different lengths: there each picture is a call of its own.
+    call for each picture and layer; on a GPU, starting them takes longer than they do. Float32 and
+    a CPU have no kernel for different lengths: there each picture is a call of its own.
     """
     n, length = len(cu_seq_lens_q) - 1, query.shape[2]
     if length == n * max_length_q:  # all of one length: a batch
@@ -62,14 +62,16 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compile the language model's layers in place, one program for all; weights keep their names.
 
     Gradient checkpointing, GradCache and adapters go on as before. The vision tower's layers are
-    compiled too where it attends to all pictures at once (`use_picture_kernel`). Needs a C++ compiler
-    on a CPU, Triton on a GPU. From torch 2.13 on peft's DoRA stops the compiler, which is warned of.
+    compiled too where it attends to all pictures at once (`use_picture_kernel`). Needs a C++
+    compiler on a CPU, Triton on a GPU. From torch 2.13 on peft's DoRA stops the compiler, which is
+    warned of.
     """
     adapters = (getattr(module, "use_dora", None) for module in model.modules())
     dora = any(used and any(used.values()) for used in adapters)
     if dora and torch.__version__ >= "2.13":
         logger.warning(
-            "torch_compile gains little or nothing with DoRA, whose code in peft stops the compiler; set dora: false"
+            "torch_compile gains little or nothing with DoRA, whose code in peft stops the "
+            "compiler; set dora: false"
         )
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
@@ -101,7 +103,7 @@ def use_flex(text: nn.Module, trial: Callable[[], None]) -> None:
 
 
 def use_picture_kernel(visual: nn.Module) -> None:
-    """Let a vision tower on a GPU attend to all pictures at once; a warning where that does not work."""
+    """Let a vision tower on a GPU attend to all pictures at once, or warn why it does not."""
     tower = visual.config  # Qwen2-VL's `hidden_size` is the text's, so its `embed_dim` comes first
     width = getattr(tower, "embed_dim", tower.hidden_size) // tower.num_heads
     if (fault := find_picture_fault(width)) is None:
@@ -113,7 +115,8 @@ def use_picture_kernel(visual: nn.Module) -> None:
 
 
 def find_picture_fault(width: int, device: str = "cuda") -> str | None:
-    """Why `device` cannot attend to pictures of different sizes at once, with heads of `width`, or None.
+    """Why `device` cannot attend to pictures of different sizes at once, with heads of `width`, or
+    None.
 
     Compares a small forward and backward pass in bf16 with float32, which takes them singly.
     """

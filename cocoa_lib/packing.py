@@ -1,8 +1,8 @@
 """Compute fewer padding tokens: several samples in one row, or rows of similar length together.
 
 Packing needs attention that keeps samples apart, which the masks of every layout do (`sample_ids`).
-Each sample keeps the 3-D positions it has alone, so loss and gradients are those of the padded batch
-(ours; the idea is sequence packing as of Krell et al., 2021, arXiv 2107.02027).
+Each sample keeps the 3-D positions it has alone, so loss and gradients are those of the padded
+batch (ours; the idea is sequence packing as of Krell et al., 2021, arXiv 2107.02027).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ NO_SAMPLE = -1  # `sample_ids` of padding
 def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     """Put the samples of a padded batch (B, L) into fewer rows (R, L'), L' <= L.
 
-    position_ids: (3, B, L). Adds `position_ids` (3, R, L') and `sample_ids` (R, L'), the sample that
-    a token belongs to. Pictures come in the order of their samples.
+    position_ids: (3, B, L). Adds `position_ids` (3, R, L') and `sample_ids` (R, L'), the sample
+    that a token belongs to. Pictures come in the order of their samples.
     """
     real = batch["attention_mask"].bool()
     rows = _first_fit(real.sum(1).tolist())
@@ -66,7 +66,7 @@ def _first_fit(lengths: list[int]) -> list[list[int]]:
 
 
 def _take_pictures(batch: Batch, order: list[int]) -> Batch:
-    """What belongs to these samples' pictures, in their order: the model hands pixels out by row."""
+    """What belongs to these samples' pictures, in their order, as the model hands them out."""
     if "pixel_values" not in batch:
         return {}
     grids = batch["image_grid_thw"]

@@ -42,27 +42,23 @@ Temperature = Annotated[float, Field(ge=0.001)]  # it divides
 Layout = Literal[tuple(LAYOUTS)]
 Objective = Literal[tuple(TEXT_LOSSES)]
 Fill = Literal["noise", "zero", "learned"]
+# Those of transformers that need no numbers of their own.
+SCHEDULES = (
+    "linear cosine cosine_with_restarts polynomial constant constant_with_warmup inverse_sqrt"
+)
+Schedule = Literal[tuple(SCHEDULES.split())]
 
-recipe = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-@recipe
+@dataclass(frozen=True, config=CONFIG)
 class Recipe:
     """What all stages share. `batch_size` is global: all devices together."""
 
     steps: Count = 3000  # optimiser steps (script: 3000 in stage 1)
     batch_size: Count = 128  # script: 16 x 8 GPUs in stage 1
     learning_rate: Weight = 2e-5  # script
-    # script; those of transformers that need no numbers of their own
-    schedule: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-    ] = "linear"
+    schedule: Schedule = "linear"  # script
     warmup_steps: CountOrOff = 100  # script
     max_grad_norm: Weight = 1.0  # transformers' default; MoCa clips at 5
     weight_decay: Weight = 0.0  # not set in the scripts
@@ -84,18 +80,18 @@ class Recipe:
     report_to: str | list[str] = "none"  # transformers' trackers: "tensorboard", "wandb", ...
 
     def image_limit(self, max_length: int) -> int:
-        """Most tokens of one picture in inputs of `max_length`: `image_tokens`, and half the input."""
+        """Most tokens of one picture: `image_tokens`, and half of inputs of `max_length`."""
         return max(1, min(self.image_tokens, max_length // 2))
 
 
-@recipe
+@dataclass(frozen=True, config=CONFIG)
 class CausalRecipe(Recipe):
-    """Next-token prediction of captions and answers: only for the small backbone of this project."""
+    """Next-token prediction of captions and answers, for the small backbone of this project."""
 
     layout: Literal["causal"] = "causal"
 
 
-@recipe
+@dataclass(frozen=True, config=CONFIG)
 class Stage1Recipe(Recipe):
     """Bidirectional warm-up by joint reconstruction."""
 
@@ -104,7 +100,7 @@ class Stage1Recipe(Recipe):
     image_weight: Weight = 0.5  # script; MoCa 0.1
     text_weight: Weight = 1.0  # 0: patches only, an ablation (ours)
     objective: Objective = "mntp"  # figure: shifted; MoCa: "mlm"
-    # "": the tokenizer's own, or an unused one; else one of the vocabulary, or added (MoCa: <|mask|>).
+    # "": the tokenizer's own, or an unused one; else of the vocabulary, or added (MoCa: <|mask|>).
     mask_token: str = ""
     patch_fill: Fill = "noise"  # MoCa: one Gaussian vector
     norm_pix_loss: bool = False  # off in MoCa; He et al. offer it
@@ -112,7 +108,7 @@ class Stage1Recipe(Recipe):
     decoder_layers: CountOrOff = 1  # MoCa; 0: linear map only
 
 
-@recipe
+@dataclass(frozen=True, config=CONFIG)
 class Stage2Recipe(Recipe):
     """EOS-bridged reconstruction by attention truncation."""
 
@@ -135,7 +131,7 @@ class Stage2Recipe(Recipe):
         return max(1, min(limit, 3 * max_length // 8)) if self.image_weight > 0 else limit
 
 
-@recipe
+@dataclass(frozen=True, config=CONFIG)
 class Stage3Recipe(Recipe):
     """Contrastive learning on the compressed embedding."""
 
@@ -169,8 +165,8 @@ _short.maxlevel = 2
 def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     """Make a stage's recipe from a dict (a profile's section); stage 1 also takes a `preset`.
 
-    Raises RecipeError for an unknown stage, preset or name, and for a value of the wrong type or out
-    of range, saying what is known or allowed.
+    Raises RecipeError for an unknown stage, preset or name, and for a value of the wrong type or
+    out of range, saying what is known or allowed.
     """
     if stage not in RECIPES:
         raise unknown_name(stage, list(RECIPES), "stage")

@@ -1,7 +1,7 @@
 """Stages 1 and 2: hide words and picture cells, restore them from one forward pass.
 
-Both stages are the module `Reconstruction`. They differ in the attention layout, in the segment that
-is masked, and in the weights of the two losses. To add a text loss, write it and put it into
+Both stages are the module `Reconstruction`. They differ in the attention layout, in the segment
+that is masked, and in the weights of the two losses. To add a text loss, write it and put it into
 TEXT_LOSSES: recipes then know it as an `objective`.
 """
 
@@ -21,15 +21,14 @@ from .contrastive import gather_rows
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
 from .packing import pack
-from .store.checkpoint import DECODER
 
 
 def mntp_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
     """Masked next-token prediction: the token masked at i is predicted from the state at i - 1.
 
-    hidden (B, L, H), labels (B, L) with -100 where not masked -> scalar, float32. With every text token
-    labelled and causal attention this is plain next-token prediction. Source: overview figure, stage 1.
-    Raises ValueError if nothing is masked.
+    hidden (B, L, H), labels (B, L) with -100 where not masked -> scalar, float32. With every text
+    token labelled and causal attention this is plain next-token prediction. Source: overview
+    figure, stage 1. Raises ValueError if nothing is masked.
     """
     return _cross_entropy_at(hidden[:, :-1], lm_head, labels[:, 1:])
 
@@ -43,11 +42,12 @@ def mlm_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
     return _cross_entropy_at(hidden, lm_head, labels)
 
 
+DECODER = "image_decoder.safetensors"  # its file in a checkpoint folder
 TEXT_LOSSES = {"mntp": mntp_loss, "mlm": mlm_loss}
 
 
 def _cross_entropy_at(states: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:
-    """states (B, L, H), labels (B, L), aligned -> mean cross-entropy; the head sees labelled places only."""
+    """Mean cross-entropy of aligned states and labels; the head sees labelled places only."""
     chosen = labels != IGNORE  # (B, L)
     if not chosen.any():
         raise ValueError("nothing is masked in this batch: there is nothing to predict")
@@ -55,7 +55,8 @@ def _cross_entropy_at(states: Tensor, lm_head: nn.Module, labels: LongTensor) ->
 
 
 def patch_targets(pixel_values: Tensor, merge_size: int, norm_pix_loss: bool) -> Tensor:
-    """(patches, D) -> (cells, merge_size**2 * D), float32: the processor's normalised pixels (MoCa).
+    """(patches, D) -> (cells, merge_size**2 * D), float32: the processor's normalised pixels
+    (MoCa).
 
     With `norm_pix_loss` (He et al.'s, an option) each patch has mean 0 and variance 1.
     """
@@ -67,7 +68,7 @@ def patch_targets(pixel_values: Tensor, merge_size: int, norm_pix_loss: bool) ->
 
 
 def patch_loss(predicted: Tensor, target: Tensor, hidden: BoolTensor) -> Tensor:
-    """Mean squared error over hidden cells only. predicted, target: (cells, N); hidden: (cells,)."""
+    """Mean squared error of hidden cells. predicted, target: (cells, N); hidden: (cells,)."""
     if not hidden.any():
         return predicted.sum() * 0.0
     return F.mse_loss(predicted[hidden].float(), target[hidden])
@@ -76,8 +77,8 @@ def patch_loss(predicted: Tensor, target: Tensor, hidden: BoolTensor) -> Tensor:
 class PatchDecoder(nn.Module):
     """One layer of the backbone's own kind over the whole sequence, then a linear map to pixels.
 
-    Source: MoCa (a copy of the backbone's middle layer, projection N(0, 0.02)). `layers=0` leaves the
-    linear map only. `fill` (D,) is what stands in hidden patches, where that is learned.
+    Source: MoCa (a copy of the backbone's middle layer, projection N(0, 0.02)). `layers=0` leaves
+    the linear map only. `fill` (D,) is what stands in hidden patches, where that is learned.
     """
 
     def __init__(self, model: PreTrainedModel, layers: int = 1, learned_fill: bool = False) -> None:
@@ -94,7 +95,7 @@ class PatchDecoder(nn.Module):
         self.fill = nn.Parameter(torch.zeros(patch_numbers)) if learned_fill else None
 
     def forward(self, hidden: Tensor, model: PreTrainedModel, batch: Batch, layout: str) -> Tensor:
-        """hidden (B, L, H) -> pixels of every vision token, in batch order (cells, merge_size**2 * D)."""
+        """hidden (B, L, H) -> pixels of every vision token in order (cells, merge_size**2 * D)."""
         text = language_model(model)
         # Flash-attention takes the 2-D mask, and no layout but the model's own.
         flash = text.config._attn_implementation.startswith("flash")
@@ -106,7 +107,7 @@ class PatchDecoder(nn.Module):
 
 
 def load_decoder(folder: str | Path, model: PreTrainedModel) -> PatchDecoder:
-    """Open the image decoder that stage 1 left in its checkpoint folder. Raises FileNotFoundError."""
+    """Open the image decoder that stage 1 left in its folder. Raises FileNotFoundError."""
     path = Path(folder) / DECODER
     if not path.is_file():
         raise FileNotFoundError(
@@ -122,10 +123,10 @@ def load_decoder(folder: str | Path, model: PreTrainedModel) -> PatchDecoder:
 class Reconstruction(nn.Module):
     """Restore hidden text (and cells) from one forward pass under a layout.
 
-    The batch is that of `corruption`: masked `input_ids`, `labels` (B, L) and, where cells are hidden,
-    `hidden_cells` (cells,) and `patch_fill` (D,). `packing` puts several samples into a row, with the
-    same loss. forward returns `loss`, `text_loss` and `image_loss`: scalars, float32, means over masked
-    positions and hidden cells.
+    The batch is that of `corruption`: masked `input_ids`, `labels` (B, L) and, where cells are
+    hidden, `hidden_cells` (cells,) and `patch_fill` (D,). `packing` puts several samples into a
+    row, with the same loss. forward returns `loss`, `text_loss` and `image_loss`: scalars, float32,
+    means over masked positions and hidden cells.
     """
 
     def __init__(
@@ -197,8 +198,8 @@ class Reconstruction(nn.Module):
 def share_of_mean(counts: Tensor) -> Tensor:
     """Factors that make the mean over processes of weighted means the mean over all places.
 
-    counts (n,): places this process averages over -> (n,); ones where there is one process. So losses
-    and gradients of DDP are those of one process with the whole batch.
+    counts (n,): places this process averages over -> (n,); ones where there is one process. So
+    losses and gradients of DDP are those of one process with the whole batch.
     """
     mean = gather_rows(counts[None].float()).mean(0)
     return torch.where(mean > 0, counts / mean.clamp(min=1e-9), 1.0)

@@ -11,15 +11,14 @@ import torch
 from ..data.tables import fingerprint
 from ..embedder import CocoaEmbedder
 from ..evaluate.probe import probe
+from ..evaluate.results import read_ranks, write_ranks
 from ..evaluate.score import evaluate
 from ..store.checkpoint import CheckpointError, provenance, read_meta, read_note
-from ..store.files import write_json, write_whole
+from ..store.files import write_whole
 from .sharding import join_processes
 
 if TYPE_CHECKING:
     from .run import Run
-
-COLUMNS = ("arm", "seed", "task", "query", "rank", "n_candidates", "ties")
 
 
 def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
@@ -37,21 +36,18 @@ def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
             raise CheckpointError(
                 f"{out}: ranks of another run (different: {', '.join(differs)}); delete the folder to rank again"
             )
-        return pd.read_parquet(out / "ranks.parquet")
+        return read_ranks(out)
     state = join_processes()
     dtype = getattr(torch, settings.pop("dtype"))
-    _, ranks = evaluate(
+    ranks = evaluate(
         CocoaEmbedder.load(model, dtype=dtype), str(run.data), tasks=run.tasks, cache_dir=out / "embeddings",
         show_progress=show_progress and state.is_main_process, process_index=state.process_index,
         num_processes=state.num_processes, wait=state.wait_for_everyone, **settings,
     )  # fmt: skip
-    ranks = ranks.assign(arm=run.arm, seed=run.seed).reindex(columns=list(COLUMNS))
     if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / "ranks.parquet", lambda aside: ranks.to_parquet(aside, index=False))
-        write_json(out / "run.json", facts)
+        write_ranks(out, ranks, facts)
     state.wait_for_everyone()
-    return ranks
+    return read_ranks(out)
 
 
 def probe_run(run: Run) -> pd.DataFrame:

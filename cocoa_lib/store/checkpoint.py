@@ -20,10 +20,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..inputs import Inputs
+from ..reconstruction import DECODER
 from .files import file_hash, files_hash, read_json, sync, write_json, write_whole
 
 META = "cocoa.json"
-DECODER = "image_decoder.safetensors"
 CARD = "README.md"
 # What is read back from `cocoa.json`: every checkpoint has the first three, the others where they say something.
 REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
