@@ -13,10 +13,9 @@ from cocoa_lib.attention import (
     PAD,
     A,
     B,
-    additive,
     block_mask,
     dense_mask,
-    layout_predicate,
+    make_additive,
 )
 from cocoa_lib.backbone import hidden_states, open_backbone, probe_attention, set_bidirectional
 from cocoa_lib.inputs import Inputs
@@ -102,7 +101,7 @@ def test_errors_name_what_is_wrong():
 
 
 def test_additive_has_no_infinity():
-    mask = additive(dense_mask("eos_bridged", segments(2, 2, pad_left=2)), torch.bfloat16)
+    mask = make_additive(dense_mask("eos_bridged", segments(2, 2, pad_left=2)), torch.bfloat16)
     assert torch.isfinite(mask).all() and (mask.softmax(-1).isnan().sum() == 0)
 
 
@@ -242,9 +241,3 @@ def test_probe_refuses_a_switch_that_did_not_take(opened):
         probe_attention(model, bidirectional=True)
     set_bidirectional(model, True)
     probe_attention(model, bidirectional=True)
-
-
-def test_predicates_are_named_after_their_layout():
-    for name, rule in LAYOUTS.items():
-        assert rule.__name__ == name
-    assert layout_predicate("causal") is not None

@@ -21,14 +21,12 @@ from PIL import Image
 from test_corpus import write
 from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
-from cocoa_lib.corruption import stage1_batch, stage2_batch
+from cocoa_lib.corruption import stage2_batch
 from cocoa_lib.data import corpus, pairs
-from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.evaluate.score import write_results
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
-from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.run.stage import train_backbone
 from cocoa_lib.run.trainers import ReconstructionTrainer
 from cocoa_lib.store import checkpoint
@@ -126,28 +124,9 @@ def test_a_tokenizer_is_of_its_data(tmp_path, monkeypatch):
     assert found == [1, 1]
 
 
-def test_the_first_token_is_not_hidden_on_either_side(small):
-    model, inputs = small
-    rows = [{"text": "", "image": None, "target": t, "draw": i} for i, t in enumerate(["red", "a large red circle"])]
-    recipe, losses = make_recipe("stage1", {"text_mask_rate": 1.0, "image_weight": 0.0}), []
-    for side in ("right", "left"):
-        batch = stage1_batch(rows, replace(inputs, padding_side=side), recipe, 0)
-        module = Reconstruction(model, layout="bidirectional").eval()
-        losses.append(float(module(**batch)["text_loss"]))
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
 @pytest.mark.parametrize(
     "image", [np.zeros((8, 8, 3), np.uint8), float("nan"), {"bytes": b"", "path": None}, [None], 5]
 )
-def test_what_is_no_picture_is_named_and_skipped(small, image):
-    embedder = CocoaEmbedder(EosEmbedding(*small))
-    some = ["a", {"text": "b", "image": image}]
-    with pytest.raises(InputError, match="item 1: image: expected a path or a PIL image, found"):
-        embedder.encode(some)
-    assert np.isnan(embedder.encode(some, on_bad_item="skip")).all(1).tolist() == [False, True]
-
-
 def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
