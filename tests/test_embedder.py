@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from sentence_transformers.util import semantic_search
@@ -17,9 +16,8 @@ from sentence_transformers.util.quantization import quantize_embeddings
 
 from cocoa_lib import embedder as library
 from cocoa_lib.backbone import set_bidirectional
-from cocoa_lib.data.tables import Task
 from cocoa_lib.embedder import CocoaEmbedder, mteb_model, sentence_transformer
-from cocoa_lib.evaluate.score import evaluate, rank
+from cocoa_lib.evaluate.score import rank
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.store.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
@@ -132,13 +130,6 @@ def test_the_fingerprint_tells_apart_what_gives_other_vectors(small, embedder, t
     assert CocoaEmbedder.load(tmp_path / "one").fingerprint == seen[0]
 
 
-def test_a_megabyte_of_text_is_cut_and_embedded(embedder):
-    small, large = "a cat and a dog, " * 1000, "a cat and a dog, " * 62_000
-    assert len(large) > 1_000_000
-    assert np.allclose(embedder.encode(large), embedder.encode(small), atol=1e-6), "both are cut to the same beginning"
-    assert not np.allclose(embedder.encode(large), embedder.encode("a cat"), atol=1e-3)
-
-
 def test_an_altered_or_incomplete_checkpoint_is_refused(folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -174,28 +165,6 @@ def test_a_missing_or_torn_file_of_a_checkpoint_is_named(folder, tmp_path, name)
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=f"{re.escape(str(copy))}: no {re.escape(name)}"):
         CocoaEmbedder.load(copy)
-
-
-@pytest.mark.parametrize("column", ["qry_img_path", "tgt_img_path"])
-def test_a_damaged_picture_of_a_benchmark_names_its_row(embedder, picture, tmp_path, column):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nthen nothing")
-    picture(16, 16, 0).save(tmp_path / "images" / "whole.png")
-    rows = [
-        {
-            "qry_text": f"query {i}",
-            "qry_img_path": "whole.png",
-            "tgt_text": ["a", "b"],
-            "tgt_img_path": ["", "whole.png"],
-        }
-        for i in range(9)
-    ]
-    rows[6][column] = "torn.png" if column == "qry_img_path" else ["", "torn.png"]
-    (tmp_path / "WebQA").mkdir()
-    pd.DataFrame(rows).to_parquet(tmp_path / "WebQA" / "test-00000-of-00001.parquet")
-    task = Task("WebQA", "retrieval", True, 2)
-    with pytest.raises(InputError, match=rf"WebQA, row 6, column {column}: .*torn\.png"):
-        evaluate(embedder, str(tmp_path), tasks=(task,), show_progress=False)
 
 
 def test_the_model_card_says_how_it_was_made_and_takes_scores(folder, tmp_path):
