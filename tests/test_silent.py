@@ -23,7 +23,6 @@ from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
 from cocoa_lib.corruption import stage2_batch
 from cocoa_lib.data import corpus, pairs
-from cocoa_lib.evaluate.score import write_results
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
@@ -60,30 +59,6 @@ def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
     (folder / "cocoa.json").unlink()
     out = go(home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder)
     assert checkpoint.read_meta(out)["max_length"] == 8192
-
-
-def test_no_old_scores_beside_new_ranks(tmp_path, monkeypatch):
-    def results(value):
-        return pd.DataFrame(
-            [
-                {
-                    "task": "Digits",
-                    "meta_task": "classification",
-                    "in_distribution": True,
-                    "n_candidates": 10,
-                    "metric": "p@1",
-                    "value": value,
-                    "evaluator": "e",
-                }
-            ]
-        )
-
-    ranks = pd.DataFrame({"task": ["Digits"] * 4, "query": range(4), "rank": 2, "n_candidates": 10})
-    write_results(results(0.0), ranks, tmp_path, {})
-    monkeypatch.setattr("cocoa_lib.evaluate.score.average_intervals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_results(results(100.0), ranks.assign(rank=1), tmp_path, {})
-    assert not (tmp_path / "results.csv").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
