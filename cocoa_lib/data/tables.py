@@ -237,7 +237,7 @@ def list_items(
     missing = []
     for i, (text, rel) in enumerate(named):
         try:
-            path = resolve_below(image_root, rel) if rel else None
+            path = resolve_image(image_root, rel) if rel else None
         except ValueError as error:
             raise ValueError(f"{found.place(i)}: {error}") from None
         found.items.append({"text": text, "image": path})
@@ -252,18 +252,18 @@ def list_items(
     return found
 
 
-def resolve_below(image_root: Path, rel: str) -> Path:
-    """Resolve a row's image path; whether the file is there shows when it is read.
+def resolve_below(folder: Path, rel: str) -> Path:
+    """Resolve a path below a folder; whether a file is there shows when it is read.
 
     Raises ValueError for a path that is absolute, has `..` or leaves the folder through a link.
     """
     plain = PureWindowsPath(rel)  # knows both separators and drive letters
     if plain.anchor or ".." in plain.parts or "\0" in rel:
-        raise ValueError(f"image path {rel!r} is not a plain path below {image_root}")
-    path = Path(image_root) / rel.removeprefix("images/")
+        raise ValueError(f"path {rel!r} is not a plain path below {folder}")
+    path = Path(folder) / rel
     real = os.path.realpath(path) if path.is_symlink() else _resolve_folder(path.parent)
-    if not Path(real).is_relative_to(_resolve_folder(Path(image_root))):
-        raise ValueError(f"image path {rel!r} is a link that leaves {image_root}")
+    if not Path(real).is_relative_to(_resolve_folder(Path(folder))):
+        raise ValueError(f"path {rel!r} is a link that leaves {folder}")
     return path
 
 
@@ -273,17 +273,14 @@ def _resolve_folder(folder: Path) -> str:
 
 
 def resolve_image(image_root: Path, rel: str) -> Path:
-    """Resolve a row's image path to a file. Raises ValueError and FileNotFoundError."""
-    path = resolve_below(image_root, rel)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {rel!r} not found in {image_root}")
-    return path
+    """Resolve a row's image path, without the `images/` that MMEB-train writes in front."""
+    return resolve_below(image_root, rel.removeprefix("images/"))
 
 
 def row_items(
     row: Mapping[str, Any], image_root: str | Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Turn a row of `load_eval` into items to encode: (query, candidates)."""
+    """Turn a row of `load_eval` into items: (query, candidates) of {text, image path or None}."""
     texts, names = [row["qry_text"], *row["tgt_text"]], [row["qry_img_path"], *row["tgt_img_path"]]
     paths = [str(resolve_image(Path(image_root), name)) if name else None for name in names]
     query, *candidates = [

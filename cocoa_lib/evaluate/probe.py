@@ -4,14 +4,10 @@
 encoded, and a linear classifier reads from its embedding what it shows. The labels are those of the
 data folder's corpus/labels.parquet: image_path, then a column of strings a label. The built-in
 benchmark has one. Works on any checkpoint: causal backbone, a stage in the middle, final embedder.
-
-    python -m cocoa_lib.evaluate.probe CHECKPOINT --data runs/data/world --out probe.csv
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +20,6 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..data import corpus
-from ..embedder import CocoaEmbedder
-from ..store.files import write_whole
 
 
 class Probe(NamedTuple):
@@ -149,25 +143,3 @@ def probe(
     }
     found += [{"measure": name, "value": x, "n": len(test_x)} for name, x in geometry.items()]
     return pd.DataFrame(found)
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Probe a checkpoint and write the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m cocoa_lib.evaluate.probe", description="What a checkpoint's EOS holds."
-    )
-    parser.add_argument("model", help="checkpoint folder")
-    parser.add_argument("--data", type=Path, required=True, help="data folder with labels")
-    parser.add_argument("--out", type=Path, required=True, help="CSV file")
-    parser.add_argument("--arm", help="name of the run in the table (the checkpoint folder's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run in the table (0)")
-    args = parser.parse_args(argv)
-    table = probe(CocoaEmbedder.load(args.model), args.data)
-    table = table.assign(arm=args.arm or Path(args.model).name, seed=args.seed)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(args.out, lambda aside: table.to_csv(aside, index=False))
-    print(table.to_string(index=False))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()

@@ -1,14 +1,19 @@
-"""`python -m cocoa_lib.run STEP`: a stage, the evaluation, the probes, or all of a run; also under `accelerate launch`."""
+"""`python -m cocoa_lib.run STEP`: a stage, the evaluation, the probes, or all of a run.
+
+Also under `accelerate launch` and `torchrun`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 
 from ..items import InputError
 from ..recipes import RecipeError
@@ -19,62 +24,62 @@ from .resume import TrainingError
 from .run import Run
 from .sharding import join_processes
 
-STEPS = (*STAGES, "evaluate", "probe", "all")
+logger = logging.getLogger(__name__)
+STEPS = ("prepare", *STAGES, "evaluate", "probe", "all")
 
 
 def parse_changes(text: str) -> Any:
-    """Changes as JSON or YAML."""
+    """Changes as JSON, or else as YAML, which takes 1e-3 for a text."""
     try:
+        return json.loads(text)
+    except json.JSONDecodeError:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise argparse.ArgumentTypeError(f"not YAML or JSON: {error}") from error
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m cocoa_lib.run", description="Run a step of CoCoA."
-    )
+    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.run", description=__doc__)
     parser.add_argument("step", choices=STEPS, help="trains what it needs and is not there")
     parser.add_argument("--profile", default="laptop", help="a file of notebooks/profiles")
     parser.add_argument("--arm", default="cocoa", help="an arm of notebooks/arms.yaml")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--model", default="", help="folder or hub name of a Qwen-VL; default: the small backbone"
-    )
-    parser.add_argument(
-        "--data", default="", help="folder, table, or MMEB; default: the built-in world"
-    )
-    parser.add_argument("--changes", type=parse_changes, help="e.g. '{stage3: {steps: 500}}'")
+    parser.add_argument("--model", default="", help="folder or hub name of a Qwen-VL")
+    parser.add_argument("--data", default="", help="folder, table, or MMEB")
+    parser.add_argument("--changes", default="{}", help="e.g. '{stage3: {steps: 500}}'")
     parser.add_argument("--runs", help="where runs lie; default: runs/ of the repository")
     return parser
 
 
-def do_step(run: Run, step: str) -> None:
-    """Do one step; print where it lies."""
-    shown = sys.stderr.isatty()
+def do_step(run: Run, step: str) -> str:
+    """Do one step; return where it lies, or what it found. Progress: a bar on a terminal, else lines."""
+    show = sys.stderr.isatty() or logger.info
+    if step == "prepare":
+        run.prepare()
+        return str(run.data)
     if step in STAGES:
-        print(run.stage(step, show_progress=shown))  # noqa: T201
+        return str(run.stage(step, show_progress=show))
     if step in ("evaluate", "all"):
-        run.evaluate(show_progress=shown)
-        print(run.folder("evaluate"))  # noqa: T201
+        run.evaluate(show_progress=show)
     if step == "probe" or (step == "all" and run.built_in):
-        print(run.probe().to_string(index=False))  # noqa: T201
+        run.probe()
+    return str(run.folder("evaluate"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a step; a clear error is one line on stderr and exit status 1."""
+    """Do a step; a clear error is one line on stderr and exit status 1."""
     given = vars(build_parser().parse_args(argv))
-    step = given.pop("step")
-    state = join_processes()
-    logging.basicConfig(
-        level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s"
-    )
+    step, state = given.pop("step"), join_processes()
+    level = logging.INFO if state.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
-        do_step(Run(**given), step)
-    except (RecipeError, InputError, CheckpointError, TrainingError) as error:
-        sys.exit(
-            MESSAGE + " ".join(str(error).splitlines()) if state.num_processes > 1 else f"{error}"
-        )
+        run = Run(**given | {"changes": parse_changes(given["changes"])})
+        found = do_step(run, step)
+    except (RecipeError, InputError, CheckpointError, TrainingError, yaml.YAMLError) as error:
+        said = " ".join(str(error).splitlines()) if state.num_processes > 1 else str(error)
+        sys.exit(MESSAGE + said)
+    if state.is_main_process:
+        print(found)  # noqa: T201
 
 
 if __name__ == "__main__":

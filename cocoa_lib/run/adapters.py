@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 logger = logging.getLogger(__name__)
 # The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2. These are Qwen2-VL's names;
 # Qwen2.5-VL's vision blocks have gate, up, down, Qwen3-VL's linear_fc1, linear_fc2. Patch mergers are left out in all.
-LORA_TARGETS = (
-    "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv fc1 fc2 linear_fc1 linear_fc2".split()
-)
+LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv fc1 fc2 linear_fc1 linear_fc2".split()
 
 
 def add_adapter(
@@ -23,7 +21,11 @@ def add_adapter(
     peft's `merge_and_unload` folds the adapter into the weights. Raises ValueError (by peft) when nothing matches.
     """
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=LORA_TARGETS,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules=LORA_TARGETS,
         exclude_modules=r".*merger.*",
     )
     wrapped = get_peft_model(model, config)

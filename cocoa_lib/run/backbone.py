@@ -23,10 +23,16 @@ def train_backbone(
     installation), so that a user's texts are not spelt letter by letter. Raises what `run_stage` raises.
     """
     init = out.parent / f"{out.name}-init"
-    asked = {"shape": shape, "seed": seed, "data": fingerprint(data)}  # its tokenizer is learnt from them
+    asked = {
+        "shape": shape,
+        "seed": seed,
+        "data": fingerprint(data),
+    }  # its tokenizer is learnt from them
     found = read_meta(init, check=False) if (init / META).is_file() else asked
     if {name: found.get(name) for name in asked} != asked:
-        shutil.rmtree(init)  # of an earlier call; a run that began from it is refused, by its parent's hash
+        shutil.rmtree(
+            init
+        )  # of an earlier call; a run that began from it is refused, by its parent's hash
     if not (init / META).is_file():
         rows = [*corpus.captions(data), *corpus.questions(data)]
         texts = [row[name] for name in ("text", "target") for row in rows[::7]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from ..store.checkpoint import META, CheckpointError, read_meta, read_note
 from . import estimate
 from .resume import TrainingError
 from .sharding import join_processes
-from .stage import compare_runs
+from .stage import compare_runs, record_recipe
 
 if TYPE_CHECKING:
     from .run import Run
@@ -39,7 +38,7 @@ def check_run(run: Run) -> None:
     check_data(data)
     facts = {"seed": run.seed, "data": fingerprint(data)}
     for stage in run.stages:
-        wanted = facts | {"stage": stage, "recipe": dataclasses.asdict(run.recipe(stage))}
+        wanted = facts | {"stage": stage, "recipe": record_recipe(run.recipe(stage))}
         out = run.folder(stage)
         work = out.parent / f".{out.name}.work"
         if (out / META).is_file():

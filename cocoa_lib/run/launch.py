@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,11 +14,12 @@ from tqdm.auto import tqdm
 
 from .profiles import PROFILES
 from .resume import TrainingError
+from .stage import Progress
 
 if TYPE_CHECKING:
     from .run import Run
 
-MESSAGE = "cocoa_lib.run stops: "  # before the message of a worker's own error
+MESSAGE = "stopped: "  # before the message of a worker's own error
 RAISED = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)): (?!.*ChildFailed)")
 
 
@@ -36,18 +35,17 @@ def command(run: Run, step: str) -> list[str]:
     config = run.values.get("launch", {}).get("config_file") or "accelerate/ddp_1x8.yaml"
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     line += ["--config_file", str(PROFILES / config), "--num_processes", str(processes(run))]
-    line += ["--main_process_port", "0", "-m", "cocoa_lib.run", step, "--runs", str(run.runs)]
-    for name, value in run.names().items():
-        line += [f"--{name}", json.dumps(value) if name == "changes" else str(value)]
-    return line
+    line += ["--main_process_port", "0", "-m", "cocoa_lib.run", step]
+    return line + run.arguments()
 
 
-def start(run: Run, step: str, say: Callable[[str], None] | None = None) -> None:
-    """Run a step by `accelerate launch`; each of its lines goes to `say` (tqdm.write unless given) as it comes.
+def start(run: Run, step: str, show_progress: Progress = True) -> None:
+    """Run a step by `accelerate launch`; each of its lines is shown as it comes, by tqdm.write or the given function.
 
     Raises TrainingError with the worker's message where it fails. An interrupt is handed on as SIGTERM: the state is saved.
     """
-    say, lines = say or tqdm.write, deque(maxlen=200)
+    say = show_progress if callable(show_progress) else tqdm.write if show_progress else len
+    lines: deque[str] = deque(maxlen=200)
     with subprocess.Popen(  # noqa: S603
         command(run, step), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
     ) as child:  # fmt: skip

@@ -29,7 +29,7 @@ def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
     facts = run_facts(run) | {"evaluation": settings | {"tasks": [task.name for task in run.tasks]}}
     if run.done("evaluate"):
         found = read_note(out / "run.json")
-        same = ("data", "evaluation", "sha256")
+        same = ("data_sha256", "evaluation", "sha256")
         if differs := [
             name for name in same if json.dumps(found.get(name)) != json.dumps(facts[name])
         ]:
@@ -72,6 +72,6 @@ def run_facts(run: Run) -> dict[str, Any]:
         "commits": {stage: meta["commit"] for stage, meta in metas.items()},
         "sha256": {stage: meta["weights_sha256"] for stage, meta in metas.items()},
         "backbone_sha256": metas[run.stages[0]]["run"]["parent_sha256"],
-        "data": fingerprint(run.data),
+        "data_sha256": fingerprint(run.data),
         **provenance(),
     }

@@ -61,13 +61,15 @@ class Watch(TrainerCallback):
                 self.previous[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self.interrupted and number == signal.SIGINT:  # SIGTERM may come from scheduler and launcher
+        if (
+            self.interrupted and number == signal.SIGINT
+        ):  # SIGTERM may come from scheduler and launcher
             raise KeyboardInterrupt
         self.interrupted = True
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         mine = torch.tensor([self.interrupted], device=args.device)
-        self.interrupted = bool(gathered(mine).any())
+        self.interrupted = bool(gather_rows(mine).any())
         if self.interrupted and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -79,7 +81,9 @@ class Watch(TrainerCallback):
 
 def list_checkpoints(work: Path) -> list[Path]:
     """Trainer checkpoints, newest first: by step, since a clock can jump."""
-    return sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    return sorted(
+        work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    )
 
 
 def find_checkpoint(work: Path) -> Path | None:
@@ -101,7 +105,9 @@ def explain_losses(work: Path, workers: int) -> Iterator[None]:
         raise
     except (OSError, EOFError, SafetensorError, RuntimeError) as error:
         said = str(error)
-        broken = isinstance(error, (ConnectionError, EOFError)) or "ancdata" in said  # half a batch handed over
+        broken = (
+            isinstance(error, (ConnectionError, EOFError)) or "ancdata" in said
+        )  # half a batch handed over
         if "gloo" in said or isinstance(error, torch.distributed.DistError):
             what = "another process of this run died or cannot be reached; its own log says why"
         elif said.startswith("DataLoader worker") or (broken and workers > 0):
@@ -110,7 +116,11 @@ def explain_losses(work: Path, workers: int) -> Iterator[None]:
             what = f"a worker that reads pictures was killed, as a rule for want of memory ({error!r}); free some, or "
             what += "start anew with fewer `workers`"
         elif any(words in said for words in FULL):
-            what = f"the disk is full, a checkpoint could not be written below {work}; free some space"
+            what = (
+                f"the disk is full, a checkpoint could not be written below {work}; free some space"
+            )
         else:
             raise
-        raise TrainingError(f"{what}. The same command goes on from the last whole checkpoint") from error
+        raise TrainingError(
+            f"{what}. The same command goes on from the last whole checkpoint"
+        ) from error

@@ -9,13 +9,11 @@ Notebooks, the graph (Snakefile) and `python -m cocoa_lib.run` all use this one 
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+import shutil
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +24,32 @@ from ..data.tables import Task
 from ..evaluate.tasks import choose_tasks
 from ..items import InputError
 from ..recipes import Recipe, RecipeError, make_recipe, unknown_name
-from ..store.checkpoint import META, CheckpointError
+from ..store.checkpoint import META
+from ..store.files import locked
 from ..world.build import build
 from . import checks, launch, results
 from .backbone import train_backbone
+from .names import (
+    NAMES,
+    check_injected,
+    check_types,
+    digest,
+    find_data,
+    find_model,
+    find_path,
+    is_pairs,
+    slug,
+)
 from .profiles import (
-    PROFILES,
     ROOT,
-    SECTIONS,
     STAGES,
     check_values,
     load_profile,
     merge,
     read_arms,
-    read_yaml,
 )
 from .stage import Progress, run_stage
 
-NAMES: dict[str, tuple[type, ...]] = {
-    "profile": (str,),
-    "arm": (str,),
-    "seed": (int,),
-    "model": (str,),
-    "data": (str,),
-    "changes": (dict, type(None)),
-}
 SHIPPED = ROOT / "data" / "backbone"
 
 
@@ -80,7 +79,7 @@ class Run:
         runs: str | Path | None = None,
     ) -> None:
         given = (profile, arm, seed, model, data, changes)
-        _check_types(dict(zip(NAMES, given, strict=True)))
+        check_types(dict(zip(NAMES, given, strict=True)))
         self.profile, self.arm, self.seed, self.changes = profile, arm, seed, dict(changes or {})
         for section, values in self.changes.items():
             check_values(section, values, "changes")
@@ -104,7 +103,7 @@ class Run:
 
         Raises RecipeError for a name that papermill injected and no notebook has, and where it injected a profile.
         """
-        _check_injected(namespace.get("In", ()))
+        check_injected(namespace.get("In", ()))
         return cls(**{name: namespace[name] for name in NAMES if name in namespace}, runs=runs)
 
     def __repr__(self) -> str:
@@ -154,8 +153,8 @@ class Run:
         given = {"model": self.model, "data": self.source, "changes": self.changes}
         if not any(given.values()):
             return self.runs / self.profile
-        words = [_slug(Path(name).name) for name in (self.model, self.source) if name]
-        return self.runs / "-".join([self.profile, *words, _digest(given)])
+        words = [slug(Path(name).name) for name in (self.model, self.source) if name]
+        return self.runs / "-".join([self.profile, *words, digest(given)])
 
     def folder(self, step: str) -> Path:
         """Where a stage's checkpoint, or "evaluate", lies. Arms that agree up to a stage share its folder."""
@@ -174,7 +173,7 @@ class Run:
             f"no_{name}" if part is False else "_".join(map(str, part.values()))
             for name, part in differs.items()
         ]
-        return place / f"{_slug('-'.join(words))}-{_digest(differs)}"
+        return place / f"{slug('-'.join(words))}-{digest(differs)}"
 
     @property
     def _shipped(self) -> bool:
@@ -191,29 +190,38 @@ class Run:
         if self._shipped:
             return Path(os.path.relpath(SHIPPED))
         made = {name: self.values[name] for name in ("backbone", "causal")}
-        words = _slug("_".join(str(value) for value in made["backbone"].values()))
-        return self.runs / "backbones" / f"{words}-{_digest(made)}"
+        words = slug("_".join(str(value) for value in made["backbone"].values()))
+        return self.runs / "backbones" / f"{words}-{digest(made)}"
 
     # --- what it reads --------------------------------------------------------------------------------------------
 
     @cached_property
     def data(self) -> Path:
-        """The data folder in MMEB's layout; the built-in world, or a user's pairs, are written where it is missing."""
-        if not self.source:
+        """The data folder in MMEB's layout; the built-in world, or a user's pairs, are written where missing."""
+        if self.built_in:
             settings = self.values["benchmark"]
-            name = "-".join(f"{key.removeprefix('n_')}{n}" for key, n in sorted(settings.items()))
-            folder = self.runs / "data" / f"world-{name}"
-            build(folder, **settings)
-            return folder
+            words = [f"{key.removeprefix('n_')}{n}" for key, n in sorted(settings.items())]
+            return self._write("-".join(["world", *words]), partial(build, **settings))
         source = Path(os.path.relpath(ROOT / self.source))
         if not is_pairs(source):
             return source
         settings = dict(self.values.get("pairs", {}))
+        name = f"{slug(source.stem)}-{digest([self.source, settings])}"
         if "image_root" in settings:
-            settings["image_root"] = ROOT / find_path(settings["image_root"])
-        label = _digest({"data": self.source, **self.values.get("pairs", {})})
-        folder = self.runs / "data" / f"{_slug(source.stem)}-{label}"
-        build_pairs(source, folder, **settings)
+            settings["image_root"] = ROOT / (
+                find_path(settings["image_root"]) or settings["image_root"]
+            )
+        return self._write(name, partial(build_pairs, source, **settings))
+
+    def _write(self, name: str, write: Callable[..., Any]) -> Path:
+        """`write(root=...)` a data folder aside and rename it; a finished one is compared with what is asked for."""
+        folder, aside = self.runs / "data" / name, self.runs / "data" / f".{name}.partial"
+        if not folder.is_dir():
+            with locked(self.runs / "data" / f".{name}.work", InputError):
+                shutil.rmtree(aside, ignore_errors=True)
+                write(root=aside)
+                os.replace(aside, folder)
+        write(root=folder)
         return folder
 
     @property
@@ -226,11 +234,8 @@ class Run:
 
     def done(self, step: str) -> bool:
         """True where a stage's checkpoint, "evaluate" or "probe" is finished."""
-        if step in STAGES:
-            return (self.folder(step) / META).is_file()
-        return (
-            self.folder("evaluate") / {"evaluate": "run.json", "probe": "probe.csv"}[step]
-        ).is_file()
+        place = self.folder("evaluate" if step == "probe" else step)
+        return (place / {"evaluate": "run.json", "probe": "probe.csv"}.get(step, META)).is_file()
 
     def check(self) -> None:
         """Raise a clear error, before anything trains, for a model, data or folder that this run cannot use."""
@@ -238,40 +243,53 @@ class Run:
             checks.check_run(self)
             self._checked = True
 
-    def stage(
-        self, stage: str, *, show_progress: bool = True, say: Callable[[str], None] | None = None
-    ) -> Path:
+    def prepare(self) -> None:
+        """Check the run, write its data, and train a backbone of another shape where the run names one."""
+        self.check()
+        if self.model or self._shipped:
+            return
+        shape = dict(self.values["backbone"])
+        settings = {name: shape.pop(name) for name in ("n_corpus", "seed")}
+        words = "-".join(f"{name}{n}" for name, n in settings.items())
+        corpus = self._write(
+            f"corpus-{words}", partial(build, n_pairs=800, n_queries=200, **settings)
+        )
+        recipe, out = self.recipe("causal"), Path(self.backbone)
+        train_backbone(corpus, out, shape, recipe, seed=settings["seed"])
+
+    def stage(self, stage: str, *, show_progress: Progress = True) -> Path:
         """Train a stage, and those before it, where they are missing; return its checkpoint folder.
 
-        On a machine with several GPUs it starts `accelerate launch`, whose lines go to `say` (tqdm.write unless given).
-        Raises what `check` and `run_stage` raise.
+        On a machine with several GPUs it starts `accelerate launch`. `show_progress`: a bar (launched: each line by
+        tqdm.write), nothing, or a function that takes lines. Raises what `check` and `run_stage` raise.
         """
         recipe = self.recipe(stage)
-        self.check()
-        before = [one for one in self.stages if one < stage]
-        if before:
-            self.stage(before[-1], show_progress=show_progress, say=say)
-        elif not self.model and not self._shipped:
-            self._train_backbone()
+        if before := [one for one in self.stages if one < stage]:
+            self.stage(before[-1], show_progress=show_progress)
+        else:
+            self.prepare()
         if not self.done(stage) and launch.processes(self) > 1:
-            launch.start(self, stage, say)
+            launch.start(self, stage, show_progress)
+        places = {"parent": self.parent(stage), "data": self.data, "out": self.folder(stage)}
         with checks.explain_memory(self, stage):
             return run_stage(
-                stage, recipe, parent=self.parent(stage), data=self.data, out=self.folder(stage),
-                seed=self.seed, allow_parent=True, show_progress=show_progress,
-            )  # fmt: skip
+                stage,
+                recipe,
+                **places,
+                seed=self.seed,
+                allow_parent=True,
+                show_progress=show_progress,
+            )
 
-    def evaluate(
-        self, *, show_progress: bool = True, say: Callable[[str], None] | None = None
-    ) -> pd.DataFrame:
+    def evaluate(self, *, show_progress: Progress = True) -> pd.DataFrame:
         """Ranks of the right candidates: arm, seed, task, query, rank, n_candidates, ties; one row a query.
 
         Trains what is missing. Writes ranks.parquet and run.json into `folder("evaluate")`.
         """
-        self.stage("stage3", show_progress=show_progress, say=say)
+        self.stage("stage3", show_progress=show_progress)
         if not self.done("evaluate") and launch.processes(self) > 1:
-            launch.start(self, "evaluate", say)
-        return results.evaluate_run(self, show_progress=show_progress)
+            launch.start(self, "evaluate", show_progress)
+        return results.evaluate_run(self, show_progress=show_progress is True)
 
     def probe(self) -> pd.DataFrame:
         """What the state at EOS holds: arm, seed, measure, value, low, high, majority, n. Of the built-in world only."""
@@ -282,121 +300,21 @@ class Run:
         self.stage("stage3")
         return results.probe_run(self)
 
-    def _train_backbone(self) -> None:
-        shape = dict(self.values["backbone"])
-        n_corpus, seed = shape.pop("n_corpus"), shape.pop("seed")
-        settings = {"n_pairs": 800, "n_queries": 200, "n_corpus": n_corpus, "seed": seed}
-        corpus = self.runs / "data" / f"corpus-{n_corpus}-seed{seed}"
-        build(corpus, **settings)
-        train_backbone(corpus, Path(self.backbone), shape, self.recipe("causal"), seed=seed)
+    # --- how it is said elsewhere ---------------------------------------------------------------------------------
 
     def names(self) -> dict[str, Any]:
-        """The six names, as they were given; enough to make the run again."""
-        return {name: getattr(self, name) for name in NAMES if name != "data"} | {
-            "data": self.source
+        """The six names, paths from the repository's root; enough to make the run again."""
+        return {name: getattr(self, "source" if name == "data" else name) for name in NAMES}
+
+    def arguments(self) -> list[str]:
+        """The six names, and where runs lie, as `python -m cocoa_lib.run STEP` takes them."""
+        given = self.names() | {"changes": json.dumps(self.changes), "runs": str(self.runs)}
+        return [f"--{name}={value}" for name, value in given.items() if value not in ("", "{}")]
+
+    def parameters(self) -> list[str]:
+        """The six names as papermill takes them."""
+        given = {
+            name: value for name, value in self.names().items() if name != "changes" and value != ""
         }
-
-
-def _check_types(given: Mapping[str, Any]) -> None:
-    """Raise RecipeError for a value of another type than its name has."""
-    for name, value in given.items():
-        if type(value) in NAMES[name]:
-            continue
-        if name == "changes" and isinstance(value, str):
-            raise RecipeError(
-                f"changes is the text {value!r:.60}, not names and values; pass it with -y: "
-                "-y '{changes: {stage3: {steps: 500}}}'"
-            )
-        raise RecipeError(f"{name}: expected {NAMES[name][0].__name__}, found {value!r:.60}")
-    if given["seed"] < 0:
-        raise RecipeError(f"seed: expected a whole number from 0, found {given['seed']}")
-
-
-def _check_injected(cells: Sequence[str]) -> None:
-    """Raise RecipeError for names that papermill injected (`In`: a kernel's cells so far) and no notebook has."""
-    injected: dict[str, Any] = {}
-    for cell in cells:
-        if cell.startswith("# Parameters\n"):
-            for node in ast.parse(cell).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    injected[node.targets[0].id] = ast.literal_eval(node.value)
-    unknown = [name for name in injected if name not in NAMES]
-    if not unknown:
-        return
-    known = f"the parameters of every notebook are {', '.join(NAMES)}"
-    if set(unknown) <= set(SECTIONS):
-        layers = {path.stem: read_yaml(path) for path in PROFILES.glob("*.yaml")}
-        same = [
-            name
-            for name, layer in layers.items()
-            if layer == {key: injected[key] for key in unknown}
-        ]
-        if same:
-            raise RecipeError(
-                f"{same[0]}.yaml is a profile: pass it by name, -p profile {same[0]}; {known}"
-            )
-        section = unknown[0]
-        raise RecipeError(
-            f"{section} is a section of a profile, not a parameter: pass -y '{{changes: {{{section}: ...}}}}', or name a "
-            f"profile, -p profile NAME; {known}"
-        )
-    raise unknown_name(unknown[0], list(NAMES), "papermill's parameters")
-
-
-def find_path(name: str) -> str | None:
-    """A file or folder as a path from the repository's root, absolute where it is outside; None where nothing is.
-
-    Relative names start at the working directory, or else at the repository's root.
-    """
-    for start in (Path.cwd(), ROOT):
-        path = Path(os.path.abspath(start / Path(name).expanduser()))
-        if path.exists():
-            return (
-                path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-            )
-    return None
-
-
-def find_model(name: str) -> str:
-    """A model folder as a path (see `find_path`), or a hub name as it is. Raises CheckpointError for neither."""
-    if not name:
-        return ""
-    if (path := find_path(name)) is not None:
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise CheckpointError(
-            f"model {name!r}: no such folder here, and not a hub name such as Qwen/Qwen2-VL-2B-Instruct"
-        )
-    return name
-
-
-def find_data(name: str) -> str:
-    """A data folder or table as a path (see `find_path`). Raises InputError saying what `data` takes."""
-    if not name:
-        return ""
-    path = find_path("data/MMEB" if name == "MMEB" else name)
-    if path is None and name == "MMEB":
-        raise InputError(
-            "data MMEB: not there yet; run `python -m cocoa_lib.data.download --out data/MMEB`"
-        )
-    if path is None:
-        raise InputError(
-            f"data {name!r}: no such file or folder; data takes a folder in MMEB's layout, MMEB, a .jsonl or .csv file of "
-            "pictures and texts, or a folder of named folders of pictures"
-        )
-    return path
-
-
-def is_pairs(source: Path) -> bool:
-    """True for a user's own pictures and texts, False for a folder in MMEB's layout."""
-    tables = ("train/*/*.parquet", "eval/*/*.parquet", "corpus/*.parquet", "manifest.json")
-    return not source.is_dir() or not any(next(source.glob(table), None) for table in tables)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _slug(words: str) -> str:
-    """Letters, digits, dots and dashes, 40 at most: names folders, stands in commands."""
-    return re.sub(r"[^\w.-]+", "_", words)[:40].strip("._-") or "run"
+        words = [word for name, value in given.items() for word in ("-p", name, str(value))]
+        return words + (["-y", json.dumps({"changes": self.changes})] if self.changes else [])

@@ -50,11 +50,19 @@ from .adapters import add_adapter
 from .plan import Planned, index_plan
 from .resume import TrainingError, Watch, explain_losses, find_checkpoint, list_checkpoints
 from .sharding import join_processes, shard, unshard
-from .trainers import Bar, ContrastiveTrainer, ReconstructionTrainer, average_log, training_arguments
+from .trainers import (
+    Bar,
+    ContrastiveTrainer,
+    ReconstructionTrainer,
+    average_log,
+    training_arguments,
+)
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
-KEPT_IMAGES = 1 << 29  # bytes of processed pictures that a process keeps, its workers together (ours)
+KEPT_IMAGES = (
+    1 << 29
+)  # bytes of processed pictures that a process keeps, its workers together (ours)
 Progress = bool | Callable[[str], None]  # a bar, nothing, or a function that takes lines
 
 
@@ -78,12 +86,19 @@ class Job:
         """What makes two runs the same run."""
         return {
             "stage": self.stage,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": record_recipe(self.recipe),
             "seed": self.seed,
             "parent_stage": self.parent_meta.get("stage"),
             "parent_sha256": self.parent_meta["weights_sha256"],
             "data": fingerprint(self.data),
         }
+
+
+def record_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's values, but where its log is sent, which changes no result."""
+    return {
+        name: value for name, value in dataclasses.asdict(recipe).items() if name != "report_to"
+    }
 
 
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
@@ -100,7 +115,12 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise CheckpointError(f"{parent}: no config.json; not a model folder")
         digest = weights_hash(folder) if folder.is_dir() else str(parent)  # of the hub: its name
-        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": sys.maxsize, "weights_sha256": digest}
+        meta = {
+            "stage": "causal",
+            "eos_token": "<|im_end|>",
+            "max_length": sys.maxsize,
+            "weights_sha256": digest,
+        }
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
         raise CheckpointError(
             f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is {meta.get('stage')}; pass "
@@ -111,14 +131,25 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
 
 def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError where they differ. An option that `found` does not know has its default."""
-    recipe = dataclasses.asdict(RECIPES[wanted["stage"]]()) | found.get("recipe", {})
-    found, wanted = ({**one, **one.pop("recipe", {})} for one in (found | {"recipe": recipe}, dict(wanted)))
-    same = partial(json.dumps, sort_keys=True, default=str)
-    if differs := sorted(name for name in wanted if same(found.get(name)) != same(wanted[name])):
-        changed = ", ".join(f"{name} {found.get(name)!r:.30}, not {wanted[name]!r:.30}" for name in differs)
+
+    def flatten(record: dict[str, Any]) -> dict[str, str]:
+        recipe = dataclasses.asdict(RECIPES[wanted["stage"]]()) | record.get("recipe", {})
+        flat = {**record, **recipe, "recipe": None}
+        return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
+
+    have, want = flatten(found), flatten(wanted)
+    names = [
+        name
+        for name in want
+        if have.get(name) != want[name] and name in {**wanted, **wanted["recipe"]}
+    ]
+    if names:
+        changed = ", ".join(
+            f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names
+        )
         raise CheckpointError(
-            f"{where}: holds a run of another configuration ({changed}); it is not reused. Delete the folder, or undo "
-            "the change"
+            f"{where}: holds a run of another configuration ({changed}); it is not reused. Delete the "
+            "folder, or undo the change"
         )
 
 
@@ -140,7 +171,15 @@ def run_stage(
     is not finite, a batch size that does not fit, an output folder that another run is writing or nobody can, a full
     disk, and another process or a worker that is gone.
     """
-    job = Job(stage, recipe, parent, check_parent(stage, parent, allow_parent), Path(data), Path(out), seed)
+    job = Job(
+        stage,
+        recipe,
+        parent,
+        check_parent(stage, parent, allow_parent),
+        Path(data),
+        Path(out),
+        seed,
+    )
     out, finished = job.out, job.out / META
     if not finished.is_file() and out.is_dir() and any(out.iterdir()):
         raise CheckpointError(
@@ -199,7 +238,9 @@ def _train(job: Job, state: PartialState, show_progress: Progress) -> None:
             unshard(trainer, whole)
         if state.is_main_process:
             _finish(job, record, whole, inputs, trainer.state.log_history, watch.seconds())
-            shutil.rmtree(job.work, ignore_errors=True)  # the same command elsewhere may be removing it
+            shutil.rmtree(
+                job.work, ignore_errors=True
+            )  # the same command elsewhere may be removing it
         state.wait_for_everyone()
 
 
@@ -207,8 +248,14 @@ def _open_parent(job: Job) -> tuple[PreTrainedModel, Inputs]:
     """The parent's model with the recipe's attention, and its inputs with the recipe's limits."""
     recipe, longest = job.recipe, job.parent_meta["max_length"]
     if recipe.max_length > longest:
-        logger.warning("max_length %d: the parent was made for %d tokens, which is used", recipe.max_length, longest)
-    inputs = load_inputs(job.parent, job.parent_meta | {"max_length": min(recipe.max_length, longest)})
+        logger.warning(
+            "max_length %d: the parent was made for %d tokens, which is used",
+            recipe.max_length,
+            longest,
+        )
+    inputs = load_inputs(
+        job.parent, job.parent_meta | {"max_length": min(recipe.max_length, longest)}
+    )
     inputs.limit_images(recipe.image_limit(inputs.max_length))
     inputs.keep_images(KEPT_IMAGES // max(1, recipe.workers))
     bidirectional = recipe.layout != "causal"
@@ -221,7 +268,12 @@ def _open_parent(job: Job) -> tuple[PreTrainedModel, Inputs]:
 
 
 def _finish(
-    job: Job, record: dict[str, Any], whole: tuple, inputs: Inputs, history: list[dict], seconds: float
+    job: Job,
+    record: dict[str, Any],
+    whole: tuple,
+    inputs: Inputs,
+    history: list[dict],
+    seconds: float,
 ) -> None:
     """Write the finished checkpoint: weights with the adapter merged, log.csv, and what made them."""
     module, model, adapter = whole
@@ -258,7 +310,9 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
         corrupt = {"stage1": stage1_batch, "stage2": stage2_batch}[job.stage]
         collate = partial(corrupt, inputs=inputs, recipe=recipe, seed=job.seed)
     learned = getattr(recipe, "patch_fill", "") == "learned"
-    options = dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
+    options = (
+        dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
+    )
     values = {name: getattr(recipe, name) for name in options}
     module = Reconstruction(model, learned_fill=learned, **values)
     rows = ConcatDataset(parts)
@@ -277,7 +331,9 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
 def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
     """Stage 3: pairs in plan order through `CachedInfoNCE`."""
     recipe: Stage3Recipe = job.recipe
-    rows, sizes = corpus.pairs(job.data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives)
+    rows, sizes = corpus.pairs(
+        job.data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives
+    )
     if len(rows) < recipe.batch_size:
         raise TrainingError(
             f"{job.data}: {len(rows)} training pairs are fewer than one batch of {recipe.batch_size}; lower batch_size or add pairs"
@@ -288,12 +344,14 @@ def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
     corpus.check_items((item for side in chosen.column_names for item in chosen[side]), job.data)
     module = EosEmbedding(model, inputs, pooling=recipe.pooling)
     embedder = SentenceTransformer(modules=[module], device="cpu")  # the trainer moves it
+    loss = CachedInfoNCE(
+        embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size
+    )
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)
     return ContrastiveTrainer(
         model=embedder,
         args=training_arguments(SentenceTransformerTrainingArguments, recipe, job.work, job.seed),
         train_dataset=rows.select(plan),
-        loss=CachedInfoNCE(
-            embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size
-        ),
-        data_collator=SentenceTransformerDataCollator(partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)),
+        loss=loss,
+        data_collator=SentenceTransformerDataCollator(collate),
     )

@@ -83,7 +83,9 @@ class ReconstructionTrainer(PlainTrainer, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {name: float(gathered(part[None]).mean()) for name, part in self.parts.items()}
+            logs |= {
+                name: float(gather_rows(part[None]).mean()) for name, part in self.parts.items()
+            }
         super().log(logs, start_time)
 
 
@@ -124,7 +126,9 @@ class Bar(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         off = not state.is_local_process_zero or self.say is not None
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False
+        )
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         self.bar.update(state.global_step - self.bar.n)
@@ -157,7 +161,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         save_total_limit=None,  # `Watch` removes old ones, once the new one is whole
         logging_steps=1,  # log.csv averages over recipe.logging_steps, in a resumed run as in a whole one
         disable_tqdm=True,  # `Bar` stands for theirs
-        report_to=getattr(recipe, "report_to", None) or "none",
+        report_to=recipe.report_to,
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_drop_last=True,
@@ -169,7 +173,9 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
     args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut pictures apart and multiply the batch
     share, rest = divmod(recipe.batch_size, args.world_size)
     if rest:
-        raise TrainingError(f"batch_size {recipe.batch_size} does not divide over {args.world_size} processes")
+        raise TrainingError(
+            f"batch_size {recipe.batch_size} does not divide over {args.world_size} processes"
+        )
     args.per_device_train_batch_size = share
     return args
 
