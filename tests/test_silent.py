@@ -18,7 +18,7 @@ from PIL import Image
 from test_corpus import write
 from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
-from cocoa_lib.data import corpus, pairs
+from cocoa_lib.data import corpus, pairs, tables
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
@@ -46,7 +46,7 @@ def test_other_settings_are_other_data(tmp_path):
     found = set()
     for i, how in enumerate(({}, {"seed": 1}, {"n_eval": 2}, {"max_side": 16}, {"class_column": "kind"})):
         pairs.build_pairs(path, tmp_path / str(i), progress=False, **how)
-        found.add(corpus.fingerprint(tmp_path / str(i)))
+        found.add(tables.fingerprint(tmp_path / str(i)))
     assert len(found) == 5
 
 
