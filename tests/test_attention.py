@@ -31,7 +31,9 @@ FIGURE = """
 
 
 def pattern(text: str) -> torch.Tensor:
-    return torch.tensor([[int(cell) for cell in line.split()] for line in text.strip().splitlines()]).bool()
+    return torch.tensor(
+        [[int(cell) for cell in line.split()] for line in text.strip().splitlines()]
+    ).bool()
 
 
 def test_the_papers_figure():
@@ -86,7 +88,8 @@ def test_flex_mask_is_the_dense_mask(rows, layout):
     ])  # fmt: skip
     block = block_mask(layout, ids)
     assert torch.equal(
-        create_mask(block.mask_mod, len(ids), None, length, length, device="cpu"), dense_mask(layout, ids)
+        create_mask(block.mask_mod, len(ids), None, length, length, device="cpu"),
+        dense_mask(layout, ids),
     )
     assert block.shape == (len(ids), 1, length, length)
 
@@ -111,7 +114,9 @@ def test_reachability_a_and_b_meet_only_through_eos():
     twice = reachability(dense_mask("eos_bridged", ids), 2)[0, 0]
     assert not once[3, 0] and twice[3, 0] and twice[0, 3]
     strict = reachability(dense_mask("eos_bridged_strict", ids), 5)[0, 0]
-    assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], "nothing of B may ever reach EOS or A"
+    assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], (
+        "nothing of B may ever reach EOS or A"
+    )
 
 
 def test_describe_in_words():
@@ -153,7 +158,10 @@ def opened(request, small, tmp_path_factory):
 def test_last_token_reaches_the_first_one_only_bidirectionally(opened, bidirectional):
     model, inputs = opened
     set_bidirectional(model, bidirectional)
-    for n_items in (1, 3):  # a batch of one needs no padding mask: the case in which others were silently causal
+    for n_items in (
+        1,
+        3,
+    ):  # a batch of one needs no padding mask: the case in which others were silently causal
         texts = ["a red circle", "a red circle and a small blue 7", "a square"][:n_items]
         batch = inputs.collate([{"text": text} for text in texts])
         changed = dict(batch, input_ids=batch["input_ids"].clone())
@@ -180,7 +188,9 @@ def change_first_text_token_of_a(batch, inputs):
     changed = dict(batch, input_ids=batch["input_ids"].clone())
     special = torch.tensor([inputs.vision_start_id, inputs.vision_end_id, inputs.image_pad_id])
     for row in range(len(batch["input_ids"])):
-        place = ((batch["segment_ids"][row] == A) & ~torch.isin(batch["input_ids"][row], special)).nonzero()[0]
+        place = (
+            (batch["segment_ids"][row] == A) & ~torch.isin(batch["input_ids"][row], special)
+        ).nonzero()[0]
         changed["input_ids"][row, place] = 99
     return changed
 
@@ -195,12 +205,20 @@ def test_one_layer_b_cannot_know_a(opened, picture):
         batch = stage2_batch(inputs, picture)
         changed = change_first_text_token_of_a(batch, inputs)
         is_b = batch["segment_ids"] == B
-        for layout, differs in (("eos_bridged", False), ("eos_bridged_strict", False), ("bidirectional", True)):
-            same = torch.equal(hidden_states(model, batch, layout)[is_b], hidden_states(model, changed, layout)[is_b])
+        for layout, differs in (
+            ("eos_bridged", False),
+            ("eos_bridged_strict", False),
+            ("bidirectional", True),
+        ):
+            same = torch.equal(
+                hidden_states(model, batch, layout)[is_b],
+                hidden_states(model, changed, layout)[is_b],
+            )
             assert same != differs, layout
         is_eos = batch["segment_ids"] == EOS
         assert not torch.equal(
-            hidden_states(model, batch, "eos_bridged")[is_eos], hidden_states(model, changed, "eos_bridged")[is_eos]
+            hidden_states(model, batch, "eos_bridged")[is_eos],
+            hidden_states(model, changed, "eos_bridged")[is_eos],
         )
     finally:
         model.model.language_model.layers = layers
@@ -219,7 +237,11 @@ def test_many_layers_cutting_eos_cuts_b_from_a(opened, picture, monkeypatch):
 
     assert not torch.equal(b_states(batch), b_states(changed))
     whole = LAYOUTS["eos_bridged_strict"]
-    monkeypatch.setitem(LAYOUTS, "eos_bridged_strict", lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS)))
+    monkeypatch.setitem(
+        LAYOUTS,
+        "eos_bridged_strict",
+        lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS)),
+    )
     assert torch.equal(b_states(batch), b_states(changed))
 
 

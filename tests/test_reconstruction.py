@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -234,6 +235,33 @@ def test_a_text_only_batch_works_in_both_stages(small):
         assert torch.isfinite(out["loss"]) and out["image_loss"] == 0
 
 
+def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatch):
+    """One sample on one process and three on the other: average loss and gradients are the whole's."""
+    model, inputs = small
+    torch.manual_seed(0)
+    module = Reconstruction(model, layout="bidirectional", image_weight=0.5).train()
+    recipe, found = make_recipe("stage1", {"text_mask_rate": 0.5}), []
+    parts = [
+        stage1_batch(part, inputs, recipe, 0) for part in (rows(picture)[:1], rows(picture)[1:])
+    ]
+    counts = torch.stack([
+        torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()]) for part in parts
+    ])  # fmt: skip
+    for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
+        if len(batches) == 2:
+            monkeypatch.setattr("cocoa_lib.reconstruction.gather_rows", lambda own: counts.float())
+        module.zero_grad()
+        losses = [module(**batch)["loss"] / len(batches) for batch in batches]
+        sum(losses).backward()
+        gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+        found.append((sum(losses).detach(), gradients))
+    module.eval().zero_grad()
+    (whole, expected), (average, gradients) = found
+    assert torch.allclose(average, whole, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_stage2_loss_is_on_masked_b_only_and_its_first_token_comes_from_eos(small, picture):
     model, inputs = small
     recipe = make_recipe("stage2", {"text_mask_rate": 1.0})
@@ -267,6 +295,17 @@ def test_stage2_can_also_restore_the_picture_through_eos(small, picture):
     assert torch.allclose(out["loss"], out["text_loss"] + 0.5 * out["image_loss"])
     off = stage2_batch(mixed, inputs, make_recipe("stage2"), seed=0)
     assert "hidden_cells" not in off and off["num_images_per_sample"].tolist() == [1, 1, 1, 1, 0]
+
+
+def test_a_picture_and_its_copy_fit(small, picture):
+    _, inputs = small
+    recipe = make_recipe("stage2", {"image_weight": 0.5, "max_length": 64})
+    mine = replace(inputs, image_processor=copy.deepcopy(inputs.image_processor), max_length=64)
+    mine.image_processor.size = replace(mine.image_processor.size, longest_edge=10**6)
+    mine.limit_images(recipe.image_limit(64))
+    row = {"text": "", "image": picture(1280, 640), "target": "a large red circle", "draw": 0}
+    batch = stage2_batch([row], mine, recipe, 0)
+    assert batch["input_ids"].shape[1] <= 64 and (batch["labels"] != IGNORE).any()
 
 
 @torch.no_grad()

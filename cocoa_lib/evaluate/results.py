@@ -40,11 +40,10 @@ def _write_parquet(path: Path, table: pd.DataFrame) -> None:
 
 
 def _find_runs(folder: Path) -> list[Path]:
-    """Find the folders below `folder` that hold a finished run's run.json."""
-    if not (found := sorted(path.parent for path in folder.rglob("run.json"))):
-        raise FileNotFoundError(
-            f"{folder}: no results; expected ranks.parquet or runs with run.json"
-        )
+    """Find the folders below `folder` that hold a finished run's ranks."""
+    found = sorted(path.parent for path in folder.rglob("ranks.parquet"))
+    if not (found := [path for path in found if (path / "run.json").is_file()]):
+        raise FileNotFoundError(f"{folder}: no results; expected ranks.parquet beside run.json")
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ from ..reconstruction import Reconstruction
 from .adapters import add_adapter
 from .profiles import ROOT, STAGES, load_profile
 
-SHAPES = {"2B": "qwen2_vl_2b", "3B": "qwen2_5_vl_3b", "7B": "qwen2_5_vl_7b"}  # data/configs/README.md
+SHAPES = {
+    "2B": "qwen2_vl_2b",
+    "3B": "qwen2_5_vl_3b",
+    "7B": "qwen2_5_vl_7b",
+}  # data/configs/README.md
+LAYER = re.compile(r".*(layers|blocks)\.(\d+)")
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PEAK = 989e12  # FLOP/s of a device (H100 and H200, dense bf16)
 # Share of it that 2B's steps reached on an H200: all weights trained, and with the paper profile's adapter (docs/speed.md).
@@ -67,14 +73,18 @@ def measure(folder: Path, n: int = 400) -> Data:
     items = [row[side] for row in rows for side in ("anchor", "positive")]
     areas = [math.prod(image_size(item["image"])) for item in items if item["image"]]
     text = sum(len(item["text"]) for item in items) / 4 / len(items)
-    return Data(text, sum(areas) / max(1, len(areas)), max(areas, default=0), len(areas) / len(items))
+    return Data(
+        text, sum(areas) / max(1, len(areas)), max(areas, default=0), len(areas) / len(items)
+    )
 
 
 def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
     """The model as this stage trains it, image decoder and adapter included, on the meta device."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in MODELS:
-        raise ValueError(f"{source} is a {config.model_type}; the estimate knows {', '.join(MODELS)}")
+        raise ValueError(
+            f"{source} is a {config.model_type}; the estimate knows {', '.join(MODELS)}"
+        )
     names = ("image_weight", "decoder_layers")
     extra = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
     with torch.device("meta"):
@@ -95,12 +105,16 @@ class Weightless(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        tensors = [
+            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
+        ]
         lookups = (torch.ops.aten.index, torch.ops.aten.index_put_)
         if func is torch.ops.aten._to_copy.default and not args[0].is_meta:
             kwargs.pop("device", None)
         elif any(value.is_meta for value in tensors) and func.overloadpacket not in lookups:
-            args, kwargs = tree_map_only(torch.Tensor, lambda value: value.to("meta"), (args, kwargs))
+            args, kwargs = tree_map_only(
+                torch.Tensor, lambda value: value.to("meta"), (args, kwargs)
+            )
         return func(*args, **kwargs)
 
 
@@ -108,7 +122,11 @@ def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Bat
     """One item (1, L): a picture of about `cells` tokens, `text` words of which the last `masked` are, and EOS."""
     config, vision = module.model.config, module.model.config.vision_config
     side = round(math.sqrt(cells))
-    marks = [config.vision_start_token_id, *[config.image_token_id] * side**2, config.vision_end_token_id]
+    marks = [
+        config.vision_start_token_id,
+        *[config.image_token_id] * side**2,
+        config.vision_end_token_id,
+    ]
     ids = torch.tensor([marks * (side > 0) + [7] * text + [8]])
     segments = torch.full_like(ids, A)
     segments[0, -1] = EOS
@@ -118,10 +136,16 @@ def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Bat
     batch = {"input_ids": ids, "segment_ids": segments, "attention_mask": torch.ones_like(ids)}
     batch |= {"mm_token_type_ids": kinds, "labels": labels}
     if side:
-        edge, numbers = side * vision.spatial_merge_size, 3 * vision.temporal_patch_size * vision.patch_size**2
+        edge, numbers = (
+            side * vision.spatial_merge_size,
+            3 * vision.temporal_patch_size * vision.patch_size**2,
+        )
         batch["pixel_values"] = torch.empty(edge**2, numbers, device="meta")
         batch["image_grid_thw"] = torch.tensor([[1, edge, edge]])
-        batch |= {"hidden_cells": torch.arange(side**2) % 2 == 0, "patch_fill": torch.zeros(numbers)}
+        batch |= {
+            "hidden_cells": torch.arange(side**2) % 2 == 0,
+            "patch_fill": torch.zeros(numbers),
+        }
     return batch
 
 
@@ -138,14 +162,169 @@ def count_flops(module: Reconstruction, stage: str, batch: Batch) -> tuple[int, 
 
 
 def saved_bytes(module: Reconstruction, recipe: Recipe, length: float, patches: float) -> float:
-    """Bytes kept for the backward pass of one item of `length` tokens and `patches` patches; see `estimate`."""
-    text, vision = language_model(module.model), module.model.model.visual
-    width = 2 if recipe.bf16 else 4
-    outside, layers = 0.0, defaultdict(float)
+    """Bytes kept for the backward pass of an item of `length` tokens and `patches` patches; see `estimate`."""
+    vision, words = module.model.config.vision_config, language_model(module.model).config
+    gated = hasattr(vision, "fullatt_block_indexes")  # Qwen2.5-VL: a gated MLP
+    tower = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's own name
+    inner = getattr(vision, "intermediate_size", getattr(vision, "mlp_ratio", 0) * tower)
+    sizes = {
+        True: (tower, (2 + gated) * inner),
+        False: (words.hidden_size, 3 * words.intermediate_size),
+    }
+    width, kept = 2 if recipe.bf16 else 4, 0.0
+    saved: dict[str, float] = defaultdict(float)  # by layer
     for name, part in module.named_modules():
-        rows = patches if "visual" in name else length
-        layer = ".".join(name.split(".")[: name.split(".").index(kind) + 2]) if (kind := _layer_kind(name)) else ""
-        if layer == name and layer:
-            hidden = part.norm1.weight.numel() if "visual" in name else part.input_layernorm.weight.numel()
-            layers[name] += rows * hidden * 16
-    return outside + (max(layers.values()) if recipe.gradient_checkpointing else sum(layers.values()))
+        layer = LAYER.match(name)
+        seen = "visual" in name
+        rows = patches if seen else length
+        if layer and layer[0] == name:
+            hidden, mlp = sizes[seen]
+            kept += 4 * rows * hidden
+            saved[name] += rows * (16 * hidden + width * (4 * hidden + mlp))
+        if isinstance(part, nn.Linear) and not name.endswith("lm_head"):
+            rows = patches / vision.spatial_merge_size**2 if "merger" in name else rows
+            saved[layer[0] if layer else ""] += rows * part.in_features * width
+            if name.endswith("base_layer") and recipe.lora_dropout > 0:
+                out = part.out_features * recipe.dora
+                saved[layer[0]] += rows * (5 * part.in_features + 2 * width * out)
+    outside = saved.pop("", 0.0)
+    if recipe.gradient_checkpointing:
+        return outside + kept + max(saved.values())
+    return outside + sum(saved.values())
+
+
+def count_bytes(
+    module: Reconstruction, recipe: Recipe, devices: int, sharded: bool
+) -> dict[str, float]:
+    """Bytes of weights, gradients, optimiser and copies on one device; see `estimate`."""
+    words = language_model(module.model)
+    total = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    parts = devices if sharded else 1
+    needs = {
+        "weights": 4 * total / parts,
+        "gradients": 4 * trained / parts,
+        "optimiser": 8 * trained / parts,
+    }
+    if sharded:
+        layers = sum(p.numel() for p in words.layers.parameters())
+        whole = total - layers * max(0.0, 1 - 2 / len(words.layers))
+        return needs | {"copies": (2 if recipe.bf16 else 4) * whole * (1 + trained / total)}
+    frozen = 2 * (total - trained) * (1 + (recipe.lora_r > 0 and recipe.dora))
+    if recipe.gradient_checkpointing:
+        frozen /= len(words.layers) + module.model.config.vision_config.depth
+    return needs | {"copies": recipe.bf16 * (2 * trained + frozen) + 4 * trained * (devices > 1)}
+
+
+def estimate(
+    source: str | Path,
+    stage: str,
+    recipe: Recipe,
+    data: Data,
+    devices: int = 1,
+    *,
+    sharded: bool = False,
+    peak: float = PEAK,
+    utilisation: float | None = None,
+) -> dict[str, float]:
+    """Bytes on one device by use and their sum `memory`, `flops` of a step on all devices, `hours` of the stage.
+
+    source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which `utilisation` is reached (None:
+    `usual_utilisation`). flops: torch's count of one item's passes on meta, times the items of a batch; GradCache embeds
+    all but its first chunk twice. hours: steps x flops / (devices x peak x utilisation).
+    Counted, for P parameters of which T are trained, w = 2 bytes under bf16, else 4: weights 4 P, gradients 4 T,
+    optimiser 8 T (float32; bf16 is autocast), each over the number of devices where sharded. copies: casts under bf16,
+    DDP's buckets, or what FSDP gathers at a time (two layers and all that is in none). activations: each matrix's input,
+    norms, attention and MLP of each layer, the adapters' dropout; with gradient checkpointing the input of each layer and
+    one whole layer; of the items whose graph is held at a time. logits: masked places x vocabulary x (w + 12). inputs:
+    the device's whole batch of pixels, float32.
+    Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time, copies of the inputs.
+    """
+    module = build(source, stage, recipe)
+    vision, words = module.model.config.vision_config, language_model(module.model).config
+    pairs, cell = stage == "stage3", (vision.patch_size * vision.spatial_merge_size) ** 2
+    text = data.text * (2 if stage == "stage2" else 1)  # A's query and B
+    masked = 0.0 if pairs else data.text * getattr(recipe, "text_mask_rate", 1.0)
+    room = max(0.0, min(recipe.image_limit(recipe.max_length), recipe.max_length - text - 3))
+    largest, mean = min(data.largest / cell, room), min(data.pixels / cell, room)  # tokens
+    sides = 2 + recipe.hard_negatives if pairs else 1
+    items, local = recipe.batch_size * sides, recipe.batch_size / devices
+    chunked = pairs and (devices > 1 or local > recipe.mini_batch_size)
+    held = min(local, recipe.mini_batch_size) if chunked else sides * local
+    twice = chunked * (1 - held / (sides * local))  # share of the items that GradCache embeds again
+    share, flops = data.share if pairs else 1.0, 0.0
+    for part, cells in ((share, mean), (1 - share, 0.0)):
+        if part > 0:
+            batch = make_item(module, round(text), round(cells), round(masked))
+            forward, backward = count_flops(module, stage, batch)
+            flops += items * part * ((1 + twice) * forward + backward)
+    patches = largest * vision.spatial_merge_size**2
+    needs = count_bytes(module, recipe, devices, sharded) | {
+        "activations": held * saved_bytes(module, recipe, text + largest + 3, patches),
+        "logits": local * masked * words.vocab_size * ((2 if recipe.bf16 else 4) + 12),
+        "inputs": items
+        / devices
+        * 12
+        * vision.temporal_patch_size
+        * min(data.largest, largest * cell),
+    }
+    rate = devices * peak * (utilisation or usual_utilisation(recipe))
+    return needs | {
+        "memory": sum(needs.values()),
+        "flops": flops,
+        "hours": recipe.steps * flops / rate / 3600,
+    }
+
+
+def usual_utilisation(recipe: Recipe) -> float:
+    """The share of a device's peak that such a recipe reached where it was measured: at 2B's shape on one H200."""
+    return ADAPTED if recipe.lora_r else UTILISATION
+
+
+def report(
+    source, stage: str, recipe: Recipe, data: Data, memory: float, devices: int = 1, **settings
+) -> list[str]:
+    """A stage's line of the table below HEAD, and what helps where it does not fit into `memory` GB of a device.
+
+    settings: those of `estimate`, whose errors these are.
+    """
+    needs = estimate(source, stage, recipe, data, devices, **settings)
+    *sizes, flops, hours = needs.items()
+    row = " ".join(f"{value / 1e9:{len(name)}.1f}" for name, value in sizes)
+    lines = [f"{stage}  {row} | {flops[1] / 1e15:12.1f} | {hours[1]:5.1f}"]
+    if needs["memory"] > (1 - FREE) * 1e9 * memory:
+        lines.append(
+            f"  does not fit into {memory:g} GB, of which a tenth is left free: {REMEDIES}"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.run.estimate", description=__doc__)
+    parser.add_argument("--profile", default="paper")
+    parser.add_argument(
+        "--model", default="2B", help=f"{', '.join(SHAPES)}, or a folder with config.json"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="measure items of this folder instead of assuming them"
+    )
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--device-memory", type=float, default=80, help="GB; a tenth is left free")
+    parser.add_argument(
+        "--fsdp", action="store_true", help="weights, gradients and optimiser sharded"
+    )
+    parser.add_argument("--peak", type=float, default=PEAK / 1e12, help="TFLOP/s of one device")
+    parser.add_argument("--utilisation", type=float, help="share of the peak that is reached")
+    args = parser.parse_args(argv)
+    source = ROOT / "data/configs" / SHAPES[args.model] if args.model in SHAPES else args.model
+    data, profile = measure(args.data) if args.data else Data(), load_profile(args.profile)
+    settings = {"sharded": args.fsdp, "peak": args.peak * 1e12, "utilisation": args.utilisation}
+    print(f"{args.model}, {args.devices} devices, an item: {data}", HEAD, sep="\n")  # noqa: T201
+    for stage in STAGES:
+        recipe = make_recipe(stage, profile[stage])
+        lines = report(source, stage, recipe, data, args.device_memory, args.devices, **settings)
+        print(*lines, sep="\n")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -34,14 +34,7 @@ SETTINGS: dict[str, dict[str, type]] = {
         "max_side": int,
     },
     "backbone": SHAPE,
-    "evaluation": {
-        "n_queries": int,
-        "batch_size": int,
-        "dtype": str,
-        "workers": int,
-        "tasks": list,
-        "duplicates": str,
-    },
+    "evaluation": {"n_queries": int, "batch_size": int, "dtype": str, "tasks": list},
     "launch": {"processes": int, "config_file": str},
 }
 CHANGEABLE = (*SETTINGS, *RECIPES)
