@@ -65,11 +65,13 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def show(figure: Figure, caption: str, path: str | Path | None = None) -> None:
     """Display a figure with its alt text, and its caption below; also save it where `path` says."""
-    png = io.BytesIO()
-    figure.savefig(png, metadata={"Software": None})
-    if path is not None:
-        save(figure, path)
-    display(Shown(data=png.getvalue(), alt=figure.alt))
+    if path is None:
+        file = io.BytesIO()
+        figure.savefig(file, metadata={"Software": None})
+        png = file.getvalue()
+    else:  # drawn a second time, a figure can be laid out a hair differently
+        png = save(figure, path).read_bytes()
+    display(Shown(data=png, alt=figure.alt))
     display(HTML(f'<p class="figure-caption">{escape(caption)}</p>'))
 
 
