@@ -18,8 +18,7 @@ from PIL import Image
 from test_corpus import write
 from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
-from cocoa_lib.data import corpus, pairs
-from cocoa_lib.evaluate.score import write_results
+from cocoa_lib.data import corpus, pairs, tables
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
@@ -47,7 +46,7 @@ def test_other_settings_are_other_data(tmp_path):
     found = set()
     for i, how in enumerate(({}, {"seed": 1}, {"n_eval": 2}, {"max_side": 16}, {"class_column": "kind"})):
         pairs.build_pairs(path, tmp_path / str(i), progress=False, **how)
-        found.add(corpus.fingerprint(tmp_path / str(i)))
+        found.add(tables.fingerprint(tmp_path / str(i)))
     assert len(found) == 5
 
 
@@ -56,30 +55,6 @@ def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
     (folder / "cocoa.json").unlink()
     out = go(home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder)
     assert checkpoint.read_meta(out)["max_length"] == 8192
-
-
-def test_no_old_scores_beside_new_ranks(tmp_path, monkeypatch):
-    def results(value):
-        return pd.DataFrame(
-            [
-                {
-                    "task": "Digits",
-                    "meta_task": "classification",
-                    "in_distribution": True,
-                    "n_candidates": 10,
-                    "metric": "p@1",
-                    "value": value,
-                    "evaluator": "e",
-                }
-            ]
-        )
-
-    ranks = pd.DataFrame({"task": ["Digits"] * 4, "query": range(4), "rank": 2, "n_candidates": 10})
-    write_results(results(0.0), ranks, tmp_path, {})
-    monkeypatch.setattr("cocoa_lib.evaluate.score.average_intervals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write_results(results(100.0), ranks.assign(rank=1), tmp_path, {})
-    assert not (tmp_path / "results.csv").exists()
 
 
 def test_a_tokenizer_is_of_its_data(tmp_path, monkeypatch):
