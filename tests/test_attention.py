@@ -19,7 +19,7 @@ from cocoa_lib.attention import (
 )
 from cocoa_lib.backbone import hidden_states, open_backbone, probe_attention, set_bidirectional
 from cocoa_lib.inputs import Inputs
-from cocoa_lib.show.masks import describe, reachability, segments, token_names
+from cocoa_lib.show.masks import reachability, segments
 
 FIGURE = """
 1 1 1 0 0
@@ -117,21 +117,6 @@ def test_reachability_a_and_b_meet_only_through_eos():
     assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], (
         "nothing of B may ever reach EOS or A"
     )
-
-
-def test_describe_in_words():
-    row = segments(2, 2)[0]
-    assert token_names(row) == ["A1", "A2", "EOS", "B1", "B2"]
-    assert describe("eos_bridged", row, 4, 0, layers=2) == (
-        "B2 may not look at A1; it can know it through EOS after 2 layers."
-    )
-    assert describe("eos_bridged", row, 2, 4) == "EOS may look at B2."
-    assert "cannot know it" in describe("causal", row, 0, 4, layers=8)
-    padded = segments(1, 1, pad_right=1)[0]
-    for query in range(4):
-        assert describe("eos_bridged", padded, query, 3, layers=2).endswith(
-            "may not look at PAD: padding is seen by nobody."
-        )
 
 
 # --- behaviour on a model with random weights -----------------------------------------------------------------------
