@@ -1,4 +1,4 @@
-"""The layouts: the paper's figure literally, padding, agreement of dense mask, BlockMask and reachability, behaviour."""
+"""The layouts: the paper's figure, padding, dense mask against BlockMask, behaviour."""
 
 from __future__ import annotations
 
@@ -54,8 +54,11 @@ def test_causal_and_bidirectional():
 
 rows = st.builds(
     lambda a, b, left, right: segments(a, b, pad_left=left, pad_right=right)[0],
-    st.integers(0, 6), st.integers(0, 5), st.integers(0, 4), st.integers(0, 4),
-)  # fmt: skip
+    st.integers(0, 6),
+    st.integers(0, 5),
+    st.integers(0, 4),
+    st.integers(0, 4),
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,17 +78,28 @@ def test_padding_does_not_change_what_real_tokens_see(row, layout):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans()), min_size=1, max_size=4),
-       layout=st.sampled_from(sorted(LAYOUTS)))  # fmt: skip
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans()), min_size=1, max_size=4
+    ),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+)
 def test_flex_mask_is_the_dense_mask(rows, layout):
-    """create_mask evaluates FlexAttention's mask_mod at every cell; the BlockMask is built from the same function."""
+    """create_mask evaluates at every cell the function that the BlockMask is built from."""
     from torch.nn.attention.flex_attention import create_mask
 
     length = max(a + b for a, b, _ in rows) + 1
-    ids = torch.stack([
-        segments(a, b, pad_left=(length - a - b - 1) * left, pad_right=(length - a - b - 1) * (not left))[0]
-        for a, b, left in rows
-    ])  # fmt: skip
+    ids = torch.stack(
+        [
+            segments(
+                a,
+                b,
+                pad_left=(length - a - b - 1) * left,
+                pad_right=(length - a - b - 1) * (not left),
+            )[0]
+            for a, b, left in rows
+        ]
+    )
     block = block_mask(layout, ids)
     assert torch.equal(
         create_mask(block.mask_mod, len(ids), None, length, length, device="cpu"),
@@ -119,7 +133,7 @@ def test_reachability_a_and_b_meet_only_through_eos():
     )
 
 
-# --- behaviour on a model with random weights -----------------------------------------------------------------------
+# --- behaviour on a model with random weights ----------------------------------------------------
 
 
 def stage2_batch(inputs: Inputs, picture):
@@ -182,7 +196,7 @@ def change_first_text_token_of_a(batch, inputs):
 
 @torch.no_grad()
 def test_one_layer_b_cannot_know_a(opened, picture):
-    """With one layer, what B sees of EOS is EOS's own embedding: B's states cannot depend on A at all."""
+    """With one layer, B sees EOS's own embedding: its states cannot depend on A at all."""
     model, inputs = opened
     layers = model.model.language_model.layers
     model.model.language_model.layers = layers[:1]
@@ -211,7 +225,7 @@ def test_one_layer_b_cannot_know_a(opened, picture):
 
 @torch.no_grad()
 def test_many_layers_cutting_eos_cuts_b_from_a(opened, picture, monkeypatch):
-    """Two layers, strict layout: B depends on A; once EOS is a key for nobody but itself, exactly not any more."""
+    """Two layers, strict layout: B depends on A, and not once EOS is a key for itself only."""
     model, inputs = opened
     batch = stage2_batch(inputs, picture)
     changed = change_first_text_token_of_a(batch, inputs)

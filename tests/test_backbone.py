@@ -1,4 +1,4 @@
-"""The three families by their standard classes: opened, probed, trained one step in every stage, adapted, merged."""
+"""The three families by their standard classes: opened, probed, trained, adapted, merged."""
 
 from __future__ import annotations
 
@@ -53,27 +53,48 @@ pytestmark = [
 
 SPACE = {"spatial_merge_size": 2, "temporal_patch_size": 2, "patch_size": 8, "num_heads": 2}
 TEXT = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 512,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
 VISION = {
     "qwen2_vl": {**SPACE, "depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
     "qwen2_5_vl": {
-        **SPACE, "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 32,
+        **SPACE,
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "window_size": 32,
         "fullatt_block_indexes": [1],
     },
     "qwen3_vl": {
-        **SPACE, "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64,
-        "num_position_embeddings": 64, "deepstack_visual_indexes": [0],
+        **SPACE,
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
     },
-}  # fmt: skip
+}
 CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
 }
-LANGUAGE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-            "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+LANGUAGE = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 IN_VISION = {
     "qwen2_vl": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
     "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -82,7 +103,7 @@ IN_VISION = {
 
 
 def random_model(family, tokenizer):
-    """A random model of the family, every part of the real one (windows, deepstack, interleaved positions), tiny."""
+    """A tiny random model with every part of the real one (windows, deepstack, positions)."""
     config, cls = CLASSES[family]
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]}
     text = {**TEXT, "vocab_size": len(tokenizer), "rope_parameters": rope}
@@ -92,11 +113,15 @@ def random_model(family, tokenizer):
     torch.manual_seed(1)
     return cls(
         config(
-            text_config=text, vision_config=VISION[family], image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"), tie_word_embeddings=family == "qwen2_vl",
+            text_config=text,
+            vision_config=VISION[family],
+            image_token_id=token("<|image_pad|>"),
+            video_token_id=token("<|video_pad|>"),
+            vision_start_token_id=token("<|vision_start|>"),
+            vision_end_token_id=token("<|vision_end|>"),
+            tie_word_embeddings=family == "qwen2_vl",
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module", params=sorted(CLASSES))
@@ -124,10 +149,18 @@ def rows(picture):
 
 def pairs(picture, n=4):
     return [
-        {"anchor": {"text": "What color is the square?" if i % 2 else "", "image": picture(64, 48, seed=i)},
-         "positive": {"text": f"a large red circle {i}", "image": picture(32, 64, seed=i) if i % 2 else ""}}
+        {
+            "anchor": {
+                "text": "What color is the square?" if i % 2 else "",
+                "image": picture(64, 48, seed=i),
+            },
+            "positive": {
+                "text": f"a large red circle {i}",
+                "image": picture(32, 64, seed=i) if i % 2 else "",
+            },
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_switch_takes_in_every_family_and_backend(family):
@@ -144,7 +177,7 @@ def test_the_switch_takes_in_every_family_and_backend(family):
 
 
 def test_positions_are_three_dimensional_where_there_is_an_image(family, picture):
-    """Beside an image the text starts after its larger side, not after its number of tokens (16 x 12 cells of 8 px)."""
+    """Text starts after the larger side of an image, not after its number of tokens."""
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     batch = inputs.collate([{"text": "a red circle", "image": picture(64, 48)}])
@@ -260,7 +293,7 @@ def test_one_step_of_all_three_stages(family, picture):
     assert torch.isfinite(before) and loss([dict(column) for column in columns]) < before
 
 
-# --- adapters -----------------------------------------------------------------------------------------------------------
+# --- adapters ------------------------------------------------------------------------------------
 
 
 def expected_targets(name):
@@ -310,7 +343,7 @@ def test_published_defaults():
     assert given == {"r": 8, "alpha": 64, "dropout": 0.1, "dora": True}
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 def test_pickled_weights_are_refused(small, tmp_path):
@@ -352,7 +385,7 @@ def test_probe_leaves_the_mode_and_no_gradient(family):
     assert model.training and all(p.grad is None for p in model.parameters())
 
 
-# --- FlexAttention ------------------------------------------------------------------------------------------------------
+# --- FlexAttention -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -403,7 +436,7 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex):
 
 
 def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, caplog):
-    """On a CPU there is no backward pass; elsewhere the compiler may be missing: both end in SDPA, said aloud."""
+    """On a CPU there is no backward pass, elsewhere perhaps no compiler: both end in SDPA."""
     model, _ = small
     model.save_pretrained(tmp_path)
 
@@ -421,7 +454,7 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
 
 
 def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch):
-    """FlexAttention and flash-attention have no (whole) kernel on a CPU: tried there, they would never be taken."""
+    """Flex and flash-attention have no (whole) kernel on a CPU: they are tried on the device."""
     model, _ = small
     model.save_pretrained(tmp_path)
     moves, move = [], torch.nn.Module.to
@@ -443,9 +476,11 @@ def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(
     family, monkeypatch, caplog
 ):
     _, folder, _ = family
-    used = lambda **how: (
-        open_backbone(folder, bidirectional=True, **how).model.visual.config._attn_implementation
-    )  # noqa: E731
+
+    def used(**how):
+        opened = open_backbone(folder, bidirectional=True, **how)
+        return opened.model.visual.config._attn_implementation
+
     assert used() == "sdpa"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     widths = []
@@ -461,7 +496,7 @@ def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(
 
 
 def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
-    """Here two calls stand in for it; and one that is wrong, forth or back, or is not there is found out."""
+    """Two calls stand in for it; one that is wrong, forth or back, or missing is found."""
     right, spoil = kernels.picture_attention, {}
 
     def kernel(module, *qkv, **how):
@@ -471,8 +506,11 @@ def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
 
     monkeypatch.setattr("cocoa_lib.kernels.picture_attention", kernel)
     assert find_picture_fault(80, "cpu") is None
-    for wrong in (lambda out, q: out.roll(1, dims=1), lambda out, q: out + 0.5 * (q - q.detach()).transpose(1, 2),
-                  lambda out, q: out * float("nan")):  # fmt: skip
+    for wrong in (
+        lambda out, q: out.roll(1, dims=1),
+        lambda out, q: out + 0.5 * (q - q.detach()).transpose(1, 2),
+        lambda out, q: out * float("nan"),
+    ):
         spoil[torch.bfloat16] = wrong
         assert "its numbers are off by" in find_picture_fault(80, "cpu")
     monkeypatch.setattr("cocoa_lib.kernels.picture_attention", lambda *args, **how: 1 / 0)
@@ -483,7 +521,7 @@ def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
     "sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"]
 )
 def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatch):
-    """Of one size in one call, Qwen2.5-VL's windows where they are; states and gradients are the same."""
+    """Of one size in one call; states and gradients are the same."""
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     visual = model.model.visual
@@ -492,9 +530,12 @@ def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatc
     )
     calls, found, original = [], [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention",
-        lambda *args, **how: calls.append(visual.config._attn_implementation) or original(*args, **how),
-    )  # fmt: skip
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **how: (
+            calls.append(visual.config._attn_implementation) or original(*args, **how)
+        ),
+    )
     for implementation in ("sdpa", PICTURES):
         visual.config._attn_implementation = implementation
         states = hidden_states(model, batch, "bidirectional")

@@ -1,4 +1,4 @@
-"""The user's object: any items in, normalised vectors out, in order; the README's ten lines run as written."""
+"""The user's object: any items in, normalised vectors out, in order; the README's ten lines."""
 
 from __future__ import annotations
 
@@ -330,9 +330,14 @@ def test_sentence_transformers_retrieval_evaluator_agrees(folder, embedder, pict
         {f"q{i}": text for i, text in enumerate(queries)},
         {f"d{i}": image for i, image in enumerate(pictures)},
         {f"q{i}": {f"d{i}"} for i in range(len(queries))},
-        mrr_at_k=[len(pictures)], ndcg_at_k=[10], accuracy_at_k=[1, 5], map_at_k=[1], precision_recall_at_k=[1],
-        batch_size=8, write_csv=False,
-    )  # fmt: skip
+        mrr_at_k=[len(pictures)],
+        ndcg_at_k=[10],
+        accuracy_at_k=[1, 5],
+        map_at_k=[1],
+        precision_recall_at_k=[1],
+        batch_size=8,
+        write_csv=False,
+    )
     found = evaluator(sentence_transformer(folder, device="cpu"))
     theirs = {
         "p@1": "accuracy@1",
@@ -366,10 +371,17 @@ def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
 
     class Local(AbsTaskRetrieval):
         metadata = TaskMetadata(
-            name="LocalPictures", description="texts and pictures", reference="https://example.org", type="Any2AnyRetrieval",
-            dataset={"path": "local", "revision": "1"}, category="t2i", modalities=["text", "image"],
-            eval_splits=["test"], eval_langs=["eng-Latn"], main_score="ndcg_at_10",
-        )  # fmt: skip
+            name="LocalPictures",
+            description="texts and pictures",
+            reference="https://example.org",
+            type="Any2AnyRetrieval",
+            dataset={"path": "local", "revision": "1"},
+            category="t2i",
+            modalities=["text", "image"],
+            eval_splits=["test"],
+            eval_langs=["eng-Latn"],
+            main_score="ndcg_at_10",
+        )
 
         def load_data(self, **_):
             self.dataset, self.data_loaded = {"default": {"test": rows}}, True

@@ -1,4 +1,4 @@
-"""Prompts as golden strings, ids and grids of the real Qwen2-VL files, truncation, padding, M-RoPE, odd pictures."""
+"""Golden prompts, ids and grids of the real Qwen2-VL files, truncation, padding, M-RoPE."""
 
 from __future__ import annotations
 
@@ -69,8 +69,10 @@ def test_the_known_ids_of_qwen2vl(qwen):
     assert qwen.eos_id == 151645
 
 
-@pytest.mark.parametrize(("size", "grid", "tokens"), [((500, 375), [1, 26, 36], 234), ((72, 72), [1, 6, 6], 9),
-                                                       ((32, 32), [1, 4, 4], 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("size", "grid", "tokens"),
+    [((500, 375), [1, 26, 36], 234), ((72, 72), [1, 6, 6], 9), ((32, 32), [1, 4, 4], 4)],
+)
 def test_the_known_grids_of_qwen2vl(qwen, picture, size, grid, tokens):
     batch = qwen.collate([{"text": "x", "image": picture(*size)}])
     assert batch["image_grid_thw"].tolist() == [grid]
@@ -172,7 +174,7 @@ def test_an_item_without_content_is_named(small):
         inputs.collate([{"text": "a"}, {"text": "", "image": None}])
 
 
-# --- rotary positions ------------------------------------------------------------------------------------------------
+# --- rotary positions ----------------------------------------------------------------------------
 
 
 def native_positions(model, batch):
@@ -214,19 +216,23 @@ def test_rotary_positions_are_transformers_own(small, picture, kind):
 
 @torch.no_grad()
 def test_positions_matter(small, picture):
-    """Broken once here: with 1-D positions the states of an image differ, so the test above is about something."""
+    """With 1-D positions the states of an image differ: the test above is about something."""
     model, inputs = small
     batch = inputs.collate([{"text": "a cat", "image": picture()}])
     flat = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)
     own = hidden_states(model, batch)
     other = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=flat,
-        pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"], use_cache=False,
-    ).last_hidden_state  # fmt: skip
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        position_ids=flat,
+        pixel_values=batch["pixel_values"],
+        image_grid_thw=batch["image_grid_thw"],
+        use_cache=False,
+    ).last_hidden_state
     assert not torch.allclose(own, other, atol=1e-4)
 
 
-# --- the same item in any company --------------------------------------------------------------------------------
+# --- the same item in any company ----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -271,7 +277,7 @@ def test_embedding_under_gradient_checkpointing(small, picture):
     model.eval()
 
 
-# --- pictures as people have them -----------------------------------------------------------------------------------
+# --- pictures as people have them ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".pgm"])
@@ -404,7 +410,7 @@ def test_truncated_missing_and_huge_pictures(tmp_path, picture):
 
 @pytest.mark.parametrize(("size", "tokens"), [((1, 1), 1), ((2000, 20), 40), ((7, 300), 7)])
 def test_odd_sizes_become_tokens(small, picture, size, tokens):
-    """No side becomes smaller than one cell, so a strip may exceed the area that the processor aims at."""
+    """No side becomes smaller than one cell, so a strip may exceed the processor's area."""
     _, inputs = small
     batch = inputs.collate([{"text": "", "image": picture(*size)}])
     assert batch["mm_token_type_ids"].sum() == tokens
@@ -445,11 +451,33 @@ def test_a_wrong_key_of_an_item_is_named(small, picture):
 
 @pytest.mark.parametrize(
     "text",
-    ["😀 שלום", "👩‍👩‍👧 🇸🇪", "مرحبا بالعالم", "nul\x00byte", "\x00", " ", "\t\n\r ", "\u00a0", "\ufeff", "a" * 10_000,
-     "7 b " * 250_000],
-    ids=["emoji", "joined emoji", "right to left", "nul in a word", "nul", "space", "whitespace", "hard space", "mark",
-         "one long word", "1 MB"],
-)  # fmt: skip
+    [
+        "😀 שלום",
+        "👩‍👩‍👧 🇸🇪",
+        "مرحبا بالعالم",
+        "nul\x00byte",
+        "\x00",
+        " ",
+        "\t\n\r ",
+        "\u00a0",
+        "\ufeff",
+        "a" * 10_000,
+        "7 b " * 250_000,
+    ],
+    ids=[
+        "emoji",
+        "joined emoji",
+        "right to left",
+        "nul in a word",
+        "nul",
+        "space",
+        "whitespace",
+        "hard space",
+        "mark",
+        "one long word",
+        "1 MB",
+    ],
+)
 def test_odd_texts_are_text(small, text):
     _, inputs = small
     batch = inputs.collate([{"text": text}])

@@ -23,7 +23,7 @@ SHAPES = st.lists(
 
 
 def padded(shapes):
-    """(tokens in A, in B, padding on the left?, with a picture?) a sample -> a batch; each token is a number of its own."""
+    """(tokens in A, in B, padding left?, picture?) a sample -> a batch of distinct tokens."""
     length = max(a + b + 1 for a, b, *_ in shapes)
     rows = [
         segments(a, b, **{"pad_left" if left else "pad_right": length - a - b - 1})
@@ -34,12 +34,21 @@ def padded(shapes):
     ids = torch.arange(1, real.numel() + 1).reshape(real.shape) * real
     images = torch.tensor([int(image) for *_, image in shapes])
     pixels = (segment_ids == A) & (images[:, None] == 1)
-    batch = {"input_ids": ids, "segment_ids": segment_ids, "attention_mask": real.long(), "labels": ids * 2,
-             "mm_token_type_ids": pixels.long()}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "segment_ids": segment_ids,
+        "attention_mask": real.long(),
+        "labels": ids * 2,
+        "mm_token_type_ids": pixels.long(),
+    }
     if images.any():
         grids = torch.tensor([[1, 1, a] for a, *_, image in shapes if image])
-        batch |= {"pixel_values": ids[pixels][:, None], "image_grid_thw": grids, "num_images_per_sample": images,
-                  "hidden_cells": ids[pixels] % 2 == 0}  # fmt: skip
+        batch |= {
+            "pixel_values": ids[pixels][:, None],
+            "image_grid_thw": grids,
+            "num_images_per_sample": images,
+            "hidden_cells": ids[pixels] % 2 == 0,
+        }
     return batch, torch.stack([ids * 3, ids * 5, ids * 7])
 
 
@@ -84,7 +93,7 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     assert mask.any(-1).all(), "no row of the mask is empty"
     if "pixel_values" not in batch:
         return
-    # A picture has as many cells as its sample has image tokens, and each cell is marked with the token it is for.
+    # A picture has a cell for each image token of its sample, marked with that token.
     assert torch.equal(
         packed["pixel_values"][:, 0], packed["input_ids"][packed["mm_token_type_ids"] == 1]
     )
@@ -112,10 +121,14 @@ def mixture(picture, n=9):
     """Texts of different lengths, two thirds with a picture, of different sizes."""
     words = "a large red circle at the top left of one small blue square".split()
     return [
-        {"text": "What is it?" * (i % 2 or i % 3 == 0), "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
-         "target": " ".join(words[: 2 + 2 * i % 11]), "draw": i}
+        {
+            "text": "What is it?" * (i % 2 or i % 3 == 0),
+            "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
+            "target": " ".join(words[: 2 + 2 * i % 11]),
+            "draw": i,
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -162,7 +175,7 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage,
 
 @torch.no_grad()
 def test_the_models_own_mode_is_kept_in_packed_rows(small, picture):
-    """Stage 1's layout is what the model is switched to; the plain 2-D mask would let samples see each other."""
+    """The plain 2-D mask would let the samples of a row see each other."""
     model, inputs = small
     for bidirectional in (False, True):
         set_bidirectional(model, bidirectional)

@@ -1,4 +1,4 @@
-"""Recipes: unknown names, impossible values, one list of layouts and losses, the sources' numbers."""
+"""Recipes: unknown names, impossible values, layouts and losses, the sources' numbers."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def rows(picture, n=4):
     ]
 
 
-# --- corruption -----------------------------------------------------------------------------------
+# --- corruption ----------------------------------------------------------------------------------
 
 
 def test_only_plain_text_of_the_segment_is_masked(small, picture):
@@ -117,7 +117,7 @@ def test_the_noise_is_the_runs():
     assert patch_noise(10_000, seed=0).std() == pytest.approx(1.0, abs=0.05)
 
 
-# --- losses ---------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------
 
 
 def test_mntp_predicts_from_the_state_before_and_mlm_from_the_same():
@@ -175,7 +175,7 @@ def test_the_decoder_predicts_every_pixel_of_a_cell_from_all_tokens(small, pictu
     assert all(type(layer) is kind for layer in decoder.layers)
 
 
-# --- stages ---------------------------------------------------------------------------------------
+# --- stages --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -236,7 +236,7 @@ def test_a_text_only_batch_works_in_both_stages(small):
 
 
 def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatch):
-    """One sample on one process and three on the other: average loss and gradients are the whole's."""
+    """One sample on one process, three on the other: the averages are the whole batch's."""
     model, inputs = small
     torch.manual_seed(0)
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5).train()
@@ -244,9 +244,12 @@ def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatc
     parts = [
         stage1_batch(part, inputs, recipe, 0) for part in (rows(picture)[:1], rows(picture)[1:])
     ]
-    counts = torch.stack([
-        torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()]) for part in parts
-    ])  # fmt: skip
+    counts = torch.stack(
+        [
+            torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()])
+            for part in parts
+        ]
+    )
     for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
         if len(batches) == 2:
             monkeypatch.setattr("cocoa_lib.reconstruction.gather_rows", lambda own: counts.float())
@@ -310,7 +313,7 @@ def test_a_picture_and_its_copy_fit(small, picture):
 
 @torch.no_grad()
 def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch):
-    """Two pictures in A, all of the copy hidden: its pixels differ, and once EOS is cut off do not."""
+    """All of the copy is hidden: it depends on A's picture, and not once EOS is cut off."""
     model, inputs = small
     recipe = make_recipe("stage2", {"image_weight": 1.0, "patch_mask_rate": 1.0})
     module = Reconstruction(model, layout="eos_bridged_strict", image_weight=1.0).eval()
@@ -329,7 +332,7 @@ def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch
 
 
 def test_next_token_prediction_learns_answers_where_the_text_is_cut_too(small, picture):
-    """Of cut text the end is lost; what is left of an answer is learnt, and EOS; a question never."""
+    """What is left of a cut answer is learnt, and EOS; a question never."""
     _, inputs = small
     turns = [("What color?", "red red red"), ("And the circle?", "blue")]
     rows = [{"image": picture(), "turns": turns}]

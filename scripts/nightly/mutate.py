@@ -69,7 +69,7 @@ MUTATIONS = (
     Mutation("EOS taken for the last position by count", "backbone",
              'position = (batch["segment_ids"] == EOS).int().argmax(dim=1)', 'position = batch["attention_mask"].sum(1) - 1',
              "test_backbone.py::test_embedding_alone_batched_and_padded_left_is_the_same"),
-    Mutation("an adapter misses a published target", "run/adapters", '"qkv", "fc1"', '"fc1"',
+    Mutation("an adapter misses a published target", "run/adapters", "qkv fc1", "fc1",
              "test_backbone.py::test_adapters_match_the_published_targets_and_merge_exactly"),
     # reconstruction, contrastive
     Mutation("MNTP without its shift", "reconstruction", "_cross_entropy_at(hidden[:, :-1], lm_head, labels[:, 1:])",
