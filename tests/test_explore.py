@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from cocoa_lib.attention import EOS, LAYOUTS, dense_mask
 from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
