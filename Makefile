@@ -59,10 +59,11 @@ backbone: $(STAMP) ## retrain the small causal backbone of PROFILE under data/
 	@out=$$($(ENV) $(PY) -m cocoa_lib.run prepare --profile=$(call quote,$(PROFILE)) --changes='{backbone: {seed: 1}}') && \
 		rm -rf data/backbone && cp -r "$$out" data/backbone
 
-site: $(STAMP) ## figures and tables of runs/PROFILE -> reports/PROFILE, its pages -> reports/site
-	@test -n "$$(find runs/$(call quote,$(PROFILE)) -name '*.ipynb' 2>/dev/null)" || \
-		{ echo "No executed notebooks in runs/$(PROFILE): run \`make reproduce PROFILE=$(PROFILE)\` first." >&2; exit 1; }
-	@$(ENV) $(PY) scripts/publish.py runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
+# The notebooks of runs/PROFILE where it has executed ones, else those of notebooks/; REPORT: whose finding the front page states.
+REPORT ?= long
+site: $(STAMP) ## the notebooks and docs as pages that load nothing from elsewhere -> reports/site
+	@folder=runs/$(call quote,$(PROFILE))/notebooks; ls "$$folder"/*.ipynb >/dev/null 2>&1 || folder=notebooks; \
+		$(ENV) MPLBACKEND=Agg $(PY) scripts/build_site.py "$$folder" reports/$(call quote,$(REPORT))
 
 test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
 	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests --ignore tests/nightly --ignore tests/browser

@@ -466,13 +466,10 @@ def test_order_and_draws_do_not_depend_on_workers():
     assert alone == shared and [row["draw"] for row in alone] == list(range(20))
 
 
-@pytest.mark.parametrize(
-    "image", [np.zeros((8, 8, 3), np.uint8), float("nan"), {"bytes": b"", "path": None}, [None], 5]
-)
 def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("cocoa_lib.run.stage._run", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("cocoa_lib.run.stage._train", lambda *_: pytest.fail("training began"))
     with pytest.raises(CheckpointError, match="holds files that are no checkpoint"):
         go(home, "stage1", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -318,9 +318,6 @@ def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
     return None
 
 
-finished = read_finished  # its name before; goes with the last caller
-
-
 def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Put a manifest's `settings` among its facts, so that one that differs is named alone."""
     return {**facts, "settings": None, **(facts.get("settings") or {})}
