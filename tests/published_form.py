@@ -65,6 +65,7 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(ids.values()) + 200,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
     rope = {"mrope_section": [4, 6, 6], "type": "mrope"}
     tokens = {name: ids[token] for name, token in TOKENS.items()}
