@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
-    """Rank all queries with a run's embedder, or read the ranks that are there; see `Run.evaluate`."""
+    """Rank all queries with a run's embedder, or read the ranks that are there."""
     out, model = run.folder("evaluate"), run.folder("stage3")
     settings = {"batch_size": 64, "dtype": "float32"} | run.values.get("evaluation", {})
     settings.pop("tasks", None)
@@ -34,16 +34,23 @@ def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
             name for name in same if json.dumps(found.get(name)) != json.dumps(facts[name])
         ]:
             raise CheckpointError(
-                f"{out}: ranks of another run (different: {', '.join(differs)}); delete the folder to rank again"
+                f"{out}: ranks of another run (different: {', '.join(differs)}); delete the "
+                f"folder to rank again"
             )
         return read_ranks(out)
     state = join_processes()
     dtype = getattr(torch, settings.pop("dtype"))
     ranks = evaluate(
-        CocoaEmbedder.load(model, dtype=dtype), str(run.data), tasks=run.tasks, cache_dir=out / "embeddings",
-        show_progress=show_progress and state.is_main_process, process_index=state.process_index,
-        num_processes=state.num_processes, wait=state.wait_for_everyone, **settings,
-    )  # fmt: skip
+        CocoaEmbedder.load(model, dtype=dtype),
+        run.data,
+        tasks=run.tasks,
+        cache_dir=out / "embeddings",
+        show_progress=show_progress and state.is_main_process,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        wait=state.wait_for_everyone,
+        **settings,
+    )
     if state.is_main_process:
         write_ranks(out, ranks, facts)
     state.wait_for_everyone()
@@ -62,7 +69,9 @@ def probe_run(run: Run) -> pd.DataFrame:
 
 
 def run_facts(run: Run) -> dict[str, Any]:
-    """What produced a run's ranks: its names, recipes, costs in seconds a stage, hashes, commit, versions, machine."""
+    """Gather what produced a run's ranks: names, recipes, seconds a stage, hashes, commit,
+    versions.
+    """
     metas = {stage: read_meta(run.folder(stage), check=False) for stage in run.stages}
     return {
         **run.names(),

@@ -1,4 +1,4 @@
-"""`Run`: six names say what a run is; where it lies, what it trains and what it reads follow from them.
+"""`Run`: six names say what a run is; all else follows from them.
 
 Notebooks, the graph (Snakefile) and `python -m cocoa_lib.run` all use this one object:
 
@@ -56,15 +56,19 @@ SHIPPED = ROOT / "data" / "backbone"
 class Run:
     """One arm with one seed at one scale.
 
-    profile: a file of `notebooks/profiles`; arm: one of `notebooks/arms.yaml`; seed: order of rows, what is hidden.
-    model: "" for the small backbone, else a folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
-    data: "" for the built-in world; a folder in MMEB's layout; "MMEB" for data/MMEB, where `python -m
-    cocoa_lib.data.download` leaves it; a .jsonl or .csv file, or a folder of named folders, of pictures and texts.
-    changes: section -> values over the profile's and the arm's, such as {"stage3": {"steps": 500}}.
-    runs: where runs lie, `runs/` of the repository unless given. Relative paths start at the working directory or else
-    at the repository's root.
+    profile: a file of `notebooks/profiles`.
+    arm: one of `notebooks/arms.yaml`.
+    seed: order of rows, what is hidden, dropout.
+    model: "" for the small backbone, else a folder or hub name of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+    data: "" for the built-in world; a folder in MMEB's layout; "MMEB" for data/MMEB, where
+        `python -m cocoa_lib.data.download` leaves it; a .jsonl or .csv file of pictures and texts,
+        or a folder of named folders of pictures.
+    changes: section -> values over the profile's and the arm's, as {"stage3": {"steps": 500}}.
+    runs: where runs lie, `runs/` of the repository unless given.
 
-    Raises RecipeError, InputError or CheckpointError for a name, type, model or data that cannot be used.
+    Relative paths start at the working directory, or else at the repository's root. Raises
+    RecipeError, InputError or CheckpointError for a name, type, model or data that cannot be
+    used.
     """
 
     def __init__(
@@ -99,9 +103,10 @@ class Run:
 
     @classmethod
     def from_namespace(cls, namespace: Mapping[str, Any], *, runs: str | Path | None = None) -> Run:
-        """The `Run` of a notebook's `parameters` cell: `Run.from_namespace(globals())`.
+        """Make the `Run` of a notebook's `parameters` cell: `Run.from_namespace(globals())`.
 
-        Raises RecipeError for a name that papermill injected and no notebook has, and where it injected a profile.
+        Raises RecipeError for a name that papermill injected and no notebook has, or a whole
+        profile.
         """
         check_injected(namespace.get("In", ()))
         return cls(**{name: namespace[name] for name in NAMES if name in namespace}, runs=runs)
@@ -113,11 +118,11 @@ class Run:
         return f"Run({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def other(self, **names: Any) -> Run:
-        """The same run but for some of the six names, e.g. `run.other(arm="contrastive")`."""
+        """Make the same run but for some of the six names, e.g. `run.other(arm="contrastive")`."""
         own = {name: getattr(self, name) for name in NAMES if name != "data"}
         return Run(**own | {"data": self.source} | names, runs=self.runs)
 
-    # --- what it is -----------------------------------------------------------------------------------------------
+    # --- what it is ---
 
     @property
     def hypothesis(self) -> str:
@@ -135,17 +140,19 @@ class Run:
         return not self.source
 
     def recipe(self, stage: str) -> Recipe:
-        """A stage's recipe: the profile's values, then the arm's, then `changes`."""
+        """Make a stage's recipe: the profile's values, then the arm's, then `changes`."""
         if stage not in self.stages and stage in STAGES:
             raise RecipeError(f"arm {self.arm} has no {stage}; it has {', '.join(self.stages)}")
         return make_recipe(stage, self.values.get(stage))
 
     def parent(self, stage: str) -> Path | str:
-        """The folder or hub name that a stage starts from: the arm's stage before it, else the backbone."""
+        """Give the folder or hub name that a stage starts from: the stage before it, or the
+        backbone.
+        """
         before = [one for one in self.stages if one < stage]
         return self.folder(before[-1]) if before else self.backbone
 
-    # --- where it lies --------------------------------------------------------------------------------------------
+    # --- where it lies ---
 
     @cached_property
     def root(self) -> Path:
@@ -157,7 +164,10 @@ class Run:
         return self.runs / "-".join([self.profile, *words, digest(given)])
 
     def folder(self, step: str) -> Path:
-        """Where a stage's checkpoint, or "evaluate", lies. Arms that agree up to a stage share its folder."""
+        """Give the folder of a stage's checkpoint, or of "evaluate".
+
+        Arms that agree up to a stage share its folder.
+        """
         place = self.root / f"seed{self.seed}" / step
         if step in ("stage3", "evaluate"):
             return place / self.arm
@@ -177,13 +187,15 @@ class Run:
 
     @property
     def _shipped(self) -> bool:
-        """Is the shipped backbone the one that this run's sections `backbone` and `causal` describe?"""
+        """Does neither the arm nor `changes` ask for another backbone?"""
         changed = merge(self._arm.changes, self.changes)
         return not any(changed.get(section) for section in ("backbone", "causal"))
 
     @property
     def backbone(self) -> Path | str:
-        """The causal checkpoint: `model`, the shipped data/backbone, or one of another shape that the run trains."""
+        """The causal checkpoint: `model`, the shipped one, or one of another shape that the run
+        trains.
+        """
         if self.model:
             here = ROOT / self.model
             return Path(os.path.relpath(here)) if here.is_dir() else self.model
@@ -193,11 +205,13 @@ class Run:
         words = slug("_".join(str(value) for value in made["backbone"].values()))
         return self.runs / "backbones" / f"{words}-{digest(made)}"
 
-    # --- what it reads --------------------------------------------------------------------------------------------
+    # --- what it reads ---
 
     @cached_property
     def data(self) -> Path:
-        """The data folder in MMEB's layout; the built-in world, or a user's pairs, are written where missing."""
+        """The data folder in MMEB's layout; written where it is the built-in world, or a user's
+        pairs.
+        """
         if self.built_in:
             settings = self.values["benchmark"]
             words = [f"{key.removeprefix('n_')}{n}" for key, n in sorted(settings.items())]
@@ -214,7 +228,9 @@ class Run:
         return self._write(name, partial(build_pairs, source, **settings))
 
     def _write(self, name: str, write: Callable[..., Any]) -> Path:
-        """`write(root=...)` a data folder aside and rename it; a finished one is compared with what is asked for."""
+        """Write a data folder aside and rename it; compare a finished one with what is asked
+        for.
+        """
         folder, aside = self.runs / "data" / name, self.runs / "data" / f".{name}.partial"
         if not folder.is_dir():
             with locked(self.runs / "data" / f".{name}.work", InputError):
@@ -230,21 +246,21 @@ class Run:
         names = self.values.get("evaluation", {}).get("tasks", ["all"])
         return choose_tasks(names, str(self.data))
 
-    # --- what it does ---------------------------------------------------------------------------------------------
+    # --- what it does ---
 
     def done(self, step: str) -> bool:
-        """True where a stage's checkpoint, "evaluate" or "probe" is finished."""
+        """Tell whether a stage's checkpoint, "evaluate" or "probe" is finished."""
         place = self.folder("evaluate" if step == "probe" else step)
         return (place / {"evaluate": "run.json", "probe": "probe.csv"}.get(step, META)).is_file()
 
     def check(self) -> None:
-        """Raise a clear error, before anything trains, for a model, data or folder that this run cannot use."""
+        """Raise a clear error for a model, data or folder that this run cannot use."""
         if not self._checked:
             checks.check_run(self)
             self._checked = True
 
     def prepare(self) -> None:
-        """Check the run, write its data, and train a backbone of another shape where the run names one."""
+        """Check the run, write its data, and train the backbone where it is of another shape."""
         self.check()
         if self.model or self._shipped:
             return
@@ -260,8 +276,9 @@ class Run:
     def stage(self, stage: str, *, show_progress: Progress = True) -> Path:
         """Train a stage, and those before it, where they are missing; return its checkpoint folder.
 
-        On a machine with several GPUs it starts `accelerate launch`. `show_progress`: a bar (launched: each line by
-        tqdm.write), nothing, or a function that takes lines. Raises what `check` and `run_stage` raise.
+        On a machine with several GPUs it starts `accelerate launch`. `show_progress`: a bar
+        (launched: each line by tqdm.write), nothing, or a function that takes lines. Raises what
+        `check` and `run_stage` raise.
         """
         recipe = self.recipe(stage)
         if before := [one for one in self.stages if one < stage]:
@@ -282,7 +299,8 @@ class Run:
             )
 
     def evaluate(self, *, show_progress: Progress = True) -> pd.DataFrame:
-        """Ranks of the right candidates: arm, seed, task, query, rank, n_candidates, ties; one row a query.
+        """Rank the right candidate of every query: arm, seed, task, query, rank, n_candidates,
+        ties, ...
 
         Trains what is missing. Writes ranks.parquet and run.json into `folder("evaluate")`.
         """
@@ -292,7 +310,10 @@ class Run:
         return results.evaluate_run(self, show_progress=show_progress is True)
 
     def probe(self) -> pd.DataFrame:
-        """What the state at EOS holds: arm, seed, measure, value, low, high, majority, n. Of the built-in world only."""
+        """Probe what the state at EOS holds: arm, seed, measure, value, low, high, majority, n.
+
+        Of the built-in world only, whose content is known: InputError elsewhere.
+        """
         if not self.built_in:
             raise InputError(
                 f"{self!r}: probes need the ground truth of the built-in world (data '')"
@@ -300,7 +321,7 @@ class Run:
         self.stage("stage3")
         return results.probe_run(self)
 
-    # --- how it is said elsewhere ---------------------------------------------------------------------------------
+    # --- how it is said elsewhere ---
 
     def names(self) -> dict[str, Any]:
         """The six names, paths from the repository's root; enough to make the run again."""
