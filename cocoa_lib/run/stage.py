@@ -97,9 +97,7 @@ class Job:
 
 def record_recipe(recipe: Recipe) -> dict[str, Any]:
     """List a recipe's values, but where its log is sent, which changes no result."""
-    return {
-        name: value for name, value in dataclasses.asdict(recipe).items() if name != "report_to"
-    }
+    return dataclasses.asdict(recipe) | {"report_to": "none"}
 
 
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
@@ -117,17 +115,12 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise CheckpointError(f"{parent}: no config.json; not a model folder")
         digest = weights_hash(folder) if folder.is_dir() else str(parent)  # of the hub: its name
-        meta = {
-            "stage": "causal",
-            "eos_token": "<|im_end|>",
-            "max_length": sys.maxsize,
-            "weights_sha256": digest,
-        }
+        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": sys.maxsize}
+        meta["weights_sha256"] = digest
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
         raise CheckpointError(
             f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is "
-            f"{meta.get('stage')}; pass "
-            "allow_parent=True if an ablation leaves a stage out on purpose"
+            f"{meta.get('stage')}; allow_parent=True leaves a stage out on purpose"
         )
     return meta
 
@@ -141,19 +134,12 @@ def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> 
         return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
 
     have, want = flatten(found), flatten(wanted)
-    names = [
-        name
-        for name in want
-        if have.get(name) != want[name] and name in {**wanted, **wanted["recipe"]}
-    ]
-    if names:
-        changed = ", ".join(
-            f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names
-        )
+    asked = {**wanted, **wanted["recipe"]}
+    if names := [name for name in asked if have.get(name) != want[name]]:
+        parts = [f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names]
         raise CheckpointError(
-            f"{where}: holds a run of another configuration ({changed}); it is not reused. Delete "
-            f"the "
-            "folder, or undo the change"
+            f"{where}: holds a run of another configuration ({', '.join(parts)}); it is not "
+            "reused. Delete the folder, or undo the change"
         )
 
 
