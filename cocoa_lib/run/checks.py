@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
@@ -18,13 +17,11 @@ from ..store.checkpoint import META, CheckpointError, read_meta, read_note
 from . import estimate
 from .resume import TrainingError
 from .sharding import join_processes
+from .spec import RunSpec
 from .stage import compare_runs, record_recipe
 
-if TYPE_CHECKING:
-    from .run import Run
 
-
-def check_run(run: Run) -> None:
+def check_run(run: RunSpec) -> None:
     """Raise the first error that any part of `run` would meet."""
     for stage in run.stages:
         if run.recipe(stage).bf16 and not torch.cuda.is_available():
@@ -110,7 +107,7 @@ def check_data(data: Path) -> None:
 
 
 @contextmanager
-def explain_memory(run: Run, stage: str) -> Iterator[None]:
+def explain_memory(run: RunSpec, stage: str) -> Iterator[None]:
     """Re-raise a device's want of memory as TrainingError with the estimate."""
     try:
         yield

@@ -7,23 +7,20 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
 
 from .profiles import PROFILES
 from .resume import TrainingError
+from .spec import RunSpec
 from .stage import Progress
-
-if TYPE_CHECKING:
-    from .run import Run
 
 MESSAGE = "stopped: "  # before the message of a worker's own error
 RAISED = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)): (?!.*ChildFailed)")
 
 
-def processes(run: Run) -> int:
+def processes(run: RunSpec) -> int:
     """Count the processes that a step of this run is to be launched on.
 
     1: this one, which a launcher may have started.
@@ -33,7 +30,7 @@ def processes(run: Run) -> int:
     return run.values.get("launch", {}).get("processes", 0) or max(1, torch.cuda.device_count())
 
 
-def command(run: Run, step: str) -> list[str]:
+def command(run: RunSpec, step: str) -> list[str]:
     """Build the line that runs a step on `processes(run)` processes."""
     config = run.values.get("launch", {}).get("config_file") or "accelerate/ddp_1x8.yaml"
     line = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
@@ -42,7 +39,7 @@ def command(run: Run, step: str) -> list[str]:
     return line + run.arguments()
 
 
-def start(run: Run, step: str, show_progress: Progress = True) -> None:
+def start(run: RunSpec, step: str, show_progress: Progress = True) -> None:
     """Run a step by `accelerate launch`; show each of its lines as it comes.
 
     Raises TrainingError with the worker's message where it fails. An interrupt is handed on as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,12 +16,10 @@ from ..evaluate.score import evaluate
 from ..store.checkpoint import CheckpointError, provenance, read_meta, read_note
 from ..store.files import write_whole
 from .sharding import join_processes
-
-if TYPE_CHECKING:
-    from .run import Run
+from .spec import RunSpec
 
 
-def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
+def evaluate_run(run: RunSpec, *, show_progress: bool = True) -> pd.DataFrame:
     """Rank all queries with a run's embedder, or read the ranks that are there."""
     out, model = run.folder("evaluate"), run.folder("stage3")
     settings = {"batch_size": 64, "dtype": "float32"} | run.values.get("evaluation", {})
@@ -57,7 +55,7 @@ def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
     return read_ranks(out)
 
 
-def probe_run(run: Run) -> pd.DataFrame:
+def probe_run(run: RunSpec) -> pd.DataFrame:
     """Probe a run's embedder, or read the table that is there; see `Run.probe`."""
     path = run.folder("evaluate") / "probe.csv"
     if not path.is_file():
@@ -68,7 +66,7 @@ def probe_run(run: Run) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def run_facts(run: Run) -> dict[str, Any]:
+def run_facts(run: RunSpec) -> dict[str, Any]:
     """Gather what produced a run's ranks: names, recipes, seconds a stage, hashes, commit,
     versions.
     """
