@@ -1,13 +1,12 @@
 """Kill runs at random moments, run the same command again, and compare with a run that nobody disturbed, bit for bit.
 
-    python scripts/soak.py --minutes 10 [--seed 0] [--folder runs/soak]
+    python scripts/nightly/soak.py --minutes 10 [--seed 0] [--folder runs/soak]
 
 Tiny runs of every stage and of the evaluation on a tiny benchmark. A round takes the next fault in turn:
 
     causal .. stage3  SIGKILL at a moment drawn over the whole length of an undisturbed run
     evaluation        the same for `python -m cocoa_lib.evaluate`
     saving            SIGKILL of a stage while files of a checkpoint, or of the finished folder, are being written
-    flipped byte      SIGKILL, then one bit of the newest checkpoint is turned over
     clock back        SIGKILL, then the checkpoints' times are set a day ahead of the clock
     second run        a second command into the same folder: it must refuse, and the first must not notice
 
@@ -33,47 +32,40 @@ from collections import Counter
 from pathlib import Path
 
 import pandas as pd
+import torch
 
-from cocoa_lib.store.checkpoint import weights_hash
+from cocoa_lib.data import corpus
+from cocoa_lib.evaluate.__main__ import main as evaluate
+from cocoa_lib.recipes import make_recipe
+from cocoa_lib.run.stage import run_stage
+from cocoa_lib.store.checkpoint import save_checkpoint, weights_hash
+from cocoa_lib.world.backbone import new_backbone
 from cocoa_lib.world.build import build
 
 STAGES = ("causal", "stage1", "stage2", "stage3")
 PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 RECIPE = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
           "logging_steps": 5, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}  # fmt: skip
-FAULTS = (*STAGES, "evaluation", "saving", "flipped byte", "clock back", "second run")
+FAULTS = (*STAGES, "evaluation", "saving", "clock back", "second run")
 COUNTS = ("tried", "killed", "refused", "equal", "lost")
 
 
-def command(home: Path, stage: str, out: Path) -> tuple[str, list[str]]:
-    """(module, arguments) of a stage or of the evaluation, as typed after `python -m`."""
-    if stage == "evaluation":
-        return "cocoa_lib.evaluate", [str(home / "stage3"), "--root", str(home / "world"), "--out", str(out),
-                                  "--batch-size", "4", "--n-queries", "6"]  # fmt: skip
-    recipe = json.dumps(RECIPE | ({"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {}))
-    return "cocoa_lib.run", [stage, "--parent", str(home / PARENT[stage]), "--data", str(home / "world"), "--out",
-                               str(out), "--recipe", recipe]  # fmt: skip
-
-
-def in_child(module: str, arguments: list[str], log: Path) -> None:
-    """The command in this process, its output in `log`."""
-    import importlib
-
-    import torch
-
+def run_in_child(home: Path, name: str, out: Path, log: Path) -> None:
+    """A stage or the evaluation in this process, its output in `log`."""
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
-    importlib.import_module(module).main(arguments)
+    if name == "evaluation":
+        words = [home / "stage3", "--root", home / "world", "--out", out, "--batch-size", 4, "--n-queries", 6]
+        evaluate(list(map(str, words)))
+        return
+    values = RECIPE | ({"mini_batch_size": 3, "temperature": 0.1} if name == "stage3" else {})
+    run_stage(name, make_recipe(name, values), parent=home / PARENT[name], data=home / "world", out=out)
 
 
 def prepare(home: Path) -> None:
     """The benchmark and the random model that the stages start from."""
-    from cocoa_lib.data import corpus
-    from cocoa_lib.store.checkpoint import save_checkpoint
-    from cocoa_lib.world.backbone import new_backbone
-
     build(home / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(home / "world"), *corpus.questions(home / "world")]
     model, inputs = new_backbone(
@@ -88,9 +80,8 @@ def result(out: Path) -> str:
     if (out / "cocoa.json").is_file():
         recorded = json.loads((out / "cocoa.json").read_text(encoding="utf-8"))["weights_sha256"]
         return f"{weights_hash(out)} {recorded} {hashlib.sha256((out / 'log.csv').read_bytes()).hexdigest()}"
-    if (out / "results.csv").is_file():
-        ranks = pd.read_parquet(out / "per_query.parquet").to_csv().encode()
-        return hashlib.sha256((out / "results.csv").read_bytes() + ranks).hexdigest()
+    if (out / "run.json").is_file():
+        return hashlib.sha256(pd.read_parquet(out / "ranks.parquet").to_csv().encode()).hexdigest()
     return ""
 
 
@@ -117,7 +108,7 @@ class Soak:
                 raise SystemExit(f"the undisturbed {name} failed: see {self.log}")
 
     def start(self, name: str, out: Path):
-        child = self.context.Process(target=in_child, args=(*command(self.home, name, out), self.log))
+        child = self.context.Process(target=run_in_child, args=(self.home, name, out, self.log))
         child.start()
         return child
 
@@ -152,16 +143,14 @@ class Soak:
         else:
             if fault == "saving":
                 self.wait_for_write(child, work, out)
-            elif fault in ("flipped byte", "clock back"):
+            elif fault == "clock back":
                 while child.is_alive() and not self.newest(work):
                     time.sleep(0.001)
                 time.sleep(self.random.random() * self.seconds[name] / 2)
             else:
                 time.sleep(self.random.random() * self.seconds[name])
             count["killed"] += self.kill(child)
-            if fault == "flipped byte":
-                self.flip(work)
-            elif fault == "clock back":
+            if fault == "clock back":
                 self.ahead(work)
             again = self.start(name, out)
             again.join()
@@ -186,13 +175,6 @@ class Soak:
     def newest(self, work: Path) -> Path | None:
         whole = [path.parent for path in work.glob("checkpoint-*/complete.json")]
         return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
-
-    def flip(self, work: Path) -> None:
-        if folder := self.newest(work):
-            file = self.random.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
-            content = bytearray(file.read_bytes())
-            content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
-            file.write_bytes(content)
 
     def ahead(self, work: Path) -> None:
         """As if the clock had been a day ahead until now: what is written next looks older than what is there."""

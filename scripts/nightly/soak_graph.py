@@ -1,9 +1,8 @@
 """Kill the whole graph at random moments, run the same command until it ends, and compare with a graph nobody disturbed.
 
-    python scripts/soak_graph.py --rounds 10 [--seed 0]
+    python scripts/nightly/soak_graph.py --rounds 10 [--seed 0]
 
-A copy of the tracked files, profile `smoke`: benchmark and masks by notebook, one arm trained and evaluated, another through
-the notebooks of stages 1 to 3. A round deletes `runs/`, starts, kills the process group at a moment drawn over the whole length
+A copy of the tracked files, profile `smoke`: two arms trained, evaluated and probed. A round deletes `runs/`, starts, kills the process group at a moment drawn over the whole length
 (and, every second round, the second attempt as well), and runs the command that `make reproduce` runs once more.
 """
 
@@ -27,8 +26,9 @@ from mutate import copy_tracked
 
 from cocoa_lib.store.checkpoint import weights_hash
 
-ROOT = Path(__file__).resolve().parent.parent
-TARGETS = [f"runs/smoke/results/{arm}/seed0/results.csv" for arm in ("contrastive", "cocoa")]
+ROOT = Path(__file__).resolve().parent.parent.parent
+ARMS = ("contrastive", "cocoa")
+TARGETS = [f"runs/smoke/seed0/evaluate/{arm}.done" for arm in ARMS]
 
 
 def flags() -> list[str]:
@@ -37,7 +37,7 @@ def flags() -> list[str]:
         r"-m snakemake --cores \$\(CORES\) (.*?) \$\(SNAKEFLAGS\)", (ROOT / "Makefile").read_text(encoding="utf-8")
     )
     if line is None:
-        raise SystemExit("the Makefile's call of snakemake is not where it was; mend scripts/soak_graph.py")
+        raise SystemExit("the Makefile's call of snakemake is not where it was; mend scripts/nightly/soak_graph.py")
     return line[1].split()
 
 
@@ -55,11 +55,11 @@ def result(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): weights_hash(path.parent)
         for path in folder.glob("runs/smoke/seed0/*/*/cocoa.json")
     }
-    for target in TARGETS:
-        path = folder / target
-        if path.is_file():
-            ranks = pd.read_parquet(path.with_name("per_query.parquet")).to_csv().encode()
-            found[target] = hashlib.sha256(path.read_bytes() + ranks).hexdigest()
+    for arm in ARMS:
+        folder_of = folder / f"runs/smoke/seed0/evaluate/{arm}"
+        if (folder_of / "run.json").is_file():
+            ranks = pd.read_parquet(folder_of / "ranks.parquet").to_csv().encode()
+            found[arm] = hashlib.sha256(ranks + (folder_of / "probe.csv").read_bytes()).hexdigest()
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -13,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from types import SimpleNamespace as Namespace
 
 import numpy as np
@@ -37,13 +35,13 @@ from cocoa_lib.data import corpus
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run import Run
 from cocoa_lib.run.profiles import NOTEBOOKS, ROOT, load_profile
-from cocoa_lib.run.resume import COMPLETE, TrainingError, Watch, explained, last_whole_checkpoint
+from cocoa_lib.run.resume import COMPLETE, TrainingError, Watch, find_checkpoint
 from cocoa_lib.run.sharding import shard
-from cocoa_lib.run.stage import _finish, run_stage
+from cocoa_lib.run.stage import run_stage
 from cocoa_lib.run.trainers import PlainTrainer
-from cocoa_lib.store.checkpoint import read_meta, save_checkpoint
-from cocoa_lib.store.files import locked
+from cocoa_lib.store.checkpoint import save_checkpoint
 from cocoa_lib.world.backbone import new_backbone
 from cocoa_lib.world.build import build
 
@@ -91,7 +89,7 @@ def assert_close(home, stage, folder):
 
 def stop_at(patch, step, how):
     """At the loss of `step`, raise `how` or send that signal to this process."""
-    original = PlainTrainer.checked
+    original = PlainTrainer.check_loss
 
     def checked(self, loss):
         if self.state.global_step + 1 == step:
@@ -100,15 +98,15 @@ def stop_at(patch, step, how):
             os.kill(os.getpid(), how)
         return original(self, loss)
 
-    patch.setattr(PlainTrainer, "checked", checked)
+    patch.setattr(PlainTrainer, "check_loss", checked)
 
 
 def steps_of(run):
     """The steps whose loss this process computes while `run` lasts."""
-    steps, original = [], PlainTrainer.checked
+    steps, original = [], PlainTrainer.check_loss
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            PlainTrainer, "checked",
+            PlainTrainer, "check_loss",
             lambda self, loss: (steps.append(self.state.global_step + 1), original(self, loss))[1],
         )  # fmt: skip
         run()
@@ -204,8 +202,8 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert together(one_dies, home, tmp_path) == [1, -signal.SIGKILL]
     assert time.monotonic() - start < 60
     word = (tmp_path / "error-0").read_text()
-    assert word.startswith(TrainingError.__name__) and "another process of this run" in word and "after step 3" in word
-    assert last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
+    assert word.startswith(TrainingError.__name__) and "another process of this run" in word
+    assert find_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
 
 
@@ -234,56 +232,11 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(home, tmp_pat
     assert together(a_worker_is_killed, home, tmp_path, n=1) == [1]
     assert time.monotonic() - start < 60 and not (tmp_path / "stage3").exists()
     word = (tmp_path / "error-0").read_text()
-    assert word.startswith(f"{TrainingError.__name__}: a worker that reads pictures was killed (after step "), word
-    assert "Run the same command: it goes on" in word
+    assert word.startswith(f"{TrainingError.__name__}: a worker that reads pictures was killed"), word
+    assert "The same command goes on" in word
     steps = steps_of(lambda: go(home, "stage3", tmp_path / "stage3", workers=2))
     assert steps in ([3, 4, 5], [5]), "from the newest checkpoint"
     assert_close(home, "stage3", tmp_path / "stage3")
-
-
-@pytest.mark.parametrize("workers, said", [(2, TrainingError), (0, BrokenPipeError)])
-def test_a_lost_connection_is_a_workers_only_where_there_are_workers(workers, said, tmp_path):
-    trainer = Namespace(state=Namespace(global_step=3), args=Namespace(dataloader_num_workers=workers))
-    with pytest.raises(said), explained(trainer, Namespace(process_index=0, num_processes=1), tmp_path):
-        raise BrokenPipeError
-
-
-def the_last_word(rank, home, out, finish):
-    """Stage 2, with `finish` for what the main process does last; anywhere else the others would wait a second for it."""
-    restore = Watch.restore
-
-    def impatient(self):
-        restore(self)
-        torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Watch, "restore", impatient)
-        patch.setattr("cocoa_lib.run.stage._finish", finish)
-        go(home, "stage2", out / "stage2")
-
-
-def slow_to_save(rank, home, out, original=_finish):
-    def finish(*args):
-        time.sleep(3)
-        original(*args)
-
-    the_last_word(rank, home, out, finish)
-
-
-def dies_saving(rank, home, out):
-    the_last_word(rank, home, out, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def test_a_slow_disk_costs_no_finished_run(home, tmp_path):
-    assert together(slow_to_save, home, tmp_path) == [0, 0], [path.read_text() for path in tmp_path.glob("error-*")]
-    assert_close(home, "stage2", tmp_path / "stage2")
-
-
-def test_a_death_while_the_others_wait_for_the_folder_ends_them(home, tmp_path):
-    start = time.monotonic()
-    assert together(dies_saving, home, tmp_path) == [-signal.SIGKILL, 1]
-    assert time.monotonic() - start < 60
-    assert "another process of this run died" in (tmp_path / "error-1").read_text()
 
 
 # --- sharded weights ----------------------------------------------------------------------------------------------------
@@ -355,7 +308,7 @@ def one_is_spoilt(rank, home, out):
     with pytest.MonkeyPatch.context() as patch:
         shard_on_cpu(patch)
         patch.setattr(Watch, "on_step_end", on_step_end)
-        with pytest.raises(TrainingError, match="1 weights, .* are not finite at step 2"):
+        with pytest.raises(TrainingError, match="the weights .* are not finite at step 2"):
             go(home, "stage2", out / "spoilt")
 
 
@@ -393,18 +346,9 @@ def test_a_sharded_stage_is_the_stage_on_one_process(home, shards, tmp_path, nam
 def test_a_sharded_run_goes_on_with_another_number_of_processes(home, shards):
     saved = shards / ".regrown.work" / "checkpoint-2"
     parts = {path.relative_to(saved).as_posix() for path in (saved / "pytorch_model_fsdp_0").glob("*.distcp")}
-    assert len(parts) == 2 and parts <= set(json.loads((saved / "complete.json").read_text())), (
-        "each a half, with its hash"
-    )
+    assert len(parts) == 2 and (saved / "complete.json").is_file()
     assert together(sharded_further, home, shards, n=4) == [0] * 4, [p.read_text() for p in shards.glob("error-*")]
     assert_close(home, "stage3", shards / "regrown")
-
-
-def test_a_sharded_run_does_not_go_on_whole(home, shards):
-    with pytest.raises(
-        TrainingError, match=r"checkpoint-2 was written by a run that was sharded.*delete .*\.foreign\.work"
-    ):
-        go(home, "stage3", shards / "foreign")
 
 
 @pytest.mark.parametrize(
@@ -460,101 +404,6 @@ def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
         assert launch_environment(name) == launch_environment("fsdp_1x8")  # which the tests above ran with
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_accelerate_launches_a_stage_with_a_launch_file(home, stage, tmp_path):
-    """The documented line, on two processes of a CPU. (No --cpu, which starts one: without a GPU the file's kind takes gloo.)"""
-    out = tmp_path / stage
-    launch = (
-        f"-m accelerate.commands.accelerate_cli launch --config_file {NOTEBOOKS / 'profiles/accelerate/ddp_1x8.yaml'}"
-    )
-    line = f"{launch} --num_processes 2 --main_process_port 0 -m cocoa_lib.run {stage} --allow-parent"
-    command = [sys.executable, *shlex.split(line), "--recipe", json.dumps(tiny(stage))]
-    command += ["--parent", str(home / "init"), "--data", str(home / "world"), "--out", str(out)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(str(out)) == 2, "each process names the folder when it is done"
-    assert read_meta(out)["run"]["stage"] == stage and not list(tmp_path.glob(".*"))  # reading compares all hashes
-    assert_close(home, stage, out)
-
-
-@pytest.mark.parametrize("name, at_least", [("cluster", 5), ("scaling", 3)])
-def test_the_docs_name_what_there_is(name, at_least):
-    text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"(?:notebooks|tests|cocoa_lib|data|benchmarks|scripts)/[\w./-]+\.(?:yaml|py|md)", text))
-    assert len(named) >= at_least and [path for path in named if not (ROOT / path).is_file()] == []
-
-
-@pytest.fixture(scope="module")
-def cluster_jobs(tmp_path_factory):
-    """rule -> resources of its jobs, from a dry run with the SLURM profile in an empty folder beside the repository's files."""
-    folder = tmp_path_factory.mktemp("cluster")
-    for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
-        (folder / name).symlink_to(ROOT / name)
-    command = ["-m", "snakemake", "-n", "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=gpu"]
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    jobs: dict[str, list[dict[str, str]]] = {}
-    for rule, resources in re.findall(
-        r"^(?:local)?rule (\w+):.*?^    resources: (.*?)$", done.stdout + done.stderr, re.M | re.S
-    ):
-        jobs.setdefault(rule, []).append(dict(pair.split("=") for pair in resources.split(", ")))
-    return jobs
-
-
-@pytest.mark.parametrize("pairs", [[], ["pairs=my/pairs.csv"]])
-def test_an_arm_with_a_backbone_of_its_own_starts_from_it(tmp_path, pairs):
-    """A dry run: the graph trains that shape on the same data, and the arm's first stage starts from it; no other arm does."""
-    for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my").mkdir()
-    (tmp_path / "my" / "pairs.csv").touch()
-    run = "runs/gpu-pairs" if pairs else "runs/gpu"
-    wanted = [f"{run}/results/{arm}/seed0/results.csv" for arm in ("cocoa_half", "contrastive_half", "contrastive")]
-    command = ["-m", "snakemake", "-n", "-p", "--cores", "1", "--config", "profile=gpu", *pairs, "--", *wanted]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shape, parent = f"{run}/backbones/heads2_hidden_size64", r"cocoa_lib\.train (stage\d) --parent (\S+) .*?--out (\S+)"
-    starts = {(stage, out.split("/")[-1]): start for stage, start, out in re.findall(parent, done.stdout)}
-    made = [line for line in done.stdout.splitlines() if "retrain=true" in line]
-    assert len(made) == 1 and f"backbone_folder={shape}" in made[0] and '"hidden_size": 64, ' in made[0]
-    assert ("my/pairs.csv" in made[0]) == bool(pairs)
-    assert starts["stage3", "contrastive_half"] == shape and starts["stage3", "contrastive"] == "data/backbone"
-    assert [start for (stage, _), start in starts.items() if stage == "stage1"] == [shape]
-
-
-def test_the_grid_is_one_job_a_step_on_a_cluster(cluster_jobs):
-    profile = load_profile("gpu")
-    runs = 5 * len(profile["arms"]) + 3 * len(profile["sweeps"])  # sweeps have the first three seeds
-    assert len(cluster_jobs["evaluate"]) == runs and len(cluster_jobs["stage"]) > runs
-    for rule, jobs in cluster_jobs.items():
-        trains = rule in ("shape", "pretraining", "contrastive", "stage", "evaluate", "probe")
-        for job in jobs:
-            assert (job["slurm_partition"], job.get("gpu")) == (("gpu", "1") if trains else ("cpu", None)), rule
-            assert int(job["mem_mb"]) >= 8000 and 30 <= int(job["runtime"]) <= 1440 and job["slurm_account"], rule
-
-
-def test_resources_are_set_for_rules_that_exist(cluster_jobs):
-    profile = yaml.safe_load((NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
-    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
-    assert set(profile["set-resources"]) <= rules
-    assert rules - set(profile["set-resources"]) <= {"all", "masks"}, "every other step says what it needs"
-
-
-@pytest.mark.parametrize("visible, cards", [(None, ["0", "1", "2"]), ("7,4,GPU-3fe1", ["4", "7", "GPU-3fe1"])])
-def test_each_gpu_has_one_step_at_a_time(tmp_path, monkeypatch, visible, cards):
-    """What the graph puts before each step where `make` counts several GPUs; tried without any. Of a user's choice, no other."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    lines = re.search(r"^GPUS = .*?^SLOT = .*?$", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M | re.S)[0]
-    names = {"os": os, "shlex": shlex, "config": {"gpus": "3"}, "RUN": str(tmp_path)}
-    exec(lines, names)  # the Snakefile's own
-    command = ["bash", "-c", f"{names['SLOT']} echo $CUDA_VISIBLE_DEVICES; sleep 2"]
-    steps = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert sorted(step.communicate()[0].strip() for step in steps) == cards
-
-
 @pytest.mark.parametrize("visible, count", [(None, 8), ("3", 1), ("2,5", 2), ("", 0), ("-1", 0)])
 def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, visible, count):
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n")
@@ -569,148 +418,74 @@ def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, visible, count):
     assert done.stdout.strip() == str(count), done.stderr
 
 
-def test_every_step_that_trains_or_encodes_waits_for_a_gpu():
-    rules = re.split(r"^rule ", (ROOT / "Snakefile").read_text(encoding="utf-8"), flags=re.M)[1:]
-    on_gpu = {rule.partition(":")[0] for rule in rules if "gpu=1" in rule}
-    assert on_gpu == {"shape", "pretraining", "contrastive", "stage", "evaluate", "probe"}
 
 
-@pytest.mark.parametrize(
-    "arms, message",
-    [
-        (
-            "[contrastive, cocoa, cocao_strict]",
-            "arms and sweeps: unknown name 'cocao_strict'; did you mean 'cocoa_strict'",
-        ),
-        ("[contrastive, stage1_only]", "arms must hold cocoa"),
-    ],
-)
-def test_a_profile_with_arms_that_cannot_run_is_refused(tmp_path, arms, message):
-    for name in ("Snakefile", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("cocoa_lib", "notebooks"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    smoke = (NOTEBOOKS / "profiles" / "smoke.yaml").read_text(encoding="utf-8")
-    (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_text(re.sub(r"(?m)^arms: .*", f"arms: {arms}", smoke))
-    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "1", "--config", "profile=mine"]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}
-    )
-    assert done.returncode != 0 and message in done.stdout + done.stderr
+# --- a notebook on a machine with several GPUs ---------------------------------------------------
 
 
-STUB = """#!/bin/bash
-# Stands for `python -m cocoa_lib.MODULE ...`: writes down the call, makes what it would, fails where it is told to.
-echo "$*" >> calls
-if [ -f broken ] && [[ "$*" == *"$(cat broken)"* ]]; then echo "out of memory: lower batch_size" >&2; exit 1; fi
-while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; [ "$1" = -m ] && module=$2; shift; done
-case $module in cocoa_lib.run) mkdir -p "$out";; cocoa_lib.evaluate) touch "$out/results.csv";; *) touch "$out";; esac
-"""
+def test_a_stage_launched_from_a_notebook_is_the_stage(tmp_path, monkeypatch):
+    """Two CPU processes stand for two GPUs: `run.stage` starts accelerate itself and shows its lines."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    values = {"benchmark": {"n_pairs": 64, "n_queries": 8, "n_corpus": 16}, "stage3": tiny("stage3")}
+    lines = []
+    two = Run("smoke", "contrastive", changes=values | {"launch": {"processes": 2}}, runs=tmp_path)
+    out = two.stage("stage3", show_progress=lines.append)
+    assert any(line.startswith("step 5 of 5, loss") for line in lines)
+    one = Run("smoke", "contrastive", changes=values, runs=tmp_path).stage("stage3", show_progress=False)
+    a, b = pd.read_csv(out / "log.csv"), pd.read_csv(one / "log.csv")
+    assert np.allclose(a["loss"], b["loss"], rtol=1e-4)
+    odd = values | {"launch": {"processes": 2}, "stage3": tiny("stage3") | {"batch_size": 7}}
+    with pytest.raises(TrainingError, match="stage3 on 2 processes: batch_size 7 does not divide over 2"):
+        Run("smoke", "contrastive", changes=odd, runs=tmp_path).stage("stage3", show_progress=False)
 
 
-@pytest.fixture
-def graph(tmp_path):
-    """The graph in a folder of its own, with steps that only make their files: (run snakemake, set the arms)."""
-    for name in ("cocoa_lib", "notebooks", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    (tmp_path / "Snakefile").write_text(text.replace("PYTHON = shlex.quote(sys.executable)", 'PYTHON = "./stub"'))
-    (tmp_path / "stub").write_text(STUB)
-    (tmp_path / "stub").chmod(0o755)
-    flags = re.search(r"snakemake --cores \$\(CORES\) (.*?) \$\(SNAKEFLAGS\)", (ROOT / "Makefile").read_text())[
-        1
-    ].split()
-
-    def arms(names):
-        smoke = (NOTEBOOKS / "profiles" / "smoke.yaml").read_text(encoding="utf-8")
-        smoke = re.sub(r"(?m)^arms: .*", f"arms: [{names}]", re.sub(r"(?m)^seeds: .*", "seeds: [0]", smoke))
-        (tmp_path / "notebooks" / "profiles" / "mine.yaml").write_text(smoke)
-
-    def run(*options, config=()):
-        command = [
-            sys.executable,
-            "-m",
-            "snakemake",
-            "--cores",
-            "2",
-            *flags,
-            *options,
-            "--config",
-            "profile=mine",
-            *config,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-
-    return run, arms
+# --- the graph ------------------------------------------------------------------------------------
 
 
-def test_pairs_read_in_another_way_are_not_taken_for_those_read_before(graph, tmp_path):
-    run, arms = graph
-    arms("contrastive, cocoa")
-    (tmp_path / "my" / "animals").mkdir(parents=True)
-    (tmp_path / "my" / "animals" / "cat.png").write_bytes(b"a")
-    made = run("--until", "benchmark", config=["pairs=my"])
-    assert made.returncode == 0, made.stderr
-
-    def planned(*more):
-        return "rule benchmark" in run("-n", "--until", "benchmark", config=["pairs=my", *more]).stdout
-
-    assert not planned() and planned("text_column=title") and planned("on_bad_row=skip")
-    (tmp_path / "my" / "animals" / "dog.png").write_bytes(b"b")  # the folder itself is as old as before
-    assert planned()
-
-
-def test_a_failed_step_is_reported_and_retried_alone(graph, tmp_path):
-    run, arms = graph
-    arms("contrastive_causal, contrastive, cocoa")
-    (tmp_path / "broken").write_text('"layout": "causal"')
-    failed = run()
-    assert failed.returncode != 0 and "out of memory: lower batch_size" in failed.stderr, (
-        "the end of the step's own log"
-    )
-    there = {path.parent.parent.name for path in tmp_path.glob("runs/mine/results/*/seed0/results.csv")}
-    assert there == {"contrastive", "cocoa"} and not list(
-        tmp_path.glob("runs/mine/notebooks/05*")
-    )  # the others went on
-    (tmp_path / "broken").unlink()
-    (tmp_path / "calls").unlink()
-    assert run().returncode == 0
-    calls = [re.search(r"cocoa_lib\.(\w+)", call)[1] for call in (tmp_path / "calls").read_text().splitlines()]
-    assert sorted(calls) == ["mmeb", "probe", "profiles", "train"]  # notebook 05 is the last
-
-
-def test_another_arm_makes_its_own_steps_alone(graph, tmp_path):
-    run, arms = graph
-    arms("contrastive, cocoa")
-    assert run().returncode == 0
-    assert "Nothing to be done" in run("-n").stderr + run("-n").stdout
-    (tmp_path / "calls").unlink()
-    arms("contrastive, cocoa, contrastive_causal")
-    assert run().returncode == 0
-    assert len((tmp_path / "calls").read_text().splitlines()) == 4  # its stage 3, evaluation and probe, and notebook 05
-    profile = tmp_path / "notebooks" / "profiles" / "mine.yaml"
-    profile.write_text(re.sub(r"(?m)^(stage3: .*steps: )\d+", r"\g<1>7", profile.read_text()))
-    jobs = run("-n").stdout
-    assert "rule contrastive:" in jobs and "rule benchmark:" not in jobs and "rule pretraining:" not in jobs
-
-
-def test_a_dry_run_beside_a_run_is_answered(graph, tmp_path):
-    run, arms = graph
-    arms("contrastive, cocoa")
-    assert run("-n").returncode == 0 and not (tmp_path / "runs").exists()
-    with locked(tmp_path / "runs" / "mine", RuntimeError):
-        assert run("-n").returncode == 0
-        refused = run()
-        assert refused.returncode != 0 and "another run" in refused.stdout + refused.stderr
-
-
-def test_a_file_of_pairs_with_a_space_in_its_name(tmp_path):
+def plan_graph(folder, *options):
+    """What snakemake would do, from a copy of the repository's files in `folder`."""
     for name in ("Snakefile", "cocoa_lib", "notebooks", "data"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "my pairs (1); x.csv").touch()
-    options = "-m snakemake -n -p --cores 1 --config profile=smoke".split()
-    command = [sys.executable, *options, "pairs=my pairs (1); x.csv"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        if not (folder / name).exists():
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, folder / name)
+    command = [sys.executable, "-m", "snakemake", "-n", "--cores", "2", *options]
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+
+def test_the_grid_is_a_process_an_arm_and_seed_and_shared_stages_are_made_once(tmp_path):
+    done = plan_graph(tmp_path, "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=long")
     assert done.returncode == 0, done.stderr
-    assert "--out runs/smoke-my_pairs_1_x/notebooks/00_data_and_backbone.ipynb" in done.stdout
+    jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.M)
+    n_runs = sum(load_profile("long")["grid"].values())
+    assert jobs.count("run") == n_runs and jobs.count("shared") == 6 and jobs.count("notebook") == 6
+    settings = yaml.safe_load((NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
+    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
+    assert set(settings["set-resources"]) == rules - {"all"}, "each step says what it needs"
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    assert all(("gpu=1" in rule) == ("SLOT" in rule) for rule in re.split(r"^rule ", text, flags=re.M)[1:])
+
+
+def test_the_graph_refuses_a_wrong_name_and_takes_a_file_with_a_space(tmp_path):
+    done = plan_graph(tmp_path, "--config", "profile=smoke", "model=nope")
+    assert done.returncode != 0 and "model 'nope': no such folder here" in done.stdout + done.stderr
+    table = tmp_path / "my pairs (1); x.jsonl"
+    table.touch()
+    done = plan_graph(tmp_path, "-p", "--config", "profile=smoke", f"data={table}", "seeds=3")
+    assert done.returncode == 0, done.stderr
+    assert "seed3" in done.stdout and "'--data=my pairs (1); x.jsonl'" in done.stdout
+
+
+@pytest.mark.parametrize("visible, cards", [(None, ["0", "1", "2"]), ("7,4,GPU-3fe1", ["4", "7", "GPU-3fe1"])])
+def test_each_gpu_has_one_step_at_a_time(tmp_path, monkeypatch, visible, cards):
+    """What the graph puts before each step where `make` counts several GPUs. Of a user's choice, no other."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
+    lines = re.search(r"^GPUS = .*?^SLOT = .*?$", text, re.M | re.S)[0]
+    names = {"os": os, "shlex": shlex, "config": {"gpus": "3"}, "PLACE": str(tmp_path)}
+    exec(lines, names)  # the Snakefile's own
+    command = ["bash", "-c", f"{names['SLOT']} echo $CUDA_VISIBLE_DEVICES; sleep 2"]
+    steps = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(step.communicate()[0].strip() for step in steps) == cards
