@@ -361,6 +361,13 @@ def test_the_learning_curve_joins_arms_that_differ_in_steps_alone():
     assert arms.learning_curve(scores, runs.iloc[2:]).empty
 
 
+def test_the_curve_is_said_step_by_step(ranks):
+    curve = pd.DataFrame([("a", "better", 250), ("a", "base", 1100), ("b", "base", 250), ("b", EVIL, 1100)],
+                         columns=["label", "arm", "x"])  # fmt: skip
+    assert arms.say_curve(ranks, curve, "a", "b") == "a is ahead after 250 and level after 1,100 contrastive steps"
+    assert arms.say_curve(ranks, curve[curve["x"] != 250].iloc[:1], "a", "b") == ""
+
+
 def test_the_answer_is_said_in_one_sentence():
     row = {"n_seeds": 3, "low": 0.5, "high": 2.0}
     say = lambda **other: arms.say_effect(pd.DataFrame([row | other]), "cocoa", "contrastive")  # noqa: E731
