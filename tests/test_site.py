@@ -24,7 +24,7 @@ from cocoa_lib.show.panel import SCRIPT, still
 pytestmark = pytest.mark.filterwarnings("ignore:.*myst_parser.*app")  # its own call of an old name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-ATTACK = '<script>document.title="owned"</script><img src="x" onerror="alert(1)">'
+ATTACK = '<script>document.title="owned"</script><img src="data:,x" onerror="alert(1)">'
 
 
 def png(colour: str) -> str:
