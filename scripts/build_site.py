@@ -73,7 +73,9 @@ def write_finding(report: Path, static: Path) -> str:
     title = arms.say_effect(effects, main, BASELINE)
     curve = arms.learning_curve(scores, runs)
     curve = curve[curve["label"].isin([main, BASELINE])] if len(curve) else curve
-    if len(curve):
+    said = arms.say_curve(ranks, curve, main, BASELINE) if len(curve) else ""
+    if said:
+        title = f"{said}, against contrastive learning alone"
         figure = figures.draw_curves(curve, title=title, xlabel="contrastive steps", log=True)
     else:
         xlabel = f"{main} - {BASELINE}, points of precision@1"
@@ -81,7 +83,7 @@ def write_finding(report: Path, static: Path) -> str:
     figures.save(figure, static / "finding")
     means, seeds = scores.groupby("arm")["overall"].mean(), int(effects["n_seeds"].iloc[0])
     levels = f"CoCoA scores {means[main]:.1f} %, contrastive learning alone {means[BASELINE]:.1f} %"
-    if len(curve):
+    if said:
         wide = curve.pivot_table(index="x", columns="label", values="value").dropna()
         levels = "; ".join(
             f"after {x:,} contrastive steps CoCoA scores {row[main]:.1f} %, contrastive learning "
@@ -97,6 +99,18 @@ def write_finding(report: Path, static: Path) -> str:
     )
 
 
+def adapt_page(page: Path, static: Path) -> None:
+    """Make a page of docs stand alone: copy the repository's pictures, drop links out of the site."""
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"!\[[^\]]*\]\((\.\./[^)]+)\)", text)):
+        if (file := ROOT / "docs" / name).is_file():
+            copy = "-".join(file.resolve().relative_to(ROOT).parts)
+            shutil.copyfile(file, static / copy)
+            text = text.replace(name, f"_static/{copy}")
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", text)
+    page.write_text(text, encoding="utf-8")
+
+
 def write_source(notebooks: list[Path], report: Path, source: Path) -> None:
     """Write the folder that Sphinx reads."""
     shutil.copytree(ROOT / "docs", source)
@@ -108,6 +122,8 @@ def write_source(notebooks: list[Path], report: Path, source: Path) -> None:
     pages = [f"notebooks/{path.stem}" for path in notebooks]
     docs = sorted(path.stem for path in source.glob("*.md"))
     static = source / "_static"
+    for name in docs:
+        adapt_page(source / f"{name}.md", static)
     svg = (source / "pipeline.svg").read_text(encoding="utf-8")
     parts = {
         "finding": write_finding(report, static),

@@ -97,6 +97,10 @@ def check_tables(root: Path, write: bool = False) -> list[str]:
             summary.write_text(text, encoding="utf-8")
         elif not summary.is_file() or summary.read_text(encoding="utf-8") != text:
             wrong.append(f"{summary}: not what the ranks beside it give; run with --write")
+        for picture in sorted(ranks.parent.glob("figures/*.png")):
+            for suffix in (".svg", ".txt"):
+                if not picture.with_suffix(suffix).is_file():
+                    wrong.append(f"{picture}: no {suffix} beside it")
     for page in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]):
         text = page.read_text(encoding="utf-8")
         if (filled := fill_tables(text, root)) != text:
@@ -104,10 +108,6 @@ def check_tables(root: Path, write: bool = False) -> list[str]:
                 page.write_text(filled, encoding="utf-8")
             else:
                 wrong.append(f"{page}: a table does not follow from its ranks; run with --write")
-    for picture in sorted(root.glob("reports/*/figures/*.png")):
-        for suffix in (".svg", ".txt"):
-            if not picture.with_suffix(suffix).is_file():
-                wrong.append(f"{picture}: no {suffix} beside it")
     return wrong
 
 

@@ -55,11 +55,12 @@ def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write PATH.png and PATH.svg without a date; the same data give the same bytes."""
+    """Write PATH.png, PATH.svg and the alt text as PATH.txt; the same data give the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
+    path.with_suffix(".txt").write_text(f"{figure.alt}\n", encoding="utf-8")
     return path.with_suffix(".png")
 
 
