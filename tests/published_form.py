@@ -58,6 +58,7 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
     else:
         tokenizer = train_tokenizer([f"a photo of {word}" for word in WORDS] * 4, 400)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        model["vocab"]["<|vision_pad|>"] = model["vocab"].pop("<|mask|>")  # Qwen's has no mask token
         (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
         merges = "\n".join(" ".join(pair) for pair in model["merges"])
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
@@ -83,9 +84,10 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     folder.mkdir(parents=True)
     vision = VISION[family]
     ids = write_processor(folder, shared, vision["patch_size"])
+    words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(ids.values()) + 200,
+        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max([*ids.values(), *words.values()]) + 200,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
