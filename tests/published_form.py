@@ -61,9 +61,10 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     folder.mkdir(parents=True)
     vision = VISION[family]
     ids = write_processor(folder, shared, vision["patch_size"])
+    words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(ids.values()) + 200,
+        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(*ids.values(), len(words)) + 200,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "silu",
     }  # fmt: skip
     rope = {"mrope_section": [4, 6, 6], "type": "mrope"}
