@@ -87,11 +87,7 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-<<<<<<< HEAD
-        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max([*ids.values(), *words.values()]) + 200,
-=======
         "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(*ids.values(), len(words)) + 200,
->>>>>>> main
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "silu",
         "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
