@@ -6,21 +6,25 @@ import json
 import shutil
 import sys
 
+import httpx
 import nbformat
 import pytest
+import torch
 import yaml
 from conftest import SHARED
 from PIL import Image
 from published_form import write_data, write_model
+from transformers import TrainingArguments
 
 from cocoa_lib.evaluate import read_probes, read_ranks, read_runs
 from cocoa_lib.items import InputError
-from cocoa_lib.recipes import RecipeError
-from cocoa_lib.run import Run, launch, stage
+from cocoa_lib.recipes import RecipeError, make_recipe
+from cocoa_lib.run import Run, estimate, launch, stage
 from cocoa_lib.run.__main__ import main
-from cocoa_lib.run.checks import check_model
+from cocoa_lib.run.checks import check_model, explain_memory
 from cocoa_lib.run.profiles import PROFILES, ROOT, load_profile, read_arms
 from cocoa_lib.run.resume import TrainingError
+from cocoa_lib.run.trainers import training_arguments
 from cocoa_lib.store.checkpoint import CheckpointError, read_meta
 
 FAST = {"steps": 2, "batch_size": 8, "max_length": 256}
@@ -227,6 +231,32 @@ def test_a_model_that_cannot_be_used_is_said(real, tmp_path):
         check_model(model)
     with pytest.raises(CheckpointError, match="hub could not be reached or has no such model"):
         check_model("someone/no-such-model")
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError
+    from transformers import AutoConfig
+
+    def refuse(*args, **kwargs):
+        cause = GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "http://x")))
+        raise OSError("You are trying to access a gated repo.") from cause
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError, match="gated; accept its terms on the hub, then run"):
+        check_model("Some/Gated-Model")
+
+
+def test_too_little_memory_is_said_with_the_estimate(tiny):
+    with pytest.raises(TrainingError, match="stage3: not enough memory") as caught:
+        with explain_memory(tiny, "stage3"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert estimate.HEAD in str(caught.value) and "2.00 GiB" in str(caught.value)
+
+
+@pytest.mark.parametrize("given, wanted", [("none", []), (["tensorboard"], ["tensorboard"])])
+def test_trackers_are_handed_to_the_trainers(tmp_path, given, wanted):
+    recipe = make_recipe("stage1", {"report_to": given})
+    assert training_arguments(TrainingArguments, recipe, tmp_path, seed=0).report_to == wanted
 
 
 def test_data_without_pictures_are_refused(real, runs, tmp_path):
