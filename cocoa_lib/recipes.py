@@ -143,6 +143,7 @@ class Stage3Recipe(Recipe):
     pooling: Literal["eos", "mean"] = "eos"  # script; MoCa pools the mean when bidirectional
     hard_negatives: bool = False  # script: none; MoCa 2 a query
     max_per_subset: Count = 100_000  # script: rows of each training subset, from the first
+    packing: bool = False  # as in stage 1
     same_task_block: CountOrOff = 0  # rows of one subset together in a batch; 0: mixed (script)
 
 
