@@ -118,8 +118,7 @@ def chance_loss(n_candidates: int, mine: LongTensor, exclude: BoolTensor | None)
 
 
 def pair_features(items: list[dict[str, Any]], inputs: Inputs, mini_batch_size: int, **_) -> Batch:
-    """One column of (anchor, positive, negative?) items -> its features, and the `key` of each
-    item.
+    """One column of (anchor, positive, negative?) items -> its features, with a `key` an item.
 
     A column that GradCache cuts into several chunks has its longest rows first, and their `order`
     (B,): a text of 20 tokens is then not computed at the width of a picture of 600. Chunks stay

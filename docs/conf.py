@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ html_title = "CoCoA"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+html_use_index = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_show_copyright = False
@@ -88,6 +90,7 @@ def finish(app: Sphinx, error: Exception | None) -> None:
             path.write_text(write_policy(html), encoding="utf-8")
         for name in ("objects.inv", ".buildinfo", "_static/scripts/furo.js.map"):
             (Path(app.outdir) / name).unlink(missing_ok=True)
+        shutil.rmtree(Path(app.outdir) / "_sources", ignore_errors=True)
 
 
 def setup(app: Sphinx) -> None:

@@ -97,6 +97,18 @@ def write_finding(report: Path, static: Path) -> str:
     )
 
 
+def adapt_page(page: Path, static: Path) -> None:
+    """Make a page of docs stand alone: copy the repository's pictures, drop links out of the site."""
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"!\[[^\]]*\]\((\.\./[^)]+)\)", text)):
+        if (file := ROOT / "docs" / name).is_file():
+            copy = "-".join(file.resolve().relative_to(ROOT).parts)
+            shutil.copyfile(file, static / copy)
+            text = text.replace(name, f"_static/{copy}")
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", text)
+    page.write_text(text, encoding="utf-8")
+
+
 def write_source(notebooks: list[Path], report: Path, source: Path) -> None:
     """Write the folder that Sphinx reads."""
     shutil.copytree(ROOT / "docs", source)
@@ -108,6 +120,8 @@ def write_source(notebooks: list[Path], report: Path, source: Path) -> None:
     pages = [f"notebooks/{path.stem}" for path in notebooks]
     docs = sorted(path.stem for path in source.glob("*.md"))
     static = source / "_static"
+    for name in docs:
+        adapt_page(source / f"{name}.md", static)
     svg = (source / "pipeline.svg").read_text(encoding="utf-8")
     parts = {
         "finding": write_finding(report, static),

@@ -1,4 +1,4 @@
-"""Stage 3: InfoNCE written out, GradCache against the full batch, sorted chunks, copies left out."""
+"""Stage 3: InfoNCE written out, GradCache against the full batch, sorted chunks, copies."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_two_batches_may_wait_for_their_backward_pass():
         assert torch.allclose(p.grad, a + b, rtol=1e-5, atol=1e-7)
 
 
-# --- a real model ---------------------------------------------------------------------------------
+# --- a real model --------------------------------------------------------------------------------
 
 
 def mixed_items(picture):

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 from cocoa_lib.attention import EOS, LAYOUTS, dense_mask
 from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
@@ -136,7 +135,8 @@ def test_changed_tokens_move_what_the_mask_allows_and_nothing_else(small, pictur
         known = masks.reachability(dense_mask(layout, segment)[0, 0], 2)[:, places].T.numpy()
         assert np.array_equal(moves > 0, known)
     assert len(model.model.language_model.layers) == 2, "the model is left as it was"
-    table = masks.tabulate_moves(masks.measure_moves(model, batch, "eos_bridged", 1, places, 5), segment, places)
+    moves = masks.measure_moves(model, batch, "eos_bridged", 1, places, inputs.text_ids("z")[0])
+    table = masks.tabulate_moves(moves, segment, places)
     assert table.loc["A changes", "B"] == 0 and table.loc["B changes", "EOS"] > 0
 
 

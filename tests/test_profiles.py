@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import nbformat
 import pytest
 
-from cocoa_lib.attention import LAYOUTS
-from cocoa_lib.recipes import RANGES, RECIPES, RecipeError, make_recipe
+from cocoa_lib.recipes import RecipeError, make_recipe
 from cocoa_lib.run.arms import read_arms
 from cocoa_lib.run.profiles import (
     NOTEBOOKS,
@@ -71,56 +68,6 @@ def test_the_paper_profile_is_the_published_recipe():
         )
 
 
-@pytest.mark.parametrize(
-    "stage, values, message",
-    [
-        ("stage1", {"patch_fill": "gaussian"}, "Stage1Recipe.patch_fill: unknown name 'gaussian' Known: noise, zero, learned"),
-        ("stage1", {"objective": "nmtp"}, "objective: unknown name 'nmtp'; did you mean 'mntp'"),
-        ("stage2", {"sources": "caption"}, "sources: unknown name 'caption'; did you mean 'captions'"),
-        ("stage3", {"layout": "casual"}, "layout: unknown name 'casual'; did you mean 'causal'"),
-        ("stage3", {"layout": "eos_bridged"}, "Stage3Recipe.layout: unknown name 'eos_bridged'"),
-        ("stage3", {"pooling": "max"}, "pooling: unknown name 'max'"),
-        ("causal", {"layout": "bidirectional"}, "CausalRecipe.layout: unknown name"),
-        ("causal", {"schedule": "linaer"}, "schedule: unknown name 'linaer'; did you mean 'linear'"),
-    ],
-)  # fmt: skip
-def test_a_word_that_no_stage_knows_does_not_train_as_something_else(stage, values, message):
-    with pytest.raises(RecipeError, match=message):
-        make_recipe(stage, values)
-
-
-@pytest.mark.parametrize(
-    "stage, values, message",
-    [
-        ("stage3", {"save_steps": 0}, "Stage3Recipe.save_steps must be at least 1, got 0"),
-        ("stage1", {"text_mask_rate": 1.5}, "Stage1Recipe.text_mask_rate must be in 0..1, got 1.5"),
-        ("stage1", {"patch_mask_rate": -0.3}, "patch_mask_rate must be in 0..1, got -0.3"),
-        ("stage2", {"patch_mask_rate": 1.1}, "patch_mask_rate must be in 0..1, got 1.1"),
-        ("stage1", {"image_weight": -0.5}, "image_weight must be at least 0, got -0.5"),
-        ("stage1", {"decoder_layers": -1}, "decoder_layers must be at least 0, got -1"),
-        ("stage2", {"lora_r": -1}, "lora_r must be at least 0, got -1"),
-        ("stage2", {"lora_dropout": 2}, "lora_dropout must be in 0..1, got 2"),
-        ("stage3", {"temperature": 0}, "temperature must be at least 0.001, got 0"),
-        ("stage3", {"mini_batch_size": 0}, "mini_batch_size must be at least 1, got 0"),
-        ("stage3", {"max_per_subset": 0}, "max_per_subset must be at least 1, got 0"),
-        ("causal", {"max_grad_norm": -1.0}, "max_grad_norm must be at least 0, got -1"),
-    ],
-)  # fmt: skip
-def test_a_number_that_no_stage_can_train_with_is_refused(stage, values, message):
-    with pytest.raises(RecipeError, match=message):
-        make_recipe(stage, values)
-
-
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_every_number_of_a_recipe_has_a_range(recipe):
-    numbers = {field.name for field in dataclasses.fields(recipe) if type(field.default) in (int, float)}
-    assert numbers <= RANGES.keys()
-
-
-def test_recipes_know_the_layouts_that_attention_has():
-    assert set(get_args(get_type_hints(RECIPES["stage2"])["layout"])) == set(LAYOUTS)
-
-
 def test_unknown_names_are_errors_that_help(tmp_path):
     with pytest.raises(RecipeError, match="unknown name 'laptp'; did you mean 'laptop'"):
         load_profile("laptp")
@@ -131,7 +78,7 @@ def test_unknown_names_are_errors_that_help(tmp_path):
     with pytest.raises(RecipeError, match="unknown name 'stage9'"):
         load_profile("mine", tmp_path)
     (tmp_path / "mine.yaml").write_text("stage1: {steps: many}")
-    with pytest.raises(RecipeError, match="stage1.steps: expected int, got 'many'"):
+    with pytest.raises(RecipeError, match="stage1.steps: .*integer, got 'many'"):
         load_profile("mine", tmp_path)
     with pytest.raises(RecipeError, match="unknown name 'sed'; did you mean 'seed'"):
         notebook_parameters(NOTEBOOKS / "02_reconstruction_pretraining.ipynb", {}, {"sed": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -44,7 +45,7 @@ def rows(picture, n=4):
     ]
 
 
-# --- corruption -----------------------------------------------------------------------------------
+# --- corruption ----------------------------------------------------------------------------------
 
 
 def test_only_plain_text_of_the_segment_is_masked(small, picture):
@@ -116,7 +117,7 @@ def test_the_noise_is_the_runs():
     assert patch_noise(10_000, seed=0).std() == pytest.approx(1.0, abs=0.05)
 
 
-# --- losses ---------------------------------------------------------------------------------------
+# --- losses --------------------------------------------------------------------------------------
 
 
 def test_mntp_predicts_from_the_state_before_and_mlm_from_the_same():
@@ -174,7 +175,7 @@ def test_the_decoder_predicts_every_pixel_of_a_cell_from_all_tokens(small, pictu
     assert all(type(layer) is kind for layer in decoder.layers)
 
 
-# --- stages ---------------------------------------------------------------------------------------
+# --- stages --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -234,6 +235,36 @@ def test_a_text_only_batch_works_in_both_stages(small):
         assert torch.isfinite(out["loss"]) and out["image_loss"] == 0
 
 
+def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatch):
+    """One sample on one process, three on the other: the averages are the whole batch's."""
+    model, inputs = small
+    torch.manual_seed(0)
+    module = Reconstruction(model, layout="bidirectional", image_weight=0.5).train()
+    recipe, found = make_recipe("stage1", {"text_mask_rate": 0.5}), []
+    parts = [
+        stage1_batch(part, inputs, recipe, 0) for part in (rows(picture)[:1], rows(picture)[1:])
+    ]
+    counts = torch.stack(
+        [
+            torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()])
+            for part in parts
+        ]
+    )
+    for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
+        if len(batches) == 2:
+            monkeypatch.setattr("cocoa_lib.reconstruction.gather_rows", lambda own: counts.float())
+        module.zero_grad()
+        losses = [module(**batch)["loss"] / len(batches) for batch in batches]
+        sum(losses).backward()
+        gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+        found.append((sum(losses).detach(), gradients))
+    module.eval().zero_grad()
+    (whole, expected), (average, gradients) = found
+    assert torch.allclose(average, whole, rtol=1e-5)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_stage2_loss_is_on_masked_b_only_and_its_first_token_comes_from_eos(small, picture):
     model, inputs = small
     recipe = make_recipe("stage2", {"text_mask_rate": 1.0})
@@ -269,9 +300,20 @@ def test_stage2_can_also_restore_the_picture_through_eos(small, picture):
     assert "hidden_cells" not in off and off["num_images_per_sample"].tolist() == [1, 1, 1, 1, 0]
 
 
+def test_a_picture_and_its_copy_fit(small, picture):
+    _, inputs = small
+    recipe = make_recipe("stage2", {"image_weight": 0.5, "max_length": 64})
+    mine = replace(inputs, image_processor=copy.deepcopy(inputs.image_processor), max_length=64)
+    mine.image_processor.size = replace(mine.image_processor.size, longest_edge=10**6)
+    mine.limit_images(recipe.image_limit(64))
+    row = {"text": "", "image": picture(1280, 640), "target": "a large red circle", "draw": 0}
+    batch = stage2_batch([row], mine, recipe, 0)
+    assert batch["input_ids"].shape[1] <= 64 and (batch["labels"] != IGNORE).any()
+
+
 @torch.no_grad()
 def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch):
-    """Two pictures in A, all of the copy hidden: its pixels differ, and once EOS is cut off do not."""
+    """All of the copy is hidden: it depends on A's picture, and not once EOS is cut off."""
     model, inputs = small
     recipe = make_recipe("stage2", {"image_weight": 1.0, "patch_mask_rate": 1.0})
     module = Reconstruction(model, layout="eos_bridged_strict", image_weight=1.0).eval()
@@ -290,7 +332,7 @@ def test_the_copy_knows_the_picture_only_through_eos(small, picture, monkeypatch
 
 
 def test_next_token_prediction_learns_answers_where_the_text_is_cut_too(small, picture):
-    """Of cut text the end is lost; what is left of an answer is learnt, and EOS; a question never."""
+    """What is left of a cut answer is learnt, and EOS; a question never."""
     _, inputs = small
     turns = [("What color?", "red red red"), ("And the circle?", "blue")]
     rows = [{"image": picture(), "turns": turns}]

@@ -83,6 +83,18 @@ def test_one_runs_folder_is_read_too_and_a_run_is_there_once_whole(root):
     assert read_probes(root / "seed1").empty
 
 
+def test_no_old_facts_beside_new_ranks(tmp_path, monkeypatch):
+    write_ranks(tmp_path, make_ranks(LOW), {"arm": "a", "seed": 0})
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cocoa_lib.evaluate.results.write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_ranks(tmp_path, make_ranks(HIGH), {"arm": "a", "seed": 0})
+    assert not (tmp_path / "run.json").exists()
+
+
 def test_arms_are_averaged_over_tasks_without_weights(root):
     scores = score_arms(read_ranks(root))
     assert scores[["arm", "seed"]].values.tolist() == [["base", 0], ["base", 1], ["full", 0]]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
-from real_forms import write_mmeb, write_model
+from conftest import SHARED
+from published_form import write_data, write_model
 
 from cocoa_lib.evaluate import read_probes, read_ranks, read_runs
 from cocoa_lib.items import InputError
@@ -193,19 +194,19 @@ def test_bf16_without_a_gpu_is_refused(runs):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, shared_data):
+def real(tmp_path_factory):
     """(model folder, data folder) in the published forms."""
     home = tmp_path_factory.mktemp("real")
-    return write_model(home / "model", shared_data / "qwen2vl_processor"), write_mmeb(home / "mmeb")
+    return write_model(home / "model", "qwen2_vl", SHARED), write_data(home / "mmeb", SHARED)
 
 
 def test_the_road_runs_on_a_published_model_and_mmeb(real, runs):
-    """Two bf16 shards, slow tokenizer files, no cocoa.json; no corpus: stage 1 reads the pairs with a text."""
+    """Two bf16 shards, slow tokenizer files, no cocoa.json; no corpus: stage 1 reads pairs with a text."""
     model, data = real
-    assert len(list(model.glob("*.safetensors"))) > 1 and not (model / "tokenizer.json").exists()
+    assert len(list(model.glob("*.safetensors"))) == 2 and not (model / "tokenizer.json").exists()
     run = Run("smoke", model=str(model), data=str(data), changes=TINY, runs=runs)
     ranks = run.evaluate(show_progress=False)
-    assert set(ranks["task"]) == {"HatefulMemes"} and len(ranks) == 6 and not run.built_in
+    assert set(ranks["task"]) == {"VOC2007", "Country211"} and len(ranks) == 16 and not run.built_in
     assert read_meta(run.folder("stage1"))["run"]["parent_stage"] == "causal"
     with pytest.raises(InputError, match="ground truth"):
         run.probe()
@@ -260,6 +261,8 @@ def test_a_launch_streams_lines_and_fails_with_the_workers_message(tiny, monkeyp
 def test_notebooks_declare_the_six_names():
     names = ["profile", "arm", "seed", "model", "data", "changes"]
     for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
-        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-        cell = next(cell for cell in cells if "parameters" in cell["metadata"].get("tags", []))
-        assert [line.split(" = ")[0] for line in cell["source"]] == names, path.name
+        cells = nbformat.read(path, as_version=4).cells
+        source = next(
+            cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])
+        )
+        assert [line.split(" = ")[0] for line in source.splitlines()] == names, path.name

@@ -37,7 +37,7 @@ from cocoa_lib.evaluate import (
 )
 from cocoa_lib.evaluate import __main__ as command
 from cocoa_lib.evaluate.score import RANKS, rank
-from cocoa_lib.evaluate.tasks import read_compared, read_published
+from cocoa_lib.evaluate.tasks import read_published
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +132,6 @@ def test_published_rows_that_do_not_follow_from_their_own_scores():
         ("VLM2Vec (Qwen2-VL)", "2B"): (59.3, 60.1),  # another table prints 60.1 over the same four
     }
     assert table["source"].notna().all() and table["evaluator"].notna().all()
-    causal, bidirectional, ours, moca = read_compared()["label"]
-    assert "causal, contrastive only" in causal and "bidirectional, contr" in bidirectional
-    assert ours.startswith("CoCoA") and moca.startswith("MoCa")
 
 
 # Whole evaluations

@@ -15,12 +15,11 @@ from PIL import Image
 
 from cocoa_lib.evaluate.restore import reconstruct
 from cocoa_lib.items import InputError, load_image
-from cocoa_lib.show.ablation import ablation_html
-from cocoa_lib.show.eos_attention import attention_html, eos_attention
-from cocoa_lib.show.masks import mask_html, segments
-from cocoa_lib.show.panel import _explorer
-from cocoa_lib.show.restored import reconstruction_html
-from cocoa_lib.show.retrieval import candidates_html, retrieval_html
+from cocoa_lib.show.arms import arms_html
+from cocoa_lib.show.eos_attention import attention_html, measure_attention
+from cocoa_lib.show.restored import restored_html
+from cocoa_lib.show.retrieval import candidates_html, pairs_html, ranked_html
+from cocoa_lib.show.samples import answers_html
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("cocoa_lib/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/*.py")])
@@ -162,44 +161,29 @@ def test_the_check_of_markup_finds_it():
 
 def test_retrieval_shows_words_as_words():
     item = {"text": HOSTILE, "image": None}
-    assert_harmless(retrieval_html(item, [item, item], [0.5, 0.4], 0))
+    assert_harmless(ranked_html(item, [item, item], [0.5, 0.4], right=0))
     assert_harmless(candidates_html(item, [item]))
+    assert_harmless(pairs_html([(item, item)]))
+    assert_harmless(answers_html([item | {"target": HOSTILE}], [HOSTILE]), HOSTILE[:20])
 
 
 def test_reconstruction_shows_words_as_words(small, picture):
     model, inputs = small
     row = {"text": "", "image": picture(), "target": HOSTILE}
     found = reconstruct(model, inputs, row, text_rate=0.0, patch_rate=0.5)
-    assert_harmless(reconstruction_html(*found, inputs), HOSTILE.split("&")[0].strip())
+    assert_harmless(restored_html(*found, inputs), HOSTILE.split("&")[0].strip())
 
 
 def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     model, inputs = small
-    found = eos_attention(model, inputs, {"text": "a b", "image": picture()})
+    found = measure_attention(model, inputs, {"text": "a b", "image": picture()})
     monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
-    assert_harmless(attention_html(found, inputs, layer=1, head=None, direction="from_eos"))
+    assert_harmless(attention_html(found, inputs, layer=1, head=0, direction="from_eos"))
 
 
 def test_an_arms_name_is_a_name():
-    effects = pd.DataFrame([{"arm": HOSTILE, "difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.1, "p_holm": 0.1, "n_seeds": 3,
-                             "n_queries": 9}])  # fmt: skip
-    scores = pd.Series({HOSTILE: 50.0, "base<b onclick=x>": 49.0})
-    html = ablation_html(effects, scores, baseline="base<b onclick=x>", metric="p@1", group="overall")
-    assert_harmless(html)
-
-
-def test_an_error_is_shown_as_words():
-    import ipywidgets as widgets
-
-    def answer(words):
-        raise ValueError(words)
-
-    box = _explorer({"words": widgets.Text(value=HOSTILE)}, answer, ["out"])
-    assert_harmless(box.error.value)
-
-
-def test_a_mask_is_harmless():
-    assert_harmless(mask_html("eos_bridged", segments(2, 2)[0], layers=1, query=0, key=0), "Cost")
+    row = {"arm": HOSTILE, "score": 50.0, "difference": 1.0, "low": 0.5, "high": 1.5, "n_seeds": 3}
+    assert_harmless(arms_html(pd.DataFrame([row]), "base<b onclick=x>"))
 
 
 # --- the server ----------------------------------------------------------------------------------------------------------

@@ -308,35 +308,21 @@ def _write_folder(
 
 def _list_eval(part: list[dict], classes: list[str]) -> list[tuple[str, str, list[tuple]]]:
     """List (task, meta-task, rows) for one part; the right candidate comes first."""
-    files, texts, none = (
-        [row["file"] for row in part],
-        [row["text"] for row in part],
-        [""] * len(part),
-    )
 
     def move_first(values: list[str], i: int) -> list[str]:
         return [values[i], *values[:i], *values[i + 1 :]]
 
-    numbers = range(len(part))
-    labelled = [row for row in part if row["class"]] if len(classes) > 1 else []
-    tasks = [
-        ("TextToImage", "retrieval", [(texts[i], "", none, move_first(files, i)) for i in numbers]),
-        ("ImageToText", "retrieval", [("", files[i], move_first(texts, i), none) for i in numbers]),
-        (
-            "Class",
-            "classification",
-            [
-                (
-                    "",
-                    row["file"],
-                    move_first(classes, classes.index(row["class"])),
-                    [""] * len(classes),
-                )
-                for row in labelled
-            ],
-        ),
+    files, texts = ([row[name] for row in part] for name in ("file", "text"))
+    none, no_files = [""] * len(part), [""] * len(classes)
+    find = [(text, "", none, move_first(files, i)) for i, text in enumerate(texts)]
+    name = [("", file, move_first(texts, i), none) for i, file in enumerate(files)]
+    sort = [
+        ("", row["file"], move_first(classes, classes.index(row["class"])), no_files)
+        for row in part
+        if row["class"]
     ]
-    return [task for task in tasks if task[2]]
+    tasks = [("TextToImage", "retrieval", find), ("ImageToText", "retrieval", name)]
+    return tasks + [("Class", "classification", sort)] * bool(sort and len(classes) > 1)
 
 
 def _list_training(training: list[dict], unseen: list[dict]) -> dict[str, pd.DataFrame]:

@@ -230,6 +230,7 @@ def list_items(
     width = max(1, len(image.dictionary))
     pairs = text.indices.to_numpy().astype(np.int64) * width + image.indices.to_numpy()
     codes, distinct = pd.factorize(pairs)
+    codes = codes.astype(np.int32)  # 36 tasks have 36 million
     texts, images = text.dictionary.to_pylist(), image.dictionary.to_pylist()
     named = [*queries, *((texts[pair // width], images[pair % width]) for pair in distinct)]
     own = [pd.unique(part) for part in np.split(codes, np.cumsum(lengths)[:-1])]
@@ -316,9 +317,6 @@ def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
             f"{root}: holds files but no manifest, an unfinished build; delete it and run again"
         )
     return None
-
-
-finished = read_finished  # its name before; goes with the last caller
 
 
 def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,17 +76,6 @@ def read_published() -> pd.DataFrame:
     return table
 
 
-def read_compared() -> pd.DataFrame:
-    """Read the published 3 B models that CoCoA is compared with, one row each, with a `label`."""
-    table = read_published().assign(label=lambda t: t["model"] + " " + t["size"])
-    chosen = table["model"].str.contains("CoCoA|MoCa|contrastive only") & (table["size"] == "3B")
-    return (
-        table[chosen]
-        .drop_duplicates("label")
-        .sort_values("model", key=lambda model: model.str.startswith("MoCa"), kind="stable")
-    )
-
-
 def list_known(root: str | Path) -> tuple[Task, ...]:
     """List the tasks that a data folder's manifest names, or else MMEB's 36.
 

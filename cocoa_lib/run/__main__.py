@@ -54,7 +54,7 @@ def do_step(run: Run, step: str) -> str:
     show = sys.stderr.isatty() or logger.info
     if step == "prepare":
         run.prepare()
-        return str(run.data)
+        return str(run.backbone)
     if step in STAGES:
         return str(run.stage(step, show_progress=show))
     if step in ("evaluate", "all"):

@@ -231,7 +231,7 @@ def estimate(
 
     source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which `utilisation` is reached (None:
     `usual_utilisation`). flops: torch's count of one item's passes on meta, times the items of a batch; GradCache embeds
-    all but its first chunk twice. hours: steps x flops / (devices x peak x utilisation).
+    all of it twice. hours: steps x flops / (devices x peak x utilisation).
     Counted, for P parameters of which T are trained, w = 2 bytes under bf16, else 4: weights 4 P, gradients 4 T,
     optimiser 8 T (float32; bf16 is autocast), each over the number of devices where sharded. copies: casts under bf16,
     DDP's buckets, or what FSDP gathers at a time (two layers and all that is in none). activations: each matrix's input,
@@ -251,13 +251,12 @@ def estimate(
     items, local = recipe.batch_size * sides, recipe.batch_size / devices
     chunked = pairs and (devices > 1 or local > recipe.mini_batch_size)
     held = min(local, recipe.mini_batch_size) if chunked else sides * local
-    twice = chunked * (1 - held / (sides * local))  # share of the items that GradCache embeds again
     share, flops = data.share if pairs else 1.0, 0.0
     for part, cells in ((share, mean), (1 - share, 0.0)):
         if part > 0:
             batch = make_item(module, round(text), round(cells), round(masked))
             forward, backward = count_flops(module, stage, batch)
-            flops += items * part * ((1 + twice) * forward + backward)
+            flops += items * part * ((1 + chunked) * forward + backward)  # GradCache: twice
     patches = largest * vision.spatial_merge_size**2
     needs = count_bytes(module, recipe, devices, sharded) | {
         "activations": held * saved_bytes(module, recipe, text + largest + 3, patches),

@@ -45,12 +45,18 @@ def over_seeds(values: pd.Series) -> dict[str, float]:
     return {"value": values.mean(), "low": low, "high": high}
 
 
-def tabulate_arms(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Tabulate mean scores over seeds, the best arm first, with the hypothesis of each arm."""
+def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate mean scores over seeds, the best arm first."""
     means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed").round(1)
     means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
     means.insert(0, "seeds", scores.groupby("arm").size())
-    return means.join(runs.drop_duplicates("arm").set_index("arm")[["hypothesis"]])
+    return means
+
+
+def list_hypotheses(runs: pd.DataFrame) -> str:
+    """List what each arm is to show, in Markdown."""
+    arms = runs.drop_duplicates("arm")
+    return "\n".join(f"- `{row.arm}`: {row.hypothesis}" for row in arms.itertuples())
 
 
 def list_groups(ranks: pd.DataFrame) -> list[str]:

@@ -55,11 +55,12 @@ def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 
 
 
 def save(figure: Figure, path: str | Path) -> Path:
-    """Write PATH.png and PATH.svg without a date; the same data give the same bytes."""
+    """Write PATH.png, PATH.svg and the alt text as PATH.txt; the same data give the same bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), metadata={"Software": None})
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Title": figure.alt})
+    path.with_suffix(".txt").write_text(f"{figure.alt}\n", encoding="utf-8")
     return path.with_suffix(".png")
 
 
@@ -246,7 +247,8 @@ def draw_scores(
     axis.set_yticks(range(len(order)), order)
     axis.set(ylim=(len(order) - 0.5, -0.5), xlim=(-2, 102), xlabel=xlabel)
     axis.grid(axis="y", color="#eeeeee")
-    figure.legend(loc="outside lower center", fontsize=8, ncols=min(4, len(labels)))
+    n_columns = min(4, len(labels), max(1, 80 // max(map(len, labels))))
+    figure.legend(loc="outside lower center", fontsize=8, ncols=n_columns)
     means = table.groupby("label", sort=False)["value"].mean()
     told = "; ".join(f"{label} {value:.1f}" for label, value in means.items())
     return _finish(figure, title, f"Means over {len(order)} rows: {told}.")
@@ -345,6 +347,8 @@ def draw_tradeoff(table: pd.DataFrame, named: Iterable[str], *, title: str, xlab
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5)
     _dots(axis, table["cost"], table["value"], {"yerr": _errors(table)}, 0)
+    middle, half = np.mean(axis.get_ylim()), np.ptp(axis.get_ylim()) / 2
+    axis.set_ylim(middle - max(2.5, half), middle + max(2.5, half))  # a tenth must not fill it
     places = _spread(table["value"].tolist(), np.ptp(axis.get_ylim()) / 16)
     dearest = max(table["cost"].max(), rest["cost"].max() if len(rest) else 0)
     for row, place in zip(table.itertuples(), places, strict=True):

@@ -182,7 +182,9 @@ def tabulate_layouts() -> dict[str, dict[str, bool]]:
     return {
         name: {
             "".join(map(str, kind)): bool(seen)
-            for kind, seen in zip(kinds, rule(one[0], one[1], torch.zeros(27), one[2]), strict=True)
+            for kind, seen in zip(
+                kinds, rule(one[0], one[1], torch.ones(27), 1 + one[2]), strict=True
+            )
         }
         for name, rule in LAYOUTS.items()
     }

@@ -50,7 +50,7 @@ def words_html(batch: Batch, predicted: Sequence[int], inputs: Inputs) -> str:
         mark = "&#10003;" if hit else "&#10007;"
         parts.append(f'<span style="{line}">{escape(text)}{mark}{was}</span>')
     return (
-        f'<p style="white-space:pre-wrap;max-width:240px;overflow-wrap:anywhere">{"".join(parts)}</p>'
+        f'<p style="white-space:pre-wrap;max-width:200px;overflow-wrap:anywhere">{"".join(parts)}</p>'
         f"<p><b>{right} of {len(predicted)}</b> hidden tokens are right</p>"
     )
 

@@ -20,7 +20,7 @@ from .panel import Explorer, explore, img, menu, read_upload, show_html, slider,
 
 Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
 RIGHT = f"3px solid {COLOURS[2]}"
-CARD = "margin:4px;padding:4px;width:124px;overflow-wrap:anywhere;font-size:12px;border:"
+CARD = "margin:4px;padding:4px;width:112px;box-sizing:border-box;overflow-wrap:anywhere;font-size:12px;border:"
 
 
 def words_of(item: Item, most: int = 160) -> str:
@@ -32,7 +32,9 @@ def words_of(item: Item, most: int = 160) -> str:
 def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
     """Show an item: title, its pictures, its text."""
     images = "".join(
-        thumbnail(str(image), title) if isinstance(image, (str, Path)) else img(image, title)
+        thumbnail(str(image), title, 100)
+        if isinstance(image, (str, Path))
+        else img(image, title, 100)
         for image in item_images(dict(item))
     )
     return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
@@ -127,8 +129,9 @@ def find_confusions(
         if scores.argmax():
             wrong.append((found.items[i], [items[j] for j in index], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
-    frequent = table["truth"].value_counts().index[:most]
+    frequent = table["truth"].value_counts().index[:most].tolist()
     table = pd.crosstab(table["truth"], table["choice"]).reindex(index=frequent, columns=frequent)
+    table = table.rename_axis(index="truth", columns="choice")
     return task, table.fillna(0), wrong
 
 

@@ -33,7 +33,9 @@ def test_compiled_flex_equals_sdpa(small, picture):
     try:
         fused = hidden_states(model, batch, "eos_bridged")
     except Exception as error:
-        pytest.skip(f"FlexAttention does not compile on this machine: {type(error).__name__}: {str(error)[:200]}")
+        pytest.skip(
+            f"FlexAttention does not compile on this machine: {type(error).__name__}: {str(error)[:200]}"
+        )
     finally:
         config._attn_implementation = "sdpa"
     assert torch.allclose(fused[real], dense[real], atol=1e-5)
@@ -46,7 +48,9 @@ def graphs_of(model):
     here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
     torch._dynamo.reset()
     with here, torch._inductor.config.patch(fallback_random=drawn):
-        compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        compile_layers(
+            model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward
+        )
         yield graphs
 
 
@@ -63,8 +67,12 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, caplog):
         add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
         model.enable_input_require_grads()
     with graphs_of(model) as graphs:
-        hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
-    assert len(graphs) == (0 if stopped else 1), "once peft's DoRA compiles, the warning and docs/cluster.md can go"
+        hidden_states(
+            model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])
+        ).sum().backward()
+    assert len(graphs) == (0 if stopped else 1), (
+        "once peft's DoRA compiles, the warning and docs/cluster.md can go"
+    )
     assert ("gains little or nothing with DoRA" in caplog.text) == stopped
 
 
@@ -74,6 +82,8 @@ def test_compiled_pictures_are_one_program(small, picture):
     model.model.visual.config._attn_implementation = PICTURES
     with graphs_of(model) as graphs:
         for n in (2, 3, 5):
-            batch = inputs.collate([{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)])
+            batch = inputs.collate(
+                [{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)]
+            )
             model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     assert len(graphs) == 1
