@@ -1,0 +1,196 @@
+"""What each way to a faster step is worth, alone and together, with equal losses.
+
+    python benchmarks/step.py                       # profile laptop -> results/step.json
+    python benchmarks/step.py --profile long --rounds 3 --only now packing
+
+The step is that of the trainers, whole: batch, forward, backward, optimiser, log. "before" takes it
+as it was without any of these; each other side adds one. Sides run in turn, seeds paired: round i
+has seed i on every side. `gap` is the largest difference of a loss over `LOSSES` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from common import Record, keep, record, say
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
+
+from cocoa_lib import backbone, embedder, kernels, reconstruction
+from cocoa_lib.run import Run, stage
+from cocoa_lib.run.resume import TrainingError
+
+STAGES = ("stage1", "stage2", "stage3")
+LOSSES = 20  # steps whose losses are compared
+OWN_POSITIONS = backbone.position_ids
+Change = Callable[[PreTrainedModel], None]
+
+
+def slow_positions(model: PreTrainedModel, batch: dict) -> torch.Tensor:
+    """transformers' own, a row and a picture at a time."""
+    if "position_ids" in batch or not len(batch.get("image_grid_thw", ())):
+        return OWN_POSITIONS(model, batch)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    return model.model.get_rope_index(**{name: batch[name] for name in names})[0]
+
+
+@contextlib.contextmanager
+def positions_one_by_one() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for module in (backbone, embedder, reconstruction):
+            stack.enter_context(mock.patch.object(module, "position_ids", slow_positions))
+        yield
+
+
+def convolve(model: PreTrainedModel) -> None:
+    model.model.visual.patch_embed.proj.__class__ = nn.Conv3d
+
+
+def singly(model: PreTrainedModel) -> None:
+    model.model.visual.config._attn_implementation = "sdpa"
+
+
+def fuse_norms(model: PreTrainedModel) -> None:
+    """torch's RMS norm in place of transformers' five operations."""
+    kind = type(model.model.language_model.norm)
+
+    class Fused(kind):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+
+    for module in model.modules():
+        if type(module) is kind:
+            module.__class__ = Fused
+
+
+def flush(model: PreTrainedModel) -> None:
+    torch.set_flush_denormal(True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One side: what is undone of the library (`kept` names what is not), or done on top of it."""
+
+    text: str
+    kept: tuple[str, ...] = ()
+    change: Change | None = None
+    around: Callable[[], Any] = contextlib.nullcontext
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+KEPT = ("packing", "pictures", "patches", "positions")
+WAYS = {
+    "before": Way("Without any of these"),
+    "packing": Way("Several samples in a row (`packing`)", ("packing",)),
+    "pictures": Way("Pictures of one size in one call of the vision tower", ("pictures",)),
+    "patches": Way("Patch embedding as a matrix product, not a convolution", ("patches",)),
+    "positions": Way("Rotary positions of a whole batch at once", ("positions",)),
+    "now": Way("**All four: the library**", KEPT),
+    "norms": Way("On top: torch's fused RMS norm", KEPT, fuse_norms),
+    "math": Way(
+        "On top: attention as plain products", KEPT, around=lambda: sdpa_kernel(SDPBackend.MATH)
+    ),
+    "flush": Way("On top: denormal numbers flushed to zero", KEPT, flush),
+    "compiled": Way("On top: compiled layers", KEPT, kernels.compile_layers),
+    "adamw": Way("On top: AdamW not fused", KEPT, recipe={"optim": "adamw_torch"}),
+}
+
+
+def open_trainer(run: Run, name: str, steps: int, seed: int, way: Way) -> Trainer:
+    """The stage's own trainer from the backbone, in this way, that saves nothing."""
+    packing = "packing" in way.kept
+    recipe = dataclasses.replace(
+        run.recipe(name), steps=steps, packing=packing, bf16=False, workers=0
+    )
+    parent, out = run.backbone, Path(tempfile.gettempdir()) / "cocoa-step"
+    job = stage.Job(
+        name, recipe, parent, stage.check_parent(name, parent, True), run.data, out, seed
+    )
+    set_seed(seed)
+    model, inputs = stage._open_parent(job)
+    for undo, part in ((singly, "pictures"), (convolve, "patches")):
+        if part not in way.kept:
+            undo(model)
+    if way.change:
+        way.change(model)
+    build = stage._contrastive if name == "stage3" else stage._reconstruction
+    trainer = build(job, model, inputs)
+    trainer.remove_callback(PrinterCallback)
+    trainer.args.save_strategy = "no"
+    for option, value in way.recipe.items():
+        setattr(trainer.args, option, value)
+    return trainer
+
+
+def take(run: Run, name: str, steps: int, seed: int, way: Way) -> tuple[float, list[float]]:
+    """CPU seconds of `steps` steps, and their losses."""
+    slow = contextlib.nullcontext if "positions" in way.kept else positions_one_by_one
+    with slow(), way.around():
+        trainer = open_trainer(run, name, steps, seed, way)
+        start = time.process_time()
+        trainer.train()
+        seconds = time.process_time() - start
+    torch.set_flush_denormal(False)
+    return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def compare(
+    run: Run, name: str, ways: Sequence[str], rounds: int = 5, steps: int = 4, losses: int = LOSSES
+) -> list[Record]:
+    """A record for each way: CPU time before over that of the way, and the gap of the losses."""
+    sides = ["before", *(way for way in ways if way != "before")]
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    known = {side: take(run, name, losses, 0, WAYS[side])[1] for side in sides}
+    for seed in range(rounds):
+        for side in sides:
+            seconds[side].append(take(run, name, steps, seed, WAYS[side])[0] / steps)
+    lines = []
+    for side in sides[1:]:
+        pairs = zip(known["before"], known[side], strict=True)
+        gap = max(abs(a - b) / abs(a) for a, b in pairs)
+        line = record(f"{side}, {name}", WAYS[side].text, seconds["before"], seconds[side])
+        lines.append(line | {"stage": name, "gap": float(f"{gap:.1e}")})
+    return lines
+
+
+def few_rows(runs: str | Path, profile: str = "laptop") -> Run:
+    """The profile's shapes and recipes on few rows: enough for the steps that are timed."""
+    few = {"n_pairs": 1600, "n_queries": 4, "n_corpus": 1600}
+    return Run(profile=profile, changes={"benchmark": few}, runs=runs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="laptop")
+    parser.add_argument("--stages", nargs="*", default=STAGES)
+    parser.add_argument("--only", nargs="*", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    records: list[Record] = []
+    with tempfile.TemporaryDirectory() as folder:
+        run = few_rows(folder, args.profile)
+        for name in args.stages:
+            try:
+                found = compare(run, name, args.only, args.rounds, args.steps)
+            except TrainingError as error:
+                raise SystemExit(f"{name}: {error}") from None
+            print(*map(say, found), sep="\n", flush=True)
+            records += found
+    keep("step", records, profile=args.profile)
+
+
+if __name__ == "__main__":
+    main()
