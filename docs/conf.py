@@ -44,6 +44,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_use_index = False
+html_show_search_summary = False  # it fetches pages, which browsers refuse from a disk
 html_show_sourcelink = False
 html_show_sphinx = False
 html_show_copyright = False

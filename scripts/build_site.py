@@ -73,7 +73,9 @@ def write_finding(report: Path, static: Path) -> str:
     title = arms.say_effect(effects, main, BASELINE)
     curve = arms.learning_curve(scores, runs)
     curve = curve[curve["label"].isin([main, BASELINE])] if len(curve) else curve
-    if len(curve):
+    said = arms.say_curve(ranks, curve, main, BASELINE) if len(curve) else ""
+    if said:
+        title = f"{said}, against contrastive learning alone"
         figure = figures.draw_curves(curve, title=title, xlabel="contrastive steps", log=True)
     else:
         xlabel = f"{main} - {BASELINE}, points of precision@1"
@@ -81,7 +83,7 @@ def write_finding(report: Path, static: Path) -> str:
     figures.save(figure, static / "finding")
     means, seeds = scores.groupby("arm")["overall"].mean(), int(effects["n_seeds"].iloc[0])
     levels = f"CoCoA scores {means[main]:.1f} %, contrastive learning alone {means[BASELINE]:.1f} %"
-    if len(curve):
+    if said:
         wide = curve.pivot_table(index="x", columns="label", values="value").dropna()
         levels = "; ".join(
             f"after {x:,} contrastive steps CoCoA scores {row[main]:.1f} %, contrastive learning "

@@ -1,31 +1,19 @@
 """What would go wrong without a word: other data taken for the same, settings that nobody hears, old beside new."""
 
-# ruff: noqa: F811 (a fixture is imported, and named as an argument)
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pytest
 from PIL import Image
-from test_corpus import write
-from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
 from cocoa_lib.data import corpus, pairs, tables
-from cocoa_lib.inputs import Inputs
-from cocoa_lib.items import InputError
-from cocoa_lib.recipes import make_recipe
-from cocoa_lib.run.stage import train_backbone
-from cocoa_lib.run.trainers import ReconstructionTrainer
 from cocoa_lib.store import checkpoint
-from cocoa_lib.store.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,79 +38,10 @@ def test_other_settings_are_other_data(tmp_path):
     assert len(found) == 5
 
 
-def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
-    folder = shutil.copytree(home / "causal", tmp_path / "raw")
-    (folder / "cocoa.json").unlink()
-    out = go(home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder)
-    assert checkpoint.read_meta(out)["max_length"] == 8192
-
-
-def test_a_tokenizer_is_of_its_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("pydoc_data.topics.topics", {})
-    monkeypatch.setattr("cocoa_lib.run.stage.run_stage", lambda stage, recipe, *, parent, **rest: parent)
-    shape = {
-        "vocab_size": 600,
-        "image_pixels": 1024,
-        "layers": 1,
-        "heads": 2,
-        "vision_dim": 32,
-        "vision_layers": 1,
-        "patch_size": 8,
-        "hidden_size": 32,
-    }
-    found = []
-    for word in ("zibzab", "quorlix"):
-        write(
-            tmp_path / word,
-            "corpus/train",
-            {"image_path": ["a.png"] * 2, "kind": ["caption", "qa"], "question": ["", "what?"], "answer": [word] * 2},
-        )
-        folder = train_backbone(tmp_path / word, tmp_path / "out", shape, make_recipe("causal"), seed=0)
-        found.append(len(Inputs.load(folder).text_ids(word)))
-    assert found == [1, 1]
-
-
-@pytest.mark.parametrize(
-    "image", [np.zeros((8, 8, 3), np.uint8), float("nan"), {"bytes": b"", "path": None}, [None], 5]
-)
-def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr("cocoa_lib.run.stage._run", lambda *_: pytest.fail("training began"))
-    with pytest.raises(CheckpointError, match="holds files that are no checkpoint"):
-        go(home, "stage1", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        (("", "caption", "", "no picture"), "neither text nor picture"),
-        (("a.png", "caption", "", ""), "no text to restore"),
-    ],
-)
-def test_a_row_without_two_sides_is_named_before_training(home, tmp_path, row, message, monkeypatch):
-    data = shutil.copytree(home / "world", tmp_path / "world")
-    table = pd.read_parquet(data / "corpus/train.parquet")
-    table.loc[0] = [row[0] and table.loc[0, "image_path"], *row[1:]]
-    table.to_parquet(data / "corpus/train.parquet", index=False)
-    monkeypatch.setattr(ReconstructionTrainer, "train", lambda *_, **__: pytest.fail("training began"))
-    recipe = tiny("stage2", sources="captions", steps=10)
-    with pytest.raises(InputError, match=f"world: {message}; mend or leave out the row with text"):
-        go(home, "stage2", tmp_path / "out", recipe, data=data)
-
-
 def test_a_bad_first_row_is_skipped_too(tmp_path):
     path = own_pairs(tmp_path, first=[{"image": "gone.png", "text": "lost"}])
     made = pairs.build_pairs(path, tmp_path / "data", on_bad_row="skip", progress=False)
     assert (made["used"], made["skipped"]) == (20, 1)
-
-
-def test_only_steps_that_count_for_a_gpu_take_one():
-    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    head, *rules = re.split(r"^rule ", text, flags=re.M)
-    assert "+ SLOT" not in head
-    assert all(("gpu=1" in rule) == ("SLOT" in rule) for rule in rules)
 
 
 def test_the_commit_is_this_packages_own(tmp_path):

@@ -89,7 +89,7 @@ def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
 def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """Collect the score against contrastive steps of arms that differ in these alone, for `draw_curves`.
 
-    Columns label (the shortest arm's name), x, value, low, high; empty where no two arms do.
+    Columns label (the shortest arm's name), arm, x, value, low, high; empty where no two arms do.
     """
     lines: dict[str, dict[str, int]] = {}
     for row in runs.astype(object).where(runs.notna(), None).drop_duplicates("arm").itertuples():
@@ -104,8 +104,25 @@ def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
             label = min(line, key=len)
             for arm, steps in line.items():
                 values = scores.loc[scores["arm"] == arm, "overall"]
-                rows.append({"label": label, "x": steps, **over_seeds(values)})
+                rows.append({"label": label, "arm": arm, "x": steps, **over_seeds(values)})
     return pd.DataFrame(rows)
+
+
+def say_curve(ranks: pd.DataFrame, curve: pd.DataFrame, arm: str, baseline: str) -> str:
+    """Say in one sentence where the line of `arm` stands to that of `baseline`, step by step.
+
+    curve: of `learning_curve`. Empty where the two lines have no number of steps in common.
+    """
+    lines = [curve[curve["label"] == label].set_index("x")["arm"] for label in (arm, baseline)]
+    parts: dict[str, list[str]] = {}
+    for x in sorted(set(lines[0].index) & set(lines[1].index)):
+        two = ranks[ranks["arm"].isin([lines[0][x], lines[1][x]])]
+        row = paired_effects(two, lines[1][x]).iloc[0]
+        clear = row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
+        word = "level" if not clear else "ahead" if row["low"] > 0 else "behind"
+        parts.setdefault(word, []).append(f"{x:,}")
+    said = " and ".join(f"{word} after {', '.join(steps)}" for word, steps in parts.items())
+    return f"{NAMES.get(arm, arm)} is {said} contrastive steps" if said else ""
 
 
 def tables_of_arms(

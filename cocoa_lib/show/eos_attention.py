@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from html import escape
@@ -22,6 +23,7 @@ from .restored import cells_image
 from .retrieval import words_of
 
 DIRECTIONS = {"what EOS looks at": "from_eos", "who looks at EOS": "to_eos"}
+SPECIAL = re.compile(r"^<\|(.*)\|>$")  # a control token's name is written without its marks
 BOX = "display:flex;align-items:center;break-inside:avoid"
 NAME = "width:84px;overflow:hidden;white-space:pre;text-align:right;margin-right:4px"
 
@@ -113,7 +115,11 @@ def attention_html(
     names = [inputs.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
     eos = batch["segment_ids"][0].numpy() == EOS
     bars = "".join(
-        bar_html("EOS" if eos[i] else names[i].strip("<|>") or "space", float(weights[i]), top)
+        bar_html(
+            "EOS" if eos[i] else SPECIAL.sub(r"\1", names[i]).strip() or "space",
+            float(weights[i]),
+            top,
+        )
         for i in np.flatnonzero(~at_picture)
     )
     total = weights.sum() if direction == "from_eos" else len(weights)
