@@ -30,7 +30,7 @@ from cocoa_lib import attention
 from cocoa_lib.backbone import language_model, set_bidirectional
 from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.corruption import stage2_batch
-from cocoa_lib.embedder import EosEmbedding
+from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.inputs import Batch, Inputs
 from cocoa_lib.kernels import PICTURES, compile_layers, multiply_patches
 from cocoa_lib.recipes import make_recipe
@@ -152,6 +152,31 @@ def measure(
     return lines
 
 
+def encode(tiny: bool, device: str, n: int) -> list[Record]:
+    """`encode` of pictures in memory, bf16 weights on a GPU, preparing included."""
+    model, inputs = open_model(4096, tiny, device)
+    shape = copy.deepcopy(model.config)
+    shape._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        twin = Reconstruction(type(model)(shape), layout="bidirectional")
+    number, side = (4, 32) if tiny else (512, 448)
+    column = make_columns("stage3", inputs, 1, side)[0]
+    flops = count_step("stage3", twin, [column], "bidirectional") / 3  # backward is twice forward
+    flops *= (column["mm_token_type_ids"].sum() + 3) / column["input_ids"].numel()  # no words
+    embedder = CocoaEmbedder(
+        EosEmbedding(model.to(torch.float32 if device == "cpu" else torch.bfloat16), inputs)
+    )
+    noise = np.random.default_rng(0).integers(
+        0, 255, (min(number, 32), side, side, 3), dtype=np.uint8
+    )
+    items = ([Image.fromarray(pixels) for pixels in noise] * number)[:number]
+    sides = {"": lambda: embedder.encode(items, batch_size=32)}
+    seconds = in_turn(sides, n, clock=time.perf_counter)[""]
+    rates = [number * float(flops) / taken for taken in seconds]
+    line = record(f"encode, {side} x {side} pixels", "share of the peak", rates, [PEAK] * n)
+    return [line | {"images_per_second": number / float(np.median(seconds))}]
+
+
 def main(argv: Sequence[str] | None = None) -> list[Record]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -163,19 +188,23 @@ def main(argv: Sequence[str] | None = None) -> list[Record]:
         raise SystemExit("no GPU here; `--device cpu --tiny` shows that the script runs")
     lines: list[Record] = []
     failed: dict[str, str] = {}
+    how = {"tiny": args.tiny, "device": args.device, "n": args.rounds}
+    parts: dict[str, Callable[[], list[Record]]] = {"encode": partial(encode, **how)}
     for stage, rows, length, ways in PARTS:
         if args.device == "cpu":  # no backward pass of Flex there
             ways = tuple(way for way in ways if way != "flex")
         if args.tiny:
-            rows, length = 2, 64
-        how = {"tiny": args.tiny, "device": args.device, "n": args.rounds}
-        part: Callable[[], list[Record]] = partial(measure, stage, rows, length, ways, **how)
+            rows, length = rows // 2, 64
+        parts[f"{stage}, {rows} rows of {length}"] = partial(
+            measure, stage, rows, length, ways, **how
+        )
+    for name, part in parts.items():
         try:
             found = part()
             print(*map(say, found), sep="\n", flush=True)
             lines += found
         except Exception as error:  # memory, a compiler, a kernel: the other parts go on
-            failed[f"{stage}, {length}"] = f"{type(error).__name__}: {error}"[:300]
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
         gc.collect()
         torch.cuda.empty_cache()
         keep("gpu_steps", lines, args.out, not_measured=failed)

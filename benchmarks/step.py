@@ -5,7 +5,7 @@
 
 The step is that of the trainers, whole: batch, forward, backward, optimiser, log. "before" takes it
 as it was without any of these; each other side adds one. Sides run in turn, seeds paired: round i
-has seed i on every side. `gap` is the largest difference of a loss over `LOSSES` steps.
+has seed i on every side.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +22,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from common import Record, keep, record, say
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from cocoa_lib import backbone, embedder, kernels, reconstruction
 from cocoa_lib.run import Run, stage
 from cocoa_lib.run.resume import TrainingError
 
 STAGES = ("stage1", "stage2", "stage3")
-LOSSES = 20  # steps whose losses are compared
+LOSSES = 20  # steps in a row whose losses are compared
 OWN_POSITIONS = backbone.position_ids
 Change = Callable[[PreTrainedModel], None]
 
@@ -61,17 +62,10 @@ def singly(model: PreTrainedModel) -> None:
     model.model.visual.config._attn_implementation = "sdpa"
 
 
-def fuse_norms(model: PreTrainedModel) -> None:
-    """torch's RMS norm in place of transformers' five operations."""
-    kind = type(model.model.language_model.norm)
-
-    class Fused(kind):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
-
+def five_operations(model: PreTrainedModel) -> None:
     for module in model.modules():
-        if type(module) is kind:
-            module.__class__ = Fused
+        if isinstance(module, kernels.FusedNorm):
+            module.__class__ = Qwen2VLRMSNorm
 
 
 def flush(model: PreTrainedModel) -> None:
@@ -89,15 +83,15 @@ class Way:
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-KEPT = ("packing", "pictures", "patches", "positions")
+KEPT = ("packing", "pictures", "patches", "positions", "norms")
 WAYS = {
     "before": Way("Without any of these"),
     "packing": Way("Several samples in a row (`packing`)", ("packing",)),
     "pictures": Way("Pictures of one size in one call of the vision tower", ("pictures",)),
     "patches": Way("Patch embedding as a matrix product, not a convolution", ("patches",)),
     "positions": Way("Rotary positions of a whole batch at once", ("positions",)),
-    "now": Way("**All four: the library**", KEPT),
-    "norms": Way("On top: torch's fused RMS norm", KEPT, fuse_norms),
+    "norms": Way("RMS norm in one operation", ("norms",)),
+    "now": Way("**All five: the library**", KEPT),
     "math": Way(
         "On top: attention as plain products", KEPT, around=lambda: sdpa_kernel(SDPBackend.MATH)
     ),
@@ -119,7 +113,8 @@ def open_trainer(run: Run, name: str, steps: int, seed: int, way: Way) -> Traine
     )
     set_seed(seed)
     model, inputs = stage._open_parent(job)
-    for undo, part in ((singly, "pictures"), (convolve, "patches")):
+    undone = {"pictures": singly, "patches": convolve, "norms": five_operations}
+    for part, undo in undone.items():
         if part not in way.kept:
             undo(model)
     if way.change:
@@ -148,19 +143,25 @@ def take(run: Run, name: str, steps: int, seed: int, way: Way) -> tuple[float, l
 def compare(
     run: Run, name: str, ways: Sequence[str], rounds: int = 5, steps: int = 4, losses: int = LOSSES
 ) -> list[Record]:
-    """A record for each way: CPU time before over that of the way, and the gap of the losses."""
+    """A record for each way: CPU time before over that of the way, and the largest relative gap of
+    a loss, of "now" over `losses` steps in a row as well."""
     sides = ["before", *(way for way in ways if way != "before")]
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    known = {side: take(run, name, losses, 0, WAYS[side])[1] for side in sides}
+    seen: dict[str, list[float]] = {side: [] for side in sides}
+    for side in ("before", "now"):
+        seen[side] += take(run, name, losses, 0, WAYS[side])[1]
     for seed in range(rounds):
         for side in sides:
-            seconds[side].append(take(run, name, steps, seed, WAYS[side])[0] / steps)
+            taken, found = take(run, name, steps, seed, WAYS[side])
+            seconds[side].append(taken / steps)
+            seen[side] += found
     lines = []
     for side in sides[1:]:
-        pairs = zip(known["before"], known[side], strict=True)
+        pairs = zip(seen["before"][-len(seen[side]) :], seen[side], strict=True)
         gap = max(abs(a - b) / abs(a) for a, b in pairs)
         line = record(f"{side}, {name}", WAYS[side].text, seconds["before"], seconds[side])
-        lines.append(line | {"stage": name, "gap": float(f"{gap:.1e}")})
+        middle = statistics.median(seconds[side])
+        lines.append(line | {"gap": float(f"{gap:.1e}"), "seconds_a_step": round(middle, 3)})
     return lines
 
 
@@ -177,11 +178,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--runs", type=Path, help="where the data are written and found again")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     records: list[Record] = []
     with tempfile.TemporaryDirectory() as folder:
-        run = few_rows(folder, args.profile)
+        run = few_rows(args.runs or folder, args.profile)
         for name in args.stages:
             try:
                 found = compare(run, name, args.only, args.rounds, args.steps)
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise SystemExit(f"{name}: {error}") from None
             print(*map(say, found), sep="\n", flush=True)
             records += found
-    keep("step", records, profile=args.profile)
+            keep("step", records, profile=args.profile)
 
 
 if __name__ == "__main__":

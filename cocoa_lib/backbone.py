@@ -1,9 +1,10 @@
 """Open a Qwen2-VL, Qwen2.5-VL or Qwen3-VL and give its attention the layout that is asked for.
 
-The models are transformers' own classes, unmodified. Three things are set from outside: whether the
-language model is causal, which mask a forward pass uses, and the 3-D rotary positions (computed
-here from the 2-D mask, because they cannot be derived from a 4-D one). A probe checks that the
-causal switch took before anything trains.
+The models are transformers' own classes; `kernels` swaps a few of their parts for faster ones with
+the same weights and values. Three things are set from outside: whether the language model is
+causal, which mask a forward pass uses, and the 3-D rotary positions (computed here from the 2-D
+mask, because they cannot be derived from a 4-D one). A probe checks that the causal switch took
+before anything trains.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from .attention import EOS, PAD, A, block_mask, dense_mask, make_additive
 from .inputs import Batch, Inputs
 from .items import IMAGE_PAD, VISION_END, VISION_START, InputError
-from .kernels import multiply_patches, use_flex, use_picture_kernel
+from .kernels import fuse_norms, multiply_patches, use_flex, use_picture_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ def open_backbone(
     )
     set_bidirectional(model, bidirectional)
     multiply_patches(model.model.visual)
+    fuse_norms(language_model(model))
     if attn_implementation in ("sdpa", "flex_attention"):
         use_picture_kernel(model.model.visual)
     if (flex or flash) and torch.accelerator.is_available():  # no such kernels on a CPU

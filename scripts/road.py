@@ -19,12 +19,21 @@ def read_times(run: Path) -> pd.DataFrame:
     if not paths:
         raise SystemExit(f"{run}: no times; run `make reproduce` first")
     parts = [pd.read_csv(path, sep="\t").assign(step=path.parent.name) for path in paths]
-    times = pd.concat(parts).groupby("step").agg(
-        n=("s", "size"), cpu=("cpu_time", "sum"), clock=("s", "sum"), memory=("max_rss", "max")
+    times = (
+        pd.concat(parts)
+        .groupby("step")
+        .agg(
+            n=("s", "size"), cpu=("cpu_time", "sum"), clock=("s", "sum"), memory=("max_rss", "max")
+        )
     )
     times = times.sort_values("cpu", ascending=False)
     total = pd.DataFrame(
-        {"n": times.n.sum(), "cpu": times.cpu.sum(), "clock": times.clock.sum(), "memory": times.memory.max()},
+        {
+            "n": times.n.sum(),
+            "cpu": times.cpu.sum(),
+            "clock": times.clock.sum(),
+            "memory": times.memory.max(),
+        },
         index=["all"],
     )
     times = pd.concat([times, total])
