@@ -79,8 +79,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     # A layer is one program, not one for each of DDP's buckets.
     torch._dynamo.config.optimize_ddp = False
     visual = model.model.visual
-    at_once = torch.cuda.is_available() and visual.config._attn_implementation == PICTURES
-    blocks = visual.blocks if at_once else ()
+    blocks = visual.blocks if visual.config._attn_implementation == PICTURES else ()
     for layer in (*model.model.language_model.layers, *blocks):
         layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 

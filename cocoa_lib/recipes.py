@@ -73,7 +73,7 @@ class Recipe:
     lora_dropout: Rate = 0.1
     dora: bool = True
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # the layers, on a GPU also the vision tower's
+    torch_compile: bool = False  # the layers, the vision tower's too
     workers: CountOrOff = 0  # processes that decode and tokenise ahead; the batches are the same
     save_steps: Count = 500  # at most this many steps of work are lost in a kill
     logging_steps: Count = 10

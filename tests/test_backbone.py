@@ -598,7 +598,7 @@ def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_fl
         opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
         assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
     assert language_model(opened).config._attn_implementation == "flex_attention"
-    assert opened.config.vision_config._attn_implementation == "sdpa", (
+    assert opened.config.vision_config._attn_implementation == PICTURES, (
         "the vision tower has its own masks"
     )
     ids = torch.tensor([[5, 6, 7]])
