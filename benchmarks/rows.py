@@ -89,7 +89,7 @@ def head_memory() -> Record:
 
 def step_time(stage: str, runs: str) -> Record:
     """The library's step against the way it was taken before; `step.py` says what each part is worth."""
-    (line,) = step.compare(step.few_rows(runs), stage, ["before", "now"], rounds=3, losses=6)
+    (line,) = step.compare(step.few_rows(runs), stage, ["before", "now"], steps=10)
     assert line["gap"] < 1e-4, line
     text = f"A step of {stage[:5]} {stage[5]}, profile laptop, as it was against as it is, equal losses"
     return line | {"name": f"step, {stage}", "text": text}
@@ -286,7 +286,7 @@ def reading_ahead(runs: str, steps: int = 6) -> Record:
 
     def take(workers: int) -> float:
         way = step.WAYS["now"]
-        trainer = step.open_trainer(step.few_rows(runs), "stage1", steps, 0, way)
+        trainer = step.open_trainer(step.few_rows(runs), "stage1", steps, way)
         trainer.args.dataloader_num_workers = workers
         batches = iter(trainer.get_train_dataloader())
         next(batches)

@@ -1,11 +1,11 @@
 """What each way to a faster step is worth, alone and together, with equal losses.
 
     python benchmarks/step.py                       # profile laptop -> results/step.json
-    python benchmarks/step.py --profile long --rounds 3 --only now packing
+    python benchmarks/step.py --profile long --steps 8 --only now packing
 
 The step is that of the trainers, whole: batch, forward, backward, optimiser, log. "before" takes it
-as it was without any of these; each other side adds one. Sides run in turn, seeds paired: round i
-has seed i on every side.
+as it was without any of these; each other side adds one. All sides start from the same weights and
+take one step a round on the same batch, the first round not timed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import torch
 from common import Record, keep, record, say
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import PreTrainedModel, PrinterCallback, Trainer, set_seed
+from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
 from cocoa_lib import backbone, embedder, kernels, reconstruction
 from cocoa_lib.run import Run, stage
-from cocoa_lib.run.resume import TrainingError
 
 STAGES = ("stage1", "stage2", "stage3")
 LOSSES = 20  # steps in a row whose losses are compared
@@ -68,10 +67,6 @@ def five_operations(model: PreTrainedModel) -> None:
             module.__class__ = Qwen2VLRMSNorm
 
 
-def flush(model: PreTrainedModel) -> None:
-    torch.set_flush_denormal(True)
-
-
 @dataclasses.dataclass(frozen=True)
 class Way:
     """One side: what is undone of the library (`kept` names what is not), or done on top of it."""
@@ -80,7 +75,7 @@ class Way:
     kept: tuple[str, ...] = ()
     change: Change | None = None
     around: Callable[[], Any] = contextlib.nullcontext
-    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 KEPT = ("packing", "pictures", "patches", "positions", "norms")
@@ -95,23 +90,18 @@ WAYS = {
     "math": Way(
         "On top: attention as plain products", KEPT, around=lambda: sdpa_kernel(SDPBackend.MATH)
     ),
-    "flush": Way("On top: denormal numbers flushed to zero", KEPT, flush),
     "compiled": Way("On top: compiled layers", KEPT, kernels.compile_layers),
-    "adamw": Way("On top: AdamW not fused", KEPT, recipe={"optim": "adamw_torch"}),
+    "adamw": Way("On top: AdamW not fused", KEPT, options={"optim": "adamw_torch"}),
 }
 
 
-def open_trainer(run: Run, name: str, steps: int, seed: int, way: Way) -> Trainer:
+def open_trainer(run: Run, name: str, steps: int, way: Way) -> Trainer:
     """The stage's own trainer from the backbone, in this way, that saves nothing."""
     packing = "packing" in way.kept
-    recipe = dataclasses.replace(
-        run.recipe(name), steps=steps, packing=packing, bf16=False, workers=0
-    )
+    recipe = dataclasses.replace(run.recipe(name), steps=steps, packing=packing, workers=0)
     parent, out = run.backbone, Path(tempfile.gettempdir()) / "cocoa-step"
-    job = stage.Job(
-        name, recipe, parent, stage.check_parent(name, parent, True), run.data, out, seed
-    )
-    set_seed(seed)
+    job = stage.Job(name, recipe, parent, stage.check_parent(name, parent, True), run.data, out, 0)
+    set_seed(0)
     model, inputs = stage._open_parent(job)
     undone = {"pictures": singly, "patches": convolve, "norms": five_operations}
     for part, undo in undone.items():
@@ -119,49 +109,49 @@ def open_trainer(run: Run, name: str, steps: int, seed: int, way: Way) -> Traine
             undo(model)
     if way.change:
         way.change(model)
-    build = stage._contrastive if name == "stage3" else stage._reconstruction
-    trainer = build(job, model, inputs)
-    trainer.remove_callback(PrinterCallback)
-    trainer.args.save_strategy = "no"
-    for option, value in way.recipe.items():
+    trainer = (stage._contrastive if name == "stage3" else stage._reconstruction)(
+        job, model, inputs
+    )
+    for option, value in way.options.items():
         setattr(trainer.args, option, value)
     return trainer
 
 
-def take(run: Run, name: str, steps: int, seed: int, way: Way) -> tuple[float, list[float]]:
-    """CPU seconds of `steps` steps, and their losses."""
+def take_steps(trainer: Trainer, steps: int, way: Way) -> Iterator[tuple[float, float]]:
+    """CPU seconds and loss of each step, as the trainer takes it: batch, forward, backward, AdamW."""
+    trainer.create_optimizer_and_scheduler(steps)
+    trainer.current_gradient_accumulation_steps = 1  # `train` sets it
+    module, batches = trainer.model.train(), iter(trainer.get_train_dataloader())
     slow = contextlib.nullcontext if "positions" in way.kept else positions_one_by_one
-    with slow(), way.around():
-        trainer = open_trainer(run, name, steps, seed, way)
-        start = time.process_time()
-        trainer.train()
-        seconds = time.process_time() - start
-    torch.set_flush_denormal(False)
-    return seconds, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    for _ in range(steps):
+        with slow(), way.around():
+            start = time.process_time()
+            loss = trainer.training_step(module, next(batches))
+            nn.utils.clip_grad_norm_(module.parameters(), trainer.args.max_grad_norm)
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+            trainer.optimizer.zero_grad()
+            seconds = time.process_time() - start
+        yield seconds, float(loss)
 
 
-def compare(
-    run: Run, name: str, ways: Sequence[str], rounds: int = 5, steps: int = 4, losses: int = LOSSES
-) -> list[Record]:
-    """A record for each way: CPU time before over that of the way, and the largest relative gap of
-    a loss, of "now" over `losses` steps in a row as well."""
+def compare(run: Run, name: str, ways: Sequence[str], steps: int = LOSSES) -> list[Record]:
+    """A record for each way: CPU time of a step before over that of the way, round by round, and
+    the largest relative gap of a loss. All ways take one step a round, from the same weights."""
     sides = ["before", *(way for way in ways if way != "before")]
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    seen: dict[str, list[float]] = {side: [] for side in sides}
-    for side in ("before", "now"):
-        seen[side] += take(run, name, losses, 0, WAYS[side])[1]
-    for seed in range(rounds):
-        for side in sides:
-            taken, found = take(run, name, steps, seed, WAYS[side])
-            seconds[side].append(taken / steps)
-            seen[side] += found
+    taken = {
+        side: take_steps(open_trainer(run, name, steps, WAYS[side]), steps, WAYS[side])
+        for side in sides
+    }
+    rounds = [{side: next(taken[side]) for side in sides} for _ in range(steps)]
     lines = []
     for side in sides[1:]:
-        pairs = zip(seen["before"][-len(seen[side]) :], seen[side], strict=True)
-        gap = max(abs(a - b) / abs(a) for a, b in pairs)
-        line = record(f"{side}, {name}", WAYS[side].text, seconds["before"], seconds[side])
-        middle = statistics.median(seconds[side])
-        lines.append(line | {"gap": float(f"{gap:.1e}"), "seconds_a_step": round(middle, 3)})
+        before, own = ([found[way] for found in rounds] for way in ("before", side))
+        gap = max(abs(a - b) / abs(a) for (_, a), (_, b) in zip(before, own, strict=True))
+        over, under = ([seconds for seconds, _ in found[1:]] for found in (before, own))
+        line = record(f"{side}, {name}", WAYS[side].text, over, under)
+        middle = round(statistics.median(under), 3)
+        lines.append(line | {"gap": float(f"{gap:.1e}"), "seconds_a_step": middle})
     return lines
 
 
@@ -176,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", default="laptop")
     parser.add_argument("--stages", nargs="*", default=STAGES)
     parser.add_argument("--only", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=LOSSES)
     parser.add_argument("--runs", type=Path, help="where the data are written and found again")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -185,10 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = few_rows(args.runs or folder, args.profile)
         for name in args.stages:
-            try:
-                found = compare(run, name, args.only, args.rounds, args.steps)
-            except TrainingError as error:
-                raise SystemExit(f"{name}: {error}") from None
+            found = compare(run, name, args.only, args.steps)
             print(*map(say, found), sep="\n", flush=True)
             records += found
             keep("step", records, profile=args.profile)
