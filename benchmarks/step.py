@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel, Trainer, set_seed
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
-from cocoa_lib import backbone, embedder, kernels, reconstruction
+from cocoa_lib import backbone, embedder, kernels, packing, reconstruction
 from cocoa_lib.run import Run, stage
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -78,15 +78,16 @@ class Way:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-KEPT = ("packing", "pictures", "patches", "positions", "norms")
+KEPT = ("packing", "rows", "pictures", "patches", "positions", "norms")
 WAYS = {
     "before": Way("Without any of these"),
     "packing": Way("Several samples in a row (`packing`)", ("packing",)),
+    "rows": Way("The same, rows of 1.5 times the longest sample", ("packing", "rows")),
     "pictures": Way("Pictures of one size in one call of the vision tower", ("pictures",)),
     "patches": Way("Patch embedding as a matrix product, not a convolution", ("patches",)),
     "positions": Way("Rotary positions of a whole batch at once", ("positions",)),
     "norms": Way("RMS norm in one operation", ("norms",)),
-    "now": Way("**All five: the library**", KEPT),
+    "now": Way("**All: the library**", KEPT),
     "math": Way(
         "On top: attention as plain products", KEPT, around=lambda: sdpa_kernel(SDPBackend.MATH)
     ),
@@ -97,8 +98,8 @@ WAYS = {
 
 def open_trainer(run: Run, name: str, steps: int, way: Way) -> Trainer:
     """The stage's own trainer from the backbone, in this way, that saves nothing."""
-    packing = "packing" in way.kept
-    recipe = dataclasses.replace(run.recipe(name), steps=steps, packing=packing, workers=0)
+    packed = "packing" in way.kept
+    recipe = dataclasses.replace(run.recipe(name), steps=steps, packing=packed, workers=0)
     parent, out = run.backbone, Path(tempfile.gettempdir()) / "cocoa-step"
     job = stage.Job(name, recipe, parent, stage.check_parent(name, parent, True), run.data, out, 0)
     set_seed(0)
@@ -123,8 +124,9 @@ def take_steps(trainer: Trainer, steps: int, way: Way) -> Iterator[tuple[float, 
     trainer.current_gradient_accumulation_steps = 1  # `train` sets it
     module, batches = trainer.model.train(), iter(trainer.get_train_dataloader())
     slow = contextlib.nullcontext if "positions" in way.kept else positions_one_by_one
+    room = packing.ROOM if "rows" in way.kept else 1
     for _ in range(steps):
-        with slow(), way.around():
+        with slow(), way.around(), mock.patch.object(packing, "ROOM", room):
             start = time.process_time()
             loss = trainer.training_step(module, next(batches))
             nn.utils.clip_grad_norm_(module.parameters(), trainer.args.max_grad_norm)

@@ -11,7 +11,7 @@ from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask
 from cocoa_lib.backbone import hidden_states, language_model, position_ids, set_bidirectional
 from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
-from cocoa_lib.packing import NO_SAMPLE, pack
+from cocoa_lib.packing import NO_SAMPLE, ROOM, pack
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.show.masks import segments
@@ -61,7 +61,7 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     real = packed["attention_mask"].bool()
     assert (
         packed["input_ids"].shape[0] <= len(shapes)
-        and packed["input_ids"].shape[1] <= batch["input_ids"].shape[1]
+        and packed["input_ids"].shape[1] <= ROOM * batch["input_ids"].shape[1]
     )
     assert (
         sorted(packed["input_ids"][real].tolist())
