@@ -106,10 +106,12 @@ def plain_loop(
         made = inputs.image_processor(images, return_tensors="pt")
         cells = iter((made["image_grid_thw"].prod(-1) // 4).tolist())
         texts = [
-            ("<|vision_start|>" + "<|image_pad|>" * next(cells) + "<|vision_end|>")
-            * (item["image"] is not None)
-            + item["text"]
-            + "<|im_end|>"
+            (
+                "<|vision_start|>" + "<|image_pad|>" * next(cells) + "<|vision_end|>"
+                if item["image"]
+                else ""
+            )
+            + f"{item['text']}<|im_end|>"
             for item in part
         ]
         batch = inputs.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
