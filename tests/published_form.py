@@ -58,6 +58,7 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
     else:
         tokenizer = train_tokenizer([f"a photo of {word}" for word in WORDS] * 4, 400)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        model["vocab"]["<|vision_pad|>"] = model["vocab"].pop("<|mask|>")  # Qwen's has no mask token
         (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
         merges = "\n".join(" ".join(pair) for pair in model["merges"])
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")

@@ -321,7 +321,8 @@ def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
 
 def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Put a manifest's `settings` among its facts, so that one that differs is named alone."""
-    return {**facts, "settings": None, **(facts.get("settings") or {})}
+    settings = facts.get("settings")
+    return {**facts, "settings": None, **settings} if isinstance(settings, dict) else dict(facts)
 
 
 def write_tables(root: Path, tables: Mapping[str, pd.DataFrame]) -> None:

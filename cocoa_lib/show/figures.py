@@ -82,7 +82,7 @@ def say(text: str) -> None:
 
 
 def _finish(figure: Figure, title: str, alt: str) -> Figure:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
+    figure.suptitle(textwrap.fill(title, 80), x=0.01, ha="left", fontsize=10)
     figure.alt = " ".join(f"{title}. {alt}".split())
     plt.close(figure)  # shown by `show`, not a second time by pyplot
     return figure
@@ -326,7 +326,8 @@ def draw_heat(
         first = axis is axes[0][0]
         sns.heatmap(table, ax=axis, **look)
         axis.tick_params(length=0, labelsize=8)
-        axis.tick_params(axis="x", rotation=45 if n_columns > 5 else 0)
+        long = n_columns > 5 and max(len(str(name)) for name in table.columns) > 4
+        axis.tick_params(axis="x", rotation=45 if long else 0)
         axis.tick_params(axis="y", rotation=0, labelleft=first)
         axis.set_title(name, fontsize=9)
         axis.set(xlabel=table.columns.name or "", ylabel=(table.index.name or "") * first)
