@@ -37,7 +37,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def bench() -> str:
     found = read("bench")
     rows = [[line["text"], spread(line)] for line in found["results"]]
-    where = f"Made in {found['seconds']} s on {found['machine']}, at commit {found['commit']}."
+    how = f"Made in {found['seconds']} s" if found["seconds"] else "Made a row at a time"
+    where = f"{how} on {found['machine']}, at commit {found['commit']}."
     return table(["what", "ratio [lowest, highest]"], rows) + f"\n\n{where}"
 
 

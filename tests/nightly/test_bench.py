@@ -42,7 +42,6 @@ def test_a_record_lies_between_its_lowest_and_highest(name):
 def test_bench_has_twelve_rows_and_a_record_of_each(tmp_path):
     assert len(rows.rows(str(tmp_path))) == 12
     assert {line["name"] for line in RECORDS["bench"]["results"]} == set(rows.rows(""))
-    assert RECORDS["bench"]["seconds"] > 0
 
 
 def test_sides_run_in_turn_after_a_round_that_is_not_counted():
