@@ -83,7 +83,7 @@ def head_time() -> Record:
 
 
 def head_memory() -> Record:
-    text = "The same: peak memory of a step"
+    text = "The same head: peak memory of a step"
     return record("head, memory", text, peaks(head_step, True), peaks(head_step, False))
 
 
