@@ -1,0 +1,1 @@
+"""The built-in benchmark: scenes of OpenMoji drawings with their Unicode names."""

@@ -1,0 +1,331 @@
+"""The small causal backbone, vision first: tower and merger learn to name drawings, then the language model joins.
+
+    python -m cocoa_lib.drawings.backbone --out data/backbone --seed 1
+
+Four phases. "crops": single drawings, a linear head on the merger's output names the concept on each cell.
+"scenes": the same on whole scenes. "names": the language model says what a single drawing is. "talk": captions and
+questions about scenes. In the last two the head's loss stays as a small part, so that the tower keeps what it knows.
+
+State lies in `.NAME.work` beside the output folder; the same command goes on from there, bit for bit. Batches depend on
+seed, phase and step alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..backbone import hidden_states, new_backbone
+from ..batches import causal_batch
+from ..checkpoint import META, save_checkpoint
+from ..corruption import IGNORE
+from ..files import write_whole
+from ..inputs import Inputs
+from .concepts import SALT
+from .lessons import BACKGROUND, Lesson, known_concepts, make_crops, make_scenes, sample_texts
+from .muon import Muon
+from .patches import EQUAL_PICTURES, cut_patches
+from .scenes import CANVAS
+
+logger = logging.getLogger(__name__)
+PATCH = 10  # pixels
+COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "seconds")
+HELD_OUT = 256  # pictures a measurement
+CLIP = 1.0  # gradient norm of the parameters that AdamW trains
+
+
+@dataclass(frozen=True)
+class Phase:
+    """`head`: weight of the cells' loss; `words`: weight of the language model's."""
+
+    name: str
+    steps: int
+    batch_size: int
+    head: float
+    words: float
+    learning_rate: float = 0.02
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Sizes of the model and the phases of its training. Rates: of Muon; AdamW's is a tenth."""
+
+    hidden_size: int = 160
+    layers: int = 4
+    heads: int = 4
+    vision_dim: int = 128
+    vision_layers: int = 4
+    vocab_size: int = 2560
+    max_length: int = 256
+    warmup: int = 50
+    decay: float = 0.5  # share of a phase over which its rate falls to zero
+    measure_every: int = 100
+    save_every: int = 50
+    phases: tuple[Phase, ...] = (
+        Phase("crops", 1200, 128, head=1, words=0),
+        Phase("scenes", 800, 64, head=1, words=0),
+        Phase("names", 1000, 128, head=0.3, words=1),
+        Phase("talk", 4000, 48, head=0.3, words=1, learning_rate=0.015),
+    )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        names = ("hidden_size", "layers", "heads", "vision_dim", "vision_layers", "vocab_size", "max_length")
+        return {name: getattr(self, name) for name in names} | {"patch_size": PATCH, "image_pixels": CANVAS**2}
+
+
+@dataclass
+class Pupil:
+    """The model with its head, what trains it, and how far it is."""
+
+    model: PreTrainedModel
+    inputs: Inputs
+    head: nn.Linear
+    optimizers: list[torch.optim.Optimizer]
+    phase: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+
+
+# ---- one batch ----------------------------------------------------------------------------------
+
+
+def make_lesson(phase: Phase, rng: np.random.Generator, split: str = "train", n: int = 0) -> Lesson:
+    """A batch of a phase; of the split's own scenes where the phase shows scenes."""
+    names, n = known_concepts(), n or phase.batch_size
+    if phase.name in ("crops", "names"):
+        return make_crops(rng, n, names)
+    return make_scenes(rng, n, names, split=split)
+
+
+def collate(lesson: Lesson, inputs: Inputs) -> dict[str, Tensor]:
+    """A lesson as a batch with `labels`; its pictures never pass through files."""
+    values, grids = cut_patches(lesson.pictures, PATCH)
+    parts = zip(values.split(len(values) // len(grids)), grids.split(1), strict=True)
+    inputs.kept = {str(i): part for i, part in enumerate(parts)}
+    return causal_batch([{"image": str(i), "turns": turns} for i, turns in enumerate(lesson.turns)], inputs)
+
+
+def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
+    """Logits of the head on each cell: (N, cells, concepts + 1)."""
+    values, grids = cut_patches(lesson.pictures, PATCH)
+    merged = pupil.model.model.visual(values, grid_thw=grids).pooler_output
+    return pupil.head(merged).view(len(grids), -1, pupil.head.out_features)
+
+
+def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(cell logits (N, cells, K), logits of learnt tokens (T, V), these tokens (T,), their rows (T,))."""
+    batch, seen = collate(lesson, pupil.inputs), {}
+    hook = pupil.model.model.visual.register_forward_hook(lambda *call: seen.update(out=call[-1].pooler_output))
+    hidden = hidden_states(pupil.model, batch)
+    hook.remove()
+    cells = pupil.head(seen["out"]).view(len(lesson.turns), -1, pupil.head.out_features)
+    learnt = batch["labels"][:, 1:] != IGNORE
+    logits = pupil.model.lm_head(hidden[:, :-1][learnt])
+    return cells, logits, batch["labels"][:, 1:][learnt], learnt.nonzero()[:, 0]
+
+
+def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
+    """One step; returns (loss of the words, or of the cells where no words are learnt; loss of the cells)."""
+    words = torch.zeros(())
+    if phase.words:
+        cells, logits, labels, _ = read_words(pupil, lesson)
+        words = F.cross_entropy(logits, labels)
+    else:
+        cells = read_cells(pupil, lesson)
+    wanted = torch.from_numpy(lesson.cells)
+    cell_loss = F.cross_entropy(cells.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE)
+    loss = phase.words * words + phase.head * cell_loss
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"the loss is {float(loss)} at step {pupil.step} of {phase.name}; lower its rate")
+    loss.backward()
+    for optimizer in pupil.optimizers[1:]:
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+    for optimizer in pupil.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(words if phase.words else cell_loss), float(cell_loss)
+
+
+def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
+    """Warm-up, then constant, then linear to zero; of each phase anew."""
+    left = (phase.steps - pupil.step) / (phase.steps * schedule.decay)
+    rate = phase.learning_rate * min(1.0, (pupil.step + 1) / schedule.warmup, left)
+    for optimizer, share in zip(pupil.optimizers, (1.0, 0.1), strict=True):
+        optimizer.param_groups[0]["lr"] = rate * share
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
+    """Shares right on held-out scenes (development split), greedy.
+
+    cell_naming: single drawings, by the head; naming: the same, by the language model, all tokens of the name right;
+    answers: questions about scenes of one to four drawings.
+    """
+    rng = np.random.default_rng([0, 2])
+    single = make_scenes(rng, HELD_OUT, known_concepts(), split="dev", count=1)
+    cells = read_cells(pupil, single)[..., BACKGROUND + 1 :].softmax(-1).sum(1).argmax(-1) + 1
+    truths = torch.from_numpy(single.cells.max(1))
+    found = {"cell_naming": float((cells == truths).float().mean())}
+    if phase.words:
+        names = known_concepts()
+        asked = [[("What is in the picture?", names[label - 1])] for label in truths.tolist()]
+        found["naming"] = float(np.mean(answer_right(pupil, replace(single, turns=asked))))
+        scenes = make_scenes(rng, 2 * HELD_OUT, names, split="dev")
+        kept = [i for i, turns in enumerate(scenes.turns) if turns[0][0]][:HELD_OUT]
+        asked = [scenes.turns[i][:1] for i in kept]
+        found["answers"] = float(np.mean(answer_right(pupil, Lesson(scenes.pictures[kept], scenes.cells[kept], asked))))
+    return found
+
+
+@torch.inference_mode()
+def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
+    """Whether greedy decoding gives each picture's whole answer.
+
+    It does where each token is the likeliest one after the right ones before it, so one forward pass tells.
+    """
+    _, logits, labels, rows = read_words(pupil, lesson)
+    wrong = set(rows[logits.argmax(-1) != labels].tolist())
+    return [row not in wrong for row in range(len(lesson.turns))]
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+def new_pupil(schedule: Schedule, seed: int) -> Pupil:
+    """Random weights, a tokenizer of the world's texts and of Python's manual, so that other English is not spelt out."""
+    model, inputs = new_backbone([*sample_texts(), *topics.values()], seed=seed, **schedule.shape)
+    model.model.visual.config._attn_implementation = EQUAL_PICTURES
+    head = nn.Linear(schedule.hidden_size, len(known_concepts()) + 1)
+    model.train()
+    inside = [
+        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed_tokens" not in name
+    ]
+    chosen = {id(weight) for weight in inside}
+    rest = [weight for weight in [*model.parameters(), *head.parameters()] if id(weight) not in chosen]
+    adam = torch.optim.AdamW(rest, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+    return Pupil(model, inputs, head, [Muon(inside, lr=0), adam])
+
+
+def save_state(pupil: Pupil, path: Path) -> None:
+    """All tensors in one safetensors file, the counters and the log in its header."""
+    tensors = {f"model/{name}": value for name, value in pupil.model.named_parameters()}
+    tensors |= {f"head/{name}": value for name, value in pupil.head.named_parameters()}
+    for k, optimizer in enumerate(pupil.optimizers):
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer{k}/{i}/{name}": value for name, value in state.items()}
+    counters = {name: getattr(pupil, name) for name in ("phase", "step", "seconds", "rows")}
+    held = {name: value.detach().clone() for name, value in tensors.items()}
+    write_whole(path, lambda aside: save_file(held, aside, {"counters": json.dumps(counters)}))
+
+
+def load_state(pupil: Pupil, path: Path) -> None:
+    """Go on from what `save_state` wrote."""
+    tensors = load_file(path)
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for name, value in json.loads(header["__metadata__"]["counters"]).items():
+        setattr(pupil, name, value)
+    for part, module in (("model", pupil.model), ("head", pupil.head)):
+        with torch.no_grad():
+            for name, weight in module.named_parameters():
+                weight.copy_(tensors[f"{part}/{name}"])
+    for k, optimizer in enumerate(pupil.optimizers):
+        held = optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith(f"optimizer{k}/"):
+                _, i, name = key.split("/")
+                held["state"].setdefault(int(i), {})[name] = value
+        optimizer.load_state_dict(held)
+
+
+def write_log(pupil: Pupil, path: Path) -> None:
+    """The measurements so far as CSV."""
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(pupil.rows)
+
+    write_whole(path, write)
+
+
+# ---- training -----------------------------------------------------------------------------------
+
+
+def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, float, float]]:
+    """Every step that is left: (its phase, its losses), after it is done."""
+    while pupil.phase < len(schedule.phases):
+        phase = schedule.phases[pupil.phase]
+        while pupil.step < phase.steps:
+            begun = time.perf_counter()
+            set_rates(pupil, schedule, phase)
+            lesson = make_lesson(phase, np.random.default_rng([seed, 3, pupil.phase, pupil.step]))
+            losses = train_step(pupil, phase, lesson)
+            pupil.step += 1
+            pupil.seconds += time.perf_counter() - begun
+            yield phase, *losses
+        pupil.phase, pupil.step = pupil.phase + 1, 0
+
+
+def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
+    """Train, or go on, until the last phase is done; returns the checkpoint folder, with the log beside its weights."""
+    out, work = Path(out), Path(out).parent / f".{Path(out).name}.work"
+    if (out / META).is_file():
+        return out
+    work.mkdir(parents=True, exist_ok=True)
+    pupil, state = new_pupil(schedule, seed), work / "state.safetensors"
+    if state.is_file():
+        load_state(pupil, state)
+    for phase, loss, cell_loss in go_on(pupil, schedule, seed):
+        last = pupil.step == phase.steps
+        if last or pupil.step % schedule.measure_every == 0:
+            found = {"loss": loss, "cell_loss": cell_loss, **measure(pupil, phase), "seconds": pupil.seconds}
+            row = {name: f"{value:.4g}" for name, value in found.items()}
+            pupil.rows.append({"phase": phase.name, "step": pupil.step, **row})
+            write_log(pupil, work / "log.csv")
+            logger.info("%s", pupil.rows[-1])
+        if last or pupil.step % schedule.save_every == 0:
+            save_state(pupil, state)
+    return save_pupil(pupil, schedule, out, work / "log.csv", seed)
+
+
+def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int) -> Path:
+    """The folder that every later stage opens: model, processor, cocoa.json, log.csv."""
+    pupil.model.model.visual.config._attn_implementation = "sdpa"
+    pupil.inputs.keep_images(0)
+    run = {"seed": seed, "recipe": json.loads(json.dumps(asdict(schedule))), "data": f"drawings, salt {SALT.strip()}"}
+    meta = {"stage": "causal", "layout": "causal", "run": run}
+    return save_checkpoint(out, pupil.model.eval(), pupil.inputs, meta, {"log.csv": log.read_text(encoding="utf-8")})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train the small backbone on drawings.")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    train_backbone(args.out, Schedule(), seed=args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the small backbone learns from: single drawings, scenes with a label a cell, and conversations about both.
+
+Nothing is read from files: item k of a lesson depends on (seed, lesson, k) alone and is never seen twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .concepts import load_concepts, select_names
+from .pictures import draw, paste
+from .questions import answer, list_questions, name_kind
+from .scenes import BACKGROUNDS, CANVAS, SIDES, STYLES, WINDOW, Drawn, Scene, list_names, render, sample_scene
+
+CELL = 20  # pixels a side: what the language model sees as one token
+COVERED, EMPTY = 0.25, 0.03  # ink on a cell: from here on it is labelled with the drawing; up to here as background
+BACKGROUND, IGNORE = 0, -100
+QUESTIONS_A_SCENE = 4
+
+Turns = list[tuple[str, str]]  # question and answer; a caption has no question
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Pictures (N, S, S, 3) uint8, the concept of each cell (N, cells) int64, and what is said about each."""
+
+    pictures: np.ndarray
+    cells: np.ndarray
+    turns: list[Turns]
+
+
+def known_concepts() -> list[str]:
+    """Names that the backbone learns: all but those that nothing shows. Label k + 1 of a cell is name k."""
+    return select_names("paired") + select_names("captioned")
+
+
+def label_cells(drawings: Sequence[Drawn], side: int) -> np.ndarray:
+    """The concept that covers each cell of a picture, its label: (cells,) int64, cells as the merger orders them."""
+    labels = {name: label for label, name in enumerate(known_concepts(), 1)}
+    count = side // CELL
+    shares = np.zeros((len(drawings), count * count), dtype=np.float32)
+    for row, one in zip(shares, drawings, strict=True):
+        ink, alpha = np.zeros((side, side), dtype=np.float32), one.picture[..., 3]
+        ink[one.top : one.top + alpha.shape[0], one.left : one.left + alpha.shape[1]] = alpha > 127
+        row[:] = ink.reshape(count, CELL, count, CELL).mean((1, 3)).ravel()
+    most = shares.max(0)
+    owners = np.array([labels[one.name] for one in drawings])[shares.argmax(0)]
+    cells = np.where(most >= COVERED, owners, np.where(most <= EMPTY, BACKGROUND, IGNORE))
+    for row, one in zip(shares, drawings, strict=True):
+        cells[row.argmax()] = labels[one.name]  # thin drawings cover no cell enough
+    return cells
+
+
+def make_crops(rng: np.random.Generator, n: int, names: Sequence[str]) -> Lesson:
+    """Single drawings anywhere on a picture of the size of a crop."""
+    pictures, cells, turns = np.empty((n, WINDOW, WINDOW, 3), dtype=np.uint8), [], []
+    for picture in pictures:
+        name, size = names[int(rng.integers(len(names)))], ("small", "large")[int(rng.integers(2))]
+        height, width = draw(load_concepts()[name].emoji, SIDES[size]).shape[:2]
+        top, left = int(rng.integers(WINDOW - height + 1)), int(rng.integers(WINDOW - width + 1))
+        one = Drawn(name, size, "center", left, top)
+        picture[:] = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
+        paste(picture, one.picture, left, top)
+        cells.append(label_cells([one], WINDOW))
+        turns.append(talk_about_crop(rng, one))
+    return Lesson(pictures, np.stack(cells), turns)
+
+
+def make_scenes(
+    rng: np.random.Generator, n: int, names: Sequence[str], *, split: str = "train", count: int | None = None
+) -> Lesson:
+    """Scenes of one to four drawings, or of `count`."""
+    scenes = [sample_scene(rng, split, names, n=count) for _ in range(n)]
+    return Lesson(
+        np.stack([render(scene) for scene in scenes]),
+        np.stack([label_cells(scene.drawings, CANVAS) for scene in scenes]),
+        [talk_about_scene(rng, scene) for scene in scenes],
+    )
+
+
+def talk_about_crop(rng: np.random.Generator, one: Drawn) -> Turns:
+    """The drawing's name, as a caption and as an answer, and its kind."""
+    scene = Scene((one,))
+    options = [
+        ("", list_names(scene)),
+        ("What is in the picture?", one.name),
+        ("What kind of thing is in the picture?", name_kind(one.name)),
+    ]
+    return [options[i] for i in rng.permutation(3)[:2]]
+
+
+def talk_about_scene(rng: np.random.Generator, scene: Scene) -> Turns:
+    """A caption, or some questions with their answers."""
+    if rng.random() < 0.5:
+        style = (*STYLES, list_names)[int(rng.integers(len(STYLES) + 1))]
+        return [("", style(scene))]
+    texts = list_questions(scene)
+    chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
+    return [(text, min(answer(text, scene))) for text in chosen]
+
+
+def sample_texts(n: int = 20_000) -> list[str]:
+    """Captions and questions of training scenes, for the tokenizer."""
+    rng, names = np.random.default_rng([0, 1]), known_concepts()
+    texts = []
+    for _ in range(n):
+        scene = sample_scene(rng, "train", names)
+        texts += [f"{question} {reply}".strip() for question, reply in talk_about_scene(rng, scene)]
+    return texts
