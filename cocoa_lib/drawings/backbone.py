@@ -72,14 +72,14 @@ class Schedule:
     vocab_size: int = 2560
     max_length: int = 256
     warmup: int = 50
-    decay: float = 0.5  # share of a phase over which its rate falls to zero
+    decay: float = 0.4  # share of a phase over which its rate falls to zero
     measure_every: int = 100
     save_every: int = 50
     phases: tuple[Phase, ...] = (
-        Phase("crops", 1200, 128, head=1, words=0),
-        Phase("scenes", 800, 64, head=1, words=0),
-        Phase("names", 1000, 128, head=0.3, words=1),
-        Phase("talk", 4000, 48, head=0.3, words=1, learning_rate=0.015),
+        Phase("crops", 900, 128, head=1, words=0),
+        Phase("scenes", 400, 64, head=1, words=0),
+        Phase("names", 400, 128, head=0.3, words=1),
+        Phase("talk", 2400, 48, head=0.3, words=1),
     )
 
     @property
@@ -159,7 +159,7 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
     for optimizer in pupil.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return float(words if phase.words else cell_loss), float(cell_loss)
+    return float((words if phase.words else cell_loss).detach()), float(cell_loss.detach())
 
 
 def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
