@@ -38,16 +38,22 @@ def find_svg(emoji: str) -> str:
 
 
 @cache
-def draw(emoji: str, side: int) -> np.ndarray:
-    """The drawing, its longer side `side` pixels: (height, width, 4) uint8, red, green, blue, alpha."""
+def draw_large(emoji: str) -> Image.Image:
+    """The drawing as an RGBA picture, trimmed to its ink."""
     png = resvg_py.svg_to_bytes(
         svg_string=find_svg(emoji), width=DRAWN, height=DRAWN, skip_system_fonts=True
     )
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-    image = image.crop(image.getchannel("A").getbbox())
+    return image.crop(image.getchannel("A").getbbox())
+
+
+@cache
+def draw(emoji: str, side: int) -> np.ndarray:
+    """The drawing, its longer side `side` pixels: (height, width, 4) uint8, red, green, blue, alpha."""
+    image = draw_large(emoji)
     scale = side / max(image.size)
     size = tuple(max(1, round(scale * length)) for length in image.size)
-    return np.asarray(image.resize(size, Image.Resampling.BOX, reducing_gap=None))
+    return np.asarray(image.resize(size, Image.Resampling.BOX))
 
 
 def paste(canvas: np.ndarray, drawing: np.ndarray, left: int, top: int) -> None:

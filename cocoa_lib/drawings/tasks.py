@@ -39,7 +39,7 @@ from .scenes import (
 
 TASKS = (
     Task("Naming", "classification", True, 430),
-    Task("Kinds", "classification", True, 49),
+    Task("Kinds", "classification", True, 47),
     Task("NamingUnpaired", "classification", False, 507),
     Task("Places", "vqa", True, 200),
     Task("CountsAndRelations", "vqa", True, 200),
