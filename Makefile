@@ -32,7 +32,7 @@ TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_T
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean check-arguments force
+.PHONY: help install reproduce backbone site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean check-arguments force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -57,11 +57,13 @@ site: check-arguments $(STAMP) ## figures and tables of runs/PROFILE -> reports/
 	@$(ENV) $(PY) scripts/publish.py runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
 
 test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
-	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests
-	@if ls notebooks/*.ipynb >/dev/null 2>&1; then \
-		$(TESTENV) $(PY) -m pytest -q -n 0 \
-			--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks; \
-	else echo "No notebooks yet: none checked."; fi
+	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests --ignore tests/nightly --ignore tests/browser
+	@$(TESTENV) $(PY) -m pytest -q -n 0 \
+		--nbval --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-kernel-name python3 notebooks
+
+nightly: $(STAMP) ## what proves rare things, an hour: scale, faults, fuzzing, benchmarks' own tests, mutations, kills
+	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests/nightly
+	@$(MAKE) --no-print-directory mutate soak soak-graph
 
 test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, where both it and playwright are installed
 	@if ! command -v chromium >/dev/null; then echo "Browser tests skipped: no chromium (Debian: apt install chromium)."; \
@@ -79,7 +81,7 @@ soak-graph: $(STAMP) ## kill the whole graph at random moments, ROUNDS (10) time
 	@$(TESTENV) $(PY) scripts/soak_graph.py --rounds $(ROUNDS)
 
 mutate: $(STAMP) ## break the method in one place at a time: does a test notice
-	@$(TESTENV) $(PY) scripts/mutate.py
+	@$(TESTENV) $(PY) scripts/nightly/mutate.py
 
 verify: $(STAMP) ## are reports/ and data/ as committed, do figures match tables, does a smoke run repeat
 	@$(TESTENV) $(PY) scripts/verify.py
@@ -91,7 +93,7 @@ audit: $(STAMP) ## known vulnerabilities in requirements.lock, by pip-audit in a
 		"$$dir/bin/pip-audit" --strict --no-deps --disable-pip --progress-spinner off -r requirements.lock
 
 environments: $(STAMP) ## the tests on the lowest and on the newest versions that pyproject.toml admits, in new environments
-	@for which in lowest newest; do $(ENV) $(PY) scripts/environments.py $$which || exit 1; done
+	@for which in lowest newest; do $(ENV) $(PY) scripts/nightly/environments.py $$which || exit 1; done
 
 lint: $(STAMP) ## ruff and the notebook check alone
 	@$(PY) -m ruff check .
@@ -139,7 +141,7 @@ check-arguments:
 		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
 		exit 2; }
 	@! test $(call quote,$(PROFILE)) = paper || { \
-		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.train (README)." >&2; exit 2; }
+		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.run (README)." >&2; exit 2; }
 	@test -z $(call quote,$(PAIRS)) || test -e $(call quote,$(PAIRS)) || { \
 		echo "PAIRS: no such file or folder: $(PAIRS)" >&2; exit 2; }
 

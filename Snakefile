@@ -19,9 +19,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 sys.path.insert(0, str(Path(workflow.basedir)))
-from cocoa_lib.files import source_hash
-from cocoa_lib.lock import locked
-from cocoa_lib.profiles import load_profile, read_arms
+from cocoa_lib.data.pairs import source_hash
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.store.files import locked
 from cocoa_lib.recipes import unknown_name
 
 PROFILE = config.get("profile", "laptop")
@@ -43,7 +44,7 @@ DATA = f"{RUN}/benchmark"
 BACKBONE = "data/backbone"
 PYTHON = shlex.quote(sys.executable)
 PAIRS_PARAMETER = f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else ""  # of notebook 00
-NOTEBOOK = f"{PYTHON} -m cocoa_lib.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
+NOTEBOOK = f"{PYTHON} -m cocoa_lib.run.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
 
 if workflow.is_main_process and not workflow.output_settings.dryrun:  # `workflow.dryrun` is not set yet
     # Snakemake's own lock stays behind when it is killed, and the same command is then refused: `make` passes --nolock.
@@ -243,7 +244,7 @@ rule stage:
     log:
         f"{RUN}/logs/{{stage}}-{{key}}-seed{{seed}}.log",
     shell:
-        SLOT + "{PYTHON} -m cocoa_lib.train {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
+        SLOT + "{PYTHON} -m cocoa_lib.run {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
         " --recipe {params.recipe} --seed {wildcards.seed} --allow-parent > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
@@ -262,7 +263,7 @@ rule evaluate:
     log:
         f"{RUN}/logs/evaluate-{{arm}}-seed{{seed}}.log",
     shell:
-        SLOT + "{PYTHON} -m cocoa_lib.mmeb {params.model} --root {DATA} --out {params.out}"
+        SLOT + "{PYTHON} -m cocoa_lib.evaluate {params.model} --root {DATA} --out {params.out}"
         " > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
@@ -280,7 +281,7 @@ rule probe:
     log:
         f"{RUN}/logs/probe-{{arm}}-seed{{seed}}.log",
     shell:
-        SLOT + "{PYTHON} -m cocoa_lib.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
+        SLOT + "{PYTHON} -m cocoa_lib.evaluate.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
 
 rule evaluation:

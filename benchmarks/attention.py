@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from common import RESULTS, in_turn, record, save_parts, truly_compiled
 from torch.nn.attention.flex_attention import flex_attention
 
-from cocoa_lib.attention import block_mask, dense_mask, segments
+from cocoa_lib.attention import block_mask, dense_mask
+from cocoa_lib.show.masks import segments
 
 HEADS, WIDTH = 12, 128  # keys and values are repeated to 12 heads, as transformers does
 LAYERS, TOKENS = 28, 16384  # on a GPU

@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 
-PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.objectives", "cocoa_lib.embedder"]
+PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.reconstruction", "cocoa_lib.contrastive", "cocoa_lib.embedder"]
 ALONE = ["input_side"]
 # The longest first.
 BESIDE = ["gradcache", "growth", "encode", "logits", "stages", "packing", "ranking", "attention"]

@@ -24,8 +24,8 @@ import torch
 from bench import forkserver
 from transformers.utils import logging
 
-from cocoa_lib.backbone import new_backbone
-from cocoa_lib.checkpoint import provenance
+from cocoa_lib.store.checkpoint import provenance
+from cocoa_lib.world.backbone import new_backbone
 
 logging.disable_progress_bar()  # it would stand between the tables
 

@@ -20,16 +20,17 @@ from common import BACKBONE, WORDS, in_turn, record, save, small_model
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from cocoa_lib import corpus, world
 from cocoa_lib.backbone import hidden_states, pool
+from cocoa_lib.data import corpus
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding, token_batches
+from cocoa_lib.world.build import build
 
 BATCH = 32
 
 
 def items(folder: Path, n: int = 300) -> list[dict]:
     """About a third each of texts, pictures, and pictures with a question, in an order drawn from a seed."""
-    world.build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=n // 3)
+    build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=n // 3)
     captions, questions = corpus.captions(folder), corpus.questions(folder)[: n - 2 * (n // 3)]
     mixed = [{"text": row["target"], "image": None} for row in captions]
     mixed += [{"text": "", "image": row["image"]} for row in captions]

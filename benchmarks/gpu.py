@@ -5,7 +5,7 @@
 
 What one H200 gave is in docs/speed.md. A step is forward, backward and fused AdamW, under bf16 autocast, all weights trained, or
 the adapter of profile `paper`, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
-`cocoa_lib.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
+`cocoa_lib.run.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
 checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in the
 output (H100 and H200, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
 reproduce PROFILE=gpu`.
@@ -26,13 +26,16 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_lib.attention import dense_mask
-from cocoa_lib.backbone import PICTURES, add_adapter, compile_layers, language_model, set_bidirectional
-from cocoa_lib.batches import stage1_batch, stage2_batch
+from cocoa_lib.backbone import language_model, set_bidirectional
+from cocoa_lib.contrastive import CachedInfoNCE
+from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.estimate import item_cost
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
-from cocoa_lib.profiles import load_profile
+from cocoa_lib.kernels import PICTURES, compile_layers
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.adapters import add_adapter
+from cocoa_lib.run.estimate import item_cost
+from cocoa_lib.run.profiles import load_profile
 
 SHAPE = ROOT / "data/configs/qwen2_vl_2b"
 WITH_ADAPTER = "stage1 with adapter"

@@ -14,9 +14,8 @@ import torch
 from common import BACKBONE, WORDS, in_turn, peaks, record, save, small_model
 from PIL import Image
 
+from cocoa_lib.contrastive import CachedInfoNCE, info_nce, longest_first
 from cocoa_lib.embedder import EosEmbedding, load_module
-from cocoa_lib.objectives import CachedInfoNCE, info_nce
-from cocoa_lib.packing import longest_first
 
 CHUNK = 32  # rows
 SHAPE = "picture + question against 12 words, committed backbone"
@@ -80,7 +79,7 @@ def mixed(batch: int = 16, chunk: int = 4) -> dict:
 
     def step(order: Callable) -> tuple[float, torch.Tensor]:
         module.zero_grad()
-        with patch("cocoa_lib.objectives.longest_first", order):
+        with patch("cocoa_lib.contrastive.longest_first", order):
             loss = objective([dict(column) for column in features])
         loss.backward()
         return float(loss.detach()), torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])

@@ -18,15 +18,18 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from stages import contrastive_loss
 from torch.utils.data import DataLoader, Dataset
 
-from cocoa_lib import corpus, world
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
+from cocoa_lib.contrastive import pair_features
+from cocoa_lib.corruption import stage1_batch, stage2_batch
+from cocoa_lib.data import corpus
 from cocoa_lib.embedder import CocoaEmbedder
 from cocoa_lib.inputs import Inputs
-from cocoa_lib.objectives import Reconstruction
-from cocoa_lib.profiles import load_profile
 from cocoa_lib.recipes import make_recipe
-from cocoa_lib.train import KEPT_IMAGES
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.plan import Planned, index_plan
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.run.stage import KEPT_IMAGES
+from cocoa_lib.world.build import build
 
 BATCHES: dict[str, Callable] = {"stage1": stage1_batch, "stage2": stage2_batch}
 STEPS = 7  # of which the first two do not count
@@ -174,7 +177,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
-        world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
+        build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
         records = [importing()] + stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
     save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "time and shares: n 5; padding is counted")
 

@@ -10,7 +10,7 @@ from common import in_turn, peaks, record, save, small_model
 
 from cocoa_lib.attention import EOS, A, B
 from cocoa_lib.corruption import IGNORE
-from cocoa_lib.objectives import Reconstruction
+from cocoa_lib.reconstruction import Reconstruction
 
 VOCABULARY = 151_936
 STAGES = {"stage 1, 20 % masked": ("bidirectional", 0.2), "stage 2, 70 % masked": ("eos_bridged", 0.7)}

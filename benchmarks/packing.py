@@ -11,15 +11,16 @@ import torch
 from common import BACKBONE, in_turn, record, save, small_model
 from input_side import BATCHES, mmeb_lengths
 
-from cocoa_lib import corpus, world
 from cocoa_lib.attention import EOS, PAD, A, B
 from cocoa_lib.backbone import open_backbone, position_ids
 from cocoa_lib.corruption import IGNORE
+from cocoa_lib.data import corpus
 from cocoa_lib.inputs import Batch, Inputs
-from cocoa_lib.objectives import Reconstruction
 from cocoa_lib.packing import pack
-from cocoa_lib.profiles import load_profile
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.world.build import build
 
 STAGES = {"stage1": ("bidirectional", 0.2), "stage2": ("eos_bridged", 0.7)}
 
@@ -86,7 +87,7 @@ def main() -> None:
         records.append(compare(f"{stage}, MMEB-like", shape, module, mmeb_like(stage)))
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
-        world.build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
+        build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
         inputs = Inputs.load(BACKBONE, max_length=256)
         recipe = make_recipe("stage2", load_profile("laptop")["stage2"])
         module = Reconstruction(open_backbone(BACKBONE, bidirectional=True), layout=recipe.layout).train()

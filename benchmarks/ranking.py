@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from common import in_turn, peaks, record, save
 
-from cocoa_lib.mmeb import rank
+from cocoa_lib.evaluate.score import rank
 
 QUERIES = CANDIDATES = 1000
 WIDTH, TASKS = 1536, 36

@@ -21,14 +21,18 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch._inductor.utils import fresh_cache
 from torch.utils.data import ConcatDataset
 
-from cocoa_lib import corpus, world
-from cocoa_lib.backbone import compile_layers, open_backbone
-from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch, stage2_batch
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.corruption import stage1_batch, stage2_batch
+from cocoa_lib.data import corpus
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.inputs import Inputs
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
-from cocoa_lib.profiles import load_profile
+from cocoa_lib.kernels import compile_layers
 from cocoa_lib.recipes import Stage3Recipe, make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.plan import Planned, index_plan
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.world.build import build
 
 PROFILE = "long"
 FEW = 16  # rows, where only with and without checkpointing are compared
@@ -154,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
-        world.build(data, seed=0, n_pairs=800, n_queries=2, n_corpus=500)
+        build(data, seed=0, n_pairs=800, n_queries=2, n_corpus=500)
         inputs = Inputs.load(BACKBONE, max_length=256)
         if only_compiled:
             return save(

@@ -10,17 +10,13 @@ Source: overview figure of arXiv 2603.01471 (`causal`, `bidirectional`, `eos_bri
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import BoolTensor, LongTensor, Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 PAD, A, EOS, B = 0, 1, 2, 3
 SEGMENT_NAMES = ("PAD", "A", "EOS", "B")
-
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -73,7 +69,9 @@ def same_sample(seg_q: Tensor, sample_q: Tensor, sample_k: Tensor) -> Tensor:
     return (seg_q == PAD) | (sample_q == sample_k)
 
 
-def dense_mask(layout: str, segment_ids: LongTensor, sample_ids: LongTensor | None = None) -> BoolTensor:
+def dense_mask(
+    layout: str, segment_ids: LongTensor, sample_ids: LongTensor | None = None
+) -> BoolTensor:
     """The layout as a dense 4-D mask for SDPA (and, made additive, for eager attention).
 
     segment_ids: (B, L) of PAD, A, EOS, B = 0, 1, 2, 3. sample_ids: (B, L), which sample a token belongs to, where rows
@@ -84,9 +82,16 @@ def dense_mask(layout: str, segment_ids: LongTensor, sample_ids: LongTensor | No
     if segment_ids.ndim != 2:
         raise ValueError(f"segment_ids must be (B, L), got shape {tuple(segment_ids.shape)}")
     if empty := (segment_ids == PAD).all(dim=1).nonzero().flatten().tolist():
-        raise ValueError(f"row(s) {empty} of segment_ids are padding only: there is no token to attend to")
+        raise ValueError(
+            f"row(s) {empty} of segment_ids are padding only: there is no token to attend to"
+        )
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    mask = allowed(segment_ids[:, :, None], segment_ids[:, None, :], position[None, :, None], position[None, None, :])
+    mask = allowed(
+        segment_ids[:, :, None],
+        segment_ids[:, None, :],
+        position[None, :, None],
+        position[None, None, :],
+    )
     if sample_ids is not None:
         mask &= same_sample(segment_ids[:, :, None], sample_ids[:, :, None], sample_ids[:, None, :])
     return mask[:, None]
@@ -101,84 +106,17 @@ def block_mask(layout: str, segment_ids: LongTensor, sample_ids: LongTensor | No
 
     def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = allowed(segment_ids[b, q], segment_ids[b, k], q, k)
-        return seen if sample_ids is None else seen & same_sample(segment_ids[b, q], sample_ids[b, q], sample_ids[b, k])
+        return (
+            seen
+            if sample_ids is None
+            else seen & same_sample(segment_ids[b, q], sample_ids[b, q], sample_ids[b, k])
+        )
 
     return create_block_mask(mask_mod, batch, None, length, length, device=str(segment_ids.device))
 
 
 def additive(mask: BoolTensor, dtype: torch.dtype) -> Tensor:
     """(B, 1, L, L) bool -> the same in `dtype`: 0 where True, the lowest finite number where False (for eager)."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def reachability(mask: BoolTensor, layers: int) -> BoolTensor:
-    """What can have flowed where: (..., L, L) bool, [q, k] = after `layers` layers the state at q may depend on k.
-
-    The residual stream carries a token's own state, so reach starts as the identity and grows by one step of the
-    mask a layer. `layers` >= 0.
-    """
-    eye = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device).expand(mask.shape)
-    step = (mask | eye).float()
-    reach = eye.float()
-    for _ in range(layers):
-        reach = (step @ reach > 0).float()
-    return reach.bool()
-
-
-def segments(n_a: int, n_b: int, *, pad_left: int = 0, pad_right: int = 0) -> LongTensor:
-    """Segment ids (1, L) of a row with `n_a` input tokens, one EOS and `n_b` tokens to reconstruct."""
-    return torch.tensor([[PAD] * pad_left + [A] * n_a + [EOS] + [B] * n_b + [PAD] * pad_right])
-
-
-def token_names(segment_ids: LongTensor) -> list[str]:
-    """One row of segment ids (L,) -> readable names: A1, A2, EOS, B1, ...; padding is PAD."""
-    names, count = [], Counter()
-    for segment in segment_ids.tolist():
-        count[segment] += 1
-        names.append(SEGMENT_NAMES[segment] + (str(count[segment]) if segment in (A, B) else ""))
-    return names
-
-
-def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers: int = 1) -> str:
-    """One cell of the mask in words: may `query` look at `key`, and if not, from which layer on can it know it."""
-    names = token_names(segment_ids)
-    mask = dense_mask(layout, segment_ids[None])[0, 0]
-    if mask[query, key]:
-        return f"{names[query]} may look at {names[key]}."
-    if segment_ids[key] == PAD:
-        return f"{names[query]} may not look at {names[key]}: padding is seen by nobody."
-    for depth in range(1, layers + 1):
-        if reachability(mask, depth)[query, key]:
-            between = (mask[query] & reachability(mask, depth - 1)[:, key]).nonzero().flatten().tolist()
-            through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
-            return (
-                f"{names[query]} may not look at {names[key]}; it can know it through {through} after {depth} layers."
-            )
-    return f"{names[query]} may not look at {names[key]}, and cannot know it within {layers} layer(s)."
-
-
-def picture_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
-    cu_seq_lens_q: LongTensor, max_length_q: int, scaling: float | None = None, **others,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """A vision tower's attention, all pictures of a batch (or windows) in one call, each seeing itself alone.
-
-    q, k, v (1, heads, N, d), pictures one behind the other, from cu_seq_lens_q[i] to cu_seq_lens_q[i + 1], max_length_q the
-    longest -> (1, N, heads, d). Transformers' own SDPA path takes a call for each picture and layer, and on a GPU starting them
-    takes longer than they do. An attention function of transformers (ours); dropout is none, as in these towers. Float32,
-    and a CPU, have no kernel for different lengths: there each is a call of its own, as in transformers.
-    """
-    n, length = len(cu_seq_lens_q) - 1, query.shape[2]
-    if length == n * max_length_q:  # all of one length: a batch
-        rows = (x[0].unflatten(1, (n, max_length_q)).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(*rows, scale=scaling).transpose(1, 2).flatten(0, 1)
-    elif query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        rows = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-        ends = cu_seq_lens_q.to(torch.int32)
-        out = varlen_attn(*rows, ends, ends, max_length_q, max_length_q, scale=scaling)
-    else:
-        parts = zip(*(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)), strict=True)
-        out = torch.cat([F.scaled_dot_product_attention(*part, scale=scaling) for part in parts], dim=2)[0].transpose(
-            0, 1
-        )
-    return out[None], None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )

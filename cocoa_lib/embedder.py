@@ -33,13 +33,27 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .backbone import hidden_states, language_model, open_backbone, pool
-from .checkpoint import META, CheckpointError, load_inputs, read_meta, read_note, save_checkpoint
 from .inputs import Batch, Inputs
 from .items import PLACEHOLDER, InputError, image_size, item_images
+from .store.checkpoint import (
+    META,
+    CheckpointError,
+    load_inputs,
+    read_meta,
+    read_note,
+    save_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
-FILES = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")  # all read as JSON
-BLOCK = 1 << 10  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
+FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)  # all read as JSON
+BLOCK = (
+    1 << 10
+)  # queries, and 8 times as many of the corpus, that `search` compares at a time: some 130 MiB
 PASS = 256  # tokens of padding that are not worth a further pass of the model: a choice, not tuned
 
 
@@ -49,7 +63,11 @@ class EosEmbedding(InputModule):
     config_keys = ["pooling"]  # what `print` shows
 
     def __init__(
-        self, model: PreTrainedModel, inputs: Inputs, pooling: str = "eos", meta: dict[str, Any] | None = None
+        self,
+        model: PreTrainedModel,
+        inputs: Inputs,
+        pooling: str = "eos",
+        meta: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model, self.inputs, self.pooling, self.meta = model, inputs, pooling, meta or {}
@@ -80,7 +98,9 @@ class EosEmbedding(InputModule):
 
     def forward(self, features: dict[str, Tensor], **kwargs) -> dict[str, Tensor]:
         hidden = hidden_states(self.model, features)
-        features["sentence_embedding"] = F.normalize(pool(hidden, features, self.pooling).float(), dim=-1)
+        features["sentence_embedding"] = F.normalize(
+            pool(hidden, features, self.pooling).float(), dim=-1
+        )
         return features
 
     def get_embedding_dimension(self) -> int:
@@ -90,9 +110,17 @@ class EosEmbedding(InputModule):
         """A checkpoint, beside what `SentenceTransformer.save_pretrained` has already written to this folder."""
         out = Path(output_path)
         if (out / META).exists():
-            raise CheckpointError(f"{out}: already a checkpoint, which is never written over; choose another folder")
-        causal = getattr(language_model(self.model).config, "is_causal", True)  # where no stage has recorded it
-        meta = {"layout": "causal" if causal else "bidirectional", **self.meta, "pooling": self.pooling}
+            raise CheckpointError(
+                f"{out}: already a checkpoint, which is never written over; choose another folder"
+            )
+        causal = getattr(
+            language_model(self.model).config, "is_causal", True
+        )  # where no stage has recorded it
+        meta = {
+            "layout": "causal" if causal else "bidirectional",
+            **self.meta,
+            "pooling": self.pooling,
+        }
         with TemporaryDirectory(dir=out.parent) as aside:
             whole = save_checkpoint(Path(aside) / out.name, self.model, self.inputs, meta)
             shutil.copytree(whole, out, dirs_exist_ok=True)
@@ -123,7 +151,9 @@ class EosEmbedding(InputModule):
             "revision": revision,
             "local_files_only": local_files_only,
         }
-        return load_module(load_dir_path(model_name_or_path, subfolder, **where) or model_name_or_path, **settings)
+        return load_module(
+            load_dir_path(model_name_or_path, subfolder, **where) or model_name_or_path, **settings
+        )
 
 
 def load_module(
@@ -135,22 +165,33 @@ def load_module(
     """
     meta = read_meta(folder)
     if lost := [name for name in FILES if not (Path(folder) / name).is_file()]:
-        raise CheckpointError(f"{folder}: no {', '.join(lost)}; the checkpoint is incomplete, copy or train it again")
+        raise CheckpointError(
+            f"{folder}: no {', '.join(lost)}; the checkpoint is incomplete, copy or train it again"
+        )
     for name in FILES:
         read_note(Path(folder) / name)
     model = open_backbone(
-        folder, bidirectional=meta.get("layout") != "causal", attn_implementation=attn_implementation, dtype=dtype
+        folder,
+        bidirectional=meta.get("layout") != "causal",
+        attn_implementation=attn_implementation,
+        dtype=dtype,
     )
-    return EosEmbedding(model, load_inputs(folder, meta), pooling=meta.get("pooling", "eos"), meta=meta)
+    return EosEmbedding(
+        model, load_inputs(folder, meta), pooling=meta.get("pooling", "eos"), meta=meta
+    )
 
 
-def sentence_transformer(folder: str | Path, *, device: str | None = None, **settings: Any) -> SentenceTransformer:
+def sentence_transformer(
+    folder: str | Path, *, device: str | None = None, **settings: Any
+) -> SentenceTransformer:
     """A checkpoint folder as a sentence-transformers model, e.g. for its evaluators or mteb's; `settings`: `load_module`'s.
 
     Prompts and what else sentence-transformers keeps beside the modules come along. Raises ValueError where the folder holds
     modules after ours.
     """
-    modules, kept = (Path(folder) / name for name in ("modules.json", "config_sentence_transformers.json"))
+    modules, kept = (
+        Path(folder) / name for name in ("modules.json", "config_sentence_transformers.json")
+    )
     if modules.is_file() and len(found := json.loads(modules.read_text(encoding="utf-8"))) > 1:
         names = ", ".join(str(module.get("type")) for module in found)
         raise ValueError(
@@ -173,8 +214,13 @@ def mteb_model(folder: str | Path, **settings: Any) -> Any:
     from mteb.models import SentenceTransformerEncoderWrapper
 
     wrapper = SentenceTransformerEncoderWrapper(sentence_transformer(folder, **settings))
-    facts = {"name": f"cocoa/{Path(folder).name}", "revision": read_meta(folder, check=False)["weights_sha256"]}
-    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(update={**facts, "modalities": ["text", "image"]})
+    facts = {
+        "name": f"cocoa/{Path(folder).name}",
+        "revision": read_meta(folder, check=False)["weights_sha256"],
+    }
+    wrapper.mteb_model_meta = wrapper.mteb_model_meta.model_copy(
+        update={**facts, "modalities": ["text", "image"]}
+    )
     return wrapper
 
 
@@ -210,10 +256,19 @@ class CocoaEmbedder:
         module = load_module(folder, dtype=dtype, attn_implementation=attn_implementation)
         module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         meta, inputs = module.meta, module.inputs
-        seen = [meta["weights_sha256"], inputs.eos_token, inputs.max_length, module.pooling, dtype, meta.get("layout")]
+        seen = [
+            meta["weights_sha256"],
+            inputs.eos_token,
+            inputs.max_length,
+            module.pooling,
+            dtype,
+            meta.get("layout"),
+        ]
         files = sorted(meta.get("files_sha256", {}).items())  # config, tokenizer, processor
         seen += [digest[:16] for _, digest in files]
-        return cls(module, "-".join(map(str, seen)))  # all that an embedding depends on, besides the item
+        return cls(
+            module, "-".join(map(str, seen))
+        )  # all that an embedding depends on, besides the item
 
     def encode(
         self,
@@ -244,32 +299,55 @@ class CocoaEmbedder:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, found {batch_size}")
         if hasattr(items, "columns"):  # a DataFrame is iterated by its columns' names
-            raise ValueError(f"items: a {type(items).__name__}; give its rows: table.to_dict('records'), or one column")
-        if precision in ("int8", "uint8") and ranges is None:  # ranges of its own for each window would not compare
-            raise ValueError(f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v")
+            raise ValueError(
+                f"items: a {type(items).__name__}; give its rows: table.to_dict('records'), or one column"
+            )
+        if (
+            precision in ("int8", "uint8") and ranges is None
+        ):  # ranges of its own for each window would not compare
+            raise ValueError(
+                f"{precision} needs ranges: np.stack([v.min(axis=0), v.max(axis=0)]) of float32 vectors v"
+            )
         if on_bad_item not in ("stop", "skip"):
             raise ValueError(f"on_bad_item must be 'stop' or 'skip', found {on_bad_item!r}")
         if on_bad_item == "skip" and precision != "float32":
-            raise ValueError(f"{precision} has no NaN to mark a skipped item with; encode to float32, then reduce")
+            raise ValueError(
+                f"{precision} has no NaN to mark a skipped item with; encode to float32, then reduce"
+            )
         single = isinstance(items, (str, dict)) or not isinstance(items, Iterable)
         stream = iter([items] if single else items)
         total = None if single or not hasattr(items, "__len__") else len(items)
         parts, done = [], 0
         with tqdm(total=total, desc="encode", unit="item", disable=not show_progress) as bar:
             for window in iter(lambda: list(itertools.islice(stream, 64 * batch_size)), []):
-                batches = _Batches([as_item(item) for item in window], self.module.inputs, batch_size)
+                batches = _Batches(
+                    [as_item(item) for item in window], self.module.inputs, batch_size
+                )
                 vectors = self._encode_window(batches, done, workers, on_bad_item, bar)
                 parts.append(smaller(vectors, truncate_dim, precision, ranges))
                 done += len(window)
         empty = np.zeros((0, self.module.get_embedding_dimension()), np.float32)
-        vectors = np.concatenate(parts) if parts else smaller(empty, truncate_dim, precision, ranges)
+        vectors = (
+            np.concatenate(parts) if parts else smaller(empty, truncate_dim, precision, ranges)
+        )
         return vectors[0] if single else vectors
 
-    def _encode_window(self, batches: _Batches, start: int, workers: int, on_bad_item: str, bar: tqdm) -> np.ndarray:
-        vectors = np.full((len(batches.items), self.module.get_embedding_dimension()), np.nan, dtype=np.float32)
-        generator = torch.Generator()  # its own, or the loader would draw a number from the caller's
-        workers, pin = min(workers, len(batches)), self._device().type == "cuda"  # then no copy to it is waited for
-        loader = DataLoader(batches, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin)
+    def _encode_window(
+        self, batches: _Batches, start: int, workers: int, on_bad_item: str, bar: tqdm
+    ) -> np.ndarray:
+        vectors = np.full(
+            (len(batches.items), self.module.get_embedding_dimension()), np.nan, dtype=np.float32
+        )
+        generator = (
+            torch.Generator()
+        )  # its own, or the loader would draw a number from the caller's
+        workers, pin = (
+            min(workers, len(batches)),
+            self._device().type == "cuda",
+        )  # then no copy to it is waited for
+        loader = DataLoader(
+            batches, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin
+        )
         found: list[tuple[np.ndarray, Tensor]] = []
         for chosen, batch, bad in loader:
             for i, fault in bad:
@@ -281,7 +359,10 @@ class CocoaEmbedder:
             if batch is not None:
                 found.append((chosen, self._encode_batch(batch)))
             bar.update(len(chosen) + len(bad))
-        for chosen, part in found:  # at the end: fetched one by one, a GPU would wait for the next to be read
+        for (
+            chosen,
+            part,
+        ) in found:  # at the end: fetched one by one, a GPU would wait for the next to be read
             vectors[chosen] = part.cpu().numpy()
         return vectors
 
@@ -291,7 +372,10 @@ class CocoaEmbedder:
     @torch.inference_mode()
     def _encode_batch(self, batch: Batch) -> Tensor:
         device = self._device()
-        features = {name: value.to(device, non_blocking=device.type == "cuda") for name, value in batch.items()}
+        features = {
+            name: value.to(device, non_blocking=device.type == "cuda")
+            for name, value in batch.items()
+        }
         return self.module(features)["sentence_embedding"]
 
 
@@ -309,8 +393,12 @@ class _Batches(Dataset):
         chosen, bad = self.chosen[k], []
         try:
             return chosen, self.inputs.collate([self.items[i] for i in chosen]), bad
-        except InputError:  # a batch knows its own rows only: find each item by its place among the user's
-            bad = [(i, fault) for i in sorted(chosen.tolist()) if (fault := self._fault(self.items[i]))]
+        except (
+            InputError
+        ):  # a batch knows its own rows only: find each item by its place among the user's
+            bad = [
+                (i, fault) for i in sorted(chosen.tolist()) if (fault := self._fault(self.items[i]))
+            ]
             if not bad:
                 raise
         good = np.array([i for i in chosen if i not in dict(bad)], dtype=int)
@@ -327,11 +415,20 @@ class _Batches(Dataset):
 def item_lengths(items: Sequence[dict[str, Any]], inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each item and how many of them are picture cells, (N,) each. Of a picture only the header is read; one
     that cannot be used counts nothing here, and is named when its batch is made."""
-    texts = [str(item.get("text") or "").encode(errors="replace").decode() for item in items]  # bad ones fail later
+    texts = [
+        str(item.get("text") or "").encode(errors="replace").decode() for item in items
+    ]  # bad ones fail later
     texts = [PLACEHOLDER.sub("", text) for text in texts]
     ids = inputs.tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    cells = np.array([sum(_cells(image, inputs.image_processor) for image in item_images(item)) for item in items])
-    marks = np.array([2 * len(item_images(item)) + 1 for item in items])  # round each picture, and EOS
+    cells = np.array(
+        [
+            sum(_cells(image, inputs.image_processor) for image in item_images(item))
+            for item in items
+        ]
+    )
+    marks = np.array(
+        [2 * len(item_images(item)) + 1 for item in items]
+    )  # round each picture, and EOS
     return np.minimum(np.array([len(row) for row in ids]) + cells + marks, inputs.max_length), cells
 
 
@@ -365,7 +462,9 @@ def token_batches(lengths: np.ndarray, cells: np.ndarray, batch_size: int) -> It
         start += len(chosen)
 
 
-def smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None) -> np.ndarray:
+def smaller(
+    vectors: np.ndarray, dim: int | None, precision: str, ranges: np.ndarray | None
+) -> np.ndarray:
     """Vectors (N, H) float32 in a smaller form: the first `dim` of their dimensions, numbers in `precision` (as `encode`)."""
     if dim is not None:
         vectors = vectors[:, :dim]
@@ -374,7 +473,12 @@ def smaller(vectors: np.ndarray, dim: int | None, precision: str, ranges: np.nda
 
 
 def search(
-    queries: np.ndarray, corpus: np.ndarray, k: int = 10, *, index: Any = None, ranges: np.ndarray | None = None
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    k: int = 10,
+    *,
+    index: Any = None,
+    ranges: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `k` closest of a corpus by cosine, best first: scores and row numbers, both (Q, min(k, N)).
 
@@ -390,18 +494,30 @@ def search(
     k = min(k, len(corpus))
     if index is not None:
         if index.ntotal != len(corpus):
-            raise ValueError(f"the index holds {index.ntotal} vectors, the corpus {len(corpus)}; build it anew")
+            raise ValueError(
+                f"the index holds {index.ntotal} vectors, the corpus {len(corpus)}; build it anew"
+            )
         return index.search(queries, k)
-    scores, rows = np.full((len(queries), k), -np.inf, dtype=np.float32), np.full((len(queries), k), -1)
+    scores, rows = (
+        np.full((len(queries), k), -np.inf, dtype=np.float32),
+        np.full((len(queries), k), -1),
+    )
     for start in range(0, len(corpus), 8 * BLOCK):
         part = as_floats(corpus[start : start + 8 * BLOCK], queries.shape[1], ranges).T
         for first in range(0, len(queries), BLOCK):
             at = slice(first, first + BLOCK)
-            both = np.concatenate([scores[at], queries[at] @ part], axis=1)  # the best so far, and this block
+            both = np.concatenate(
+                [scores[at], queries[at] @ part], axis=1
+            )  # the best so far, and this block
             best = np.argpartition(-both, k - 1, axis=1)[:, :k]
-            best = np.take_along_axis(best, np.argsort(-np.take_along_axis(both, best, 1), axis=1, kind="stable"), 1)
+            best = np.take_along_axis(
+                best, np.argsort(-np.take_along_axis(both, best, 1), axis=1, kind="stable"), 1
+            )
             known = np.take_along_axis(rows[at], np.minimum(best, k - 1), axis=1)
-            scores[at], rows[at] = np.take_along_axis(both, best, axis=1), np.where(best < k, known, start + best - k)
+            scores[at], rows[at] = (
+                np.take_along_axis(both, best, axis=1),
+                np.where(best < k, known, start + best - k),
+            )
     return scores, rows
 
 
@@ -427,11 +543,17 @@ def as_floats(codes: np.ndarray, dim: int, ranges: np.ndarray | None) -> np.ndar
     if width == dim and not coded:
         return np.asarray(codes, dtype=np.float32)
     if width == (dim + 7) // 8 and coded:
-        bits = codes.view(np.uint8) ^ 0x80 if kind == np.int8 else codes  # `binary` is `ubinary` less 128
-        return (np.unpackbits(bits, axis=1, count=dim).astype(np.float32) * 2 - 1) / np.float32(dim**0.5)
+        bits = (
+            codes.view(np.uint8) ^ 0x80 if kind == np.int8 else codes
+        )  # `binary` is `ubinary` less 128
+        return (np.unpackbits(bits, axis=1, count=dim).astype(np.float32) * 2 - 1) / np.float32(
+            dim**0.5
+        )
     if width == dim and coded and ranges is not None:
         low, high = np.asarray(ranges, dtype=np.float32)
-        return low + (codes.astype(np.float32) - np.iinfo(kind).min + 0.5) * ((high - low) / 255)  # middle of each step
+        return low + (codes.astype(np.float32) - np.iinfo(kind).min + 0.5) * (
+            (high - low) / 255
+        )  # middle of each step
     raise ValueError(
         f"queries have {dim} dimensions, the corpus has shape (N, {width}) and type {kind}: expected (N, {dim}) float, "
         f"(N, {dim}) int8 or uint8 with ranges, or (N, {(dim + 7) // 8}) of bits"

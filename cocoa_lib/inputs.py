@@ -25,7 +25,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from .attention import EOS, PAD, A, B
-from .items import IMAGE_PAD, VISION_END, VISION_START, InputError, item_images, load_image, split_prompt
+from .items import (
+    IMAGE_PAD,
+    VISION_END,
+    VISION_START,
+    InputError,
+    item_images,
+    load_image,
+    split_prompt,
+)
 
 Batch = dict[str, Tensor]
 
@@ -52,7 +60,9 @@ class Inputs:
             self.tokenizer.get_vocab()
         )  # not by the unknown token's id: Qwen2's is <|endoftext|>, which may be EOS
         if lost := [token for token in wanted if token not in vocabulary]:
-            raise InputError(f"the tokenizer lacks {', '.join(lost)}; take a Qwen2-VL tokenizer, or another eos_token")
+            raise InputError(
+                f"the tokenizer lacks {', '.join(lost)}; take a Qwen2-VL tokenizer, or another eos_token"
+            )
         self.vision_start_id, self.image_pad_id, self.vision_end_id, self.eos_id = (
             vocabulary[token] for token in wanted
         )
@@ -63,7 +73,11 @@ class Inputs:
     @classmethod
     def load(cls, folder: str | Path, **settings) -> Inputs:
         """From a Hugging Face folder or hub name (Qwen2-VL files as they are)."""
-        return cls(AutoTokenizer.from_pretrained(folder), Qwen2VLImageProcessorPil.from_pretrained(folder), **settings)
+        return cls(
+            AutoTokenizer.from_pretrained(folder),
+            Qwen2VLImageProcessorPil.from_pretrained(folder),
+            **settings,
+        )
 
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
@@ -75,7 +89,9 @@ class Inputs:
         area = n_tokens * (processor.patch_size * processor.merge_size) ** 2
         if processor.size["longest_edge"] > area:
             processor.size = replace(
-                processor.size, longest_edge=area, shortest_edge=min(processor.size["shortest_edge"], area)
+                processor.size,
+                longest_edge=area,
+                shortest_edge=min(processor.size["shortest_edge"], area),
             )
             self.kept.clear()
 
@@ -91,8 +107,12 @@ class Inputs:
         try:
             text.encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
-            raise InputError(f"the text is not valid Unicode ({error.reason}, place {error.start})") from None
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            raise InputError(
+                f"the text is not valid Unicode ({error.reason}, place {error.start})"
+            ) from None
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
 
     def process_images(self, images: Sequence) -> tuple[Tensor, Tensor]:
         """Pictures -> pixel_values (patches, D) float32 and image_grid_thw (n, 3)."""
@@ -100,9 +120,13 @@ class Inputs:
         made = {key: self.kept[key] for key in keys if key in self.kept}
         if new := {key: image for key, image in zip(keys, images, strict=True) if key not in made}:
             made |= zip(new, self._process(list(new.values())), strict=True)
-        for key in new:  # the room is filled once: in a cycle, dropping the oldest would find nothing
+        for (
+            key
+        ) in new:  # the room is filled once: in a cycle, dropping the oldest would find nothing
             if isinstance(key, str) and (size := made[key][0].nbytes) <= self.room:
-                self.kept[key] = tuple(part.clone() for part in made[key])  # a view would hold its whole batch
+                self.kept[key] = tuple(
+                    part.clone() for part in made[key]
+                )  # a view would hold its whole batch
                 self.room -= size
         pixel_values, image_grid_thw = zip(*(made[key] for key in keys), strict=True)
         return torch.cat(pixel_values), torch.cat(image_grid_thw)
@@ -111,7 +135,9 @@ class Inputs:
         """(pixel_values, image_grid_thw) of each picture, all in one call: a call for each takes half as long again."""
         out = self.image_processor([load_image(image) for image in images], return_tensors="pt")
         grid = out["image_grid_thw"]
-        return list(zip(out["pixel_values"].split(grid.prod(-1).tolist()), grid.split(1), strict=True))
+        return list(
+            zip(out["pixel_values"].split(grid.prod(-1).tolist()), grid.split(1), strict=True)
+        )
 
     def input_ids(self, text: str, n_tokens: Sequence[int]) -> list[int]:
         """Ids of one input without EOS; `n_tokens`: language-model tokens of each picture."""
@@ -119,7 +145,11 @@ class Inputs:
         counts = iter(n_tokens)
         for piece in split_prompt(text, len(n_tokens)):
             if piece is None:
-                ids += [self.vision_start_id] + [self.image_pad_id] * next(counts) + [self.vision_end_id]
+                ids += (
+                    [self.vision_start_id]
+                    + [self.image_pad_id] * next(counts)
+                    + [self.vision_end_id]
+                )
             else:
                 ids += self.text_ids(piece)
         return ids
@@ -154,31 +184,47 @@ class Inputs:
         """
         images = [item_images(item) for item in items]
         if targets is not None:
-            targets = [{"text": target} if isinstance(target, str) else target for target in targets]
-        copies = [[] for _ in items] if targets is None else [item_images(target) for target in targets]
+            targets = [
+                {"text": target} if isinstance(target, str) else target for target in targets
+            ]
+        copies = (
+            [[] for _ in items] if targets is None else [item_images(target) for target in targets]
+        )
         flat = [image for row, copy in zip(images, copies, strict=True) for image in (*row, *copy)]
         batch: Batch = {}
         n_tokens: list[int] = []
         if flat:
             batch["pixel_values"], batch["image_grid_thw"] = self.process_images(flat)
-            n_tokens = (batch["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist()
+            n_tokens = (
+                batch["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2
+            ).tolist()
         rows, at = [], 0
         for i, item in enumerate(items):
             middle, end = at + len(images[i]), at + len(images[i]) + len(copies[i])
             try:
                 if "images" in item:
-                    raise InputError("'images' is not read; 'image' takes a picture, or a list of them")
+                    raise InputError(
+                        "'images' is not read; 'image' takes a picture, or a list of them"
+                    )
                 ids_a = self.input_ids(item.get("text") or "", n_tokens[at:middle])
-                ids_b = None if targets is None else self.input_ids(targets[i].get("text") or "", n_tokens[middle:end])
+                ids_b = (
+                    None
+                    if targets is None
+                    else self.input_ids(targets[i].get("text") or "", n_tokens[middle:end])
+                )
                 rows.append(self._row(ids_a, ids_b, eos))
             except InputError as error:
                 raise InputError(f"item {i} of the batch: {error}") from None
             at = end
         batch |= self._pad(rows)
-        batch["num_images_per_sample"] = torch.tensor([len(a) + len(b) for a, b in zip(images, copies, strict=True)])
+        batch["num_images_per_sample"] = torch.tensor(
+            [len(a) + len(b) for a, b in zip(images, copies, strict=True)]
+        )
         return batch
 
-    def _row(self, ids_a: list[int], ids_b: list[int] | None, eos: bool) -> tuple[list[int], list[int]]:
+    def _row(
+        self, ids_a: list[int], ids_b: list[int] | None, eos: bool
+    ) -> tuple[list[int], list[int]]:
         """One row -> (ids, segments), text cut to max_length: the longer of A's text and B's gives way first."""
         if not ids_a:
             raise InputError("neither text nor image; give at least one")
@@ -200,10 +246,16 @@ class Inputs:
         input_ids = torch.full((len(rows), length), self.pad_id)
         segment_ids = torch.full((len(rows), length), PAD)
         for i, (ids, segments) in enumerate(rows):
-            span = slice(length - len(ids), length) if self.padding_side == "left" else slice(0, len(ids))
+            span = (
+                slice(length - len(ids), length)
+                if self.padding_side == "left"
+                else slice(0, len(ids))
+            )
             input_ids[i, span] = torch.tensor(ids)
             segment_ids[i, span] = torch.tensor(segments)
-        attention_mask = (segment_ids != PAD).long()  # from segments, not ids: EOS may be the padding token
+        attention_mask = (
+            segment_ids != PAD
+        ).long()  # from segments, not ids: EOS may be the padding token
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

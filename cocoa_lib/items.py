@@ -64,11 +64,15 @@ def _opened(source: str | Path | io.IOBase | Image.Image, name: str) -> Iterator
         with nullcontext(source) if given else Image.open(source, formats=FORMATS) as image:
             yield image
     except FileNotFoundError:
-        raise InputError(f"{name}: no such image file; check the path and the image folder") from None
+        raise InputError(
+            f"{name}: no such image file; check the path and the image folder"
+        ) from None
     except InputError:
         raise
     except Exception as error:  # damaged files make decoders raise struct.error, IndexError, EOFError, zlib.error, ...
-        raise InputError(f"{name}: not a readable image ({error}); replace or leave out this file") from error
+        raise InputError(
+            f"{name}: not a readable image ({error}); replace or leave out this file"
+        ) from error
 
 
 def _check_header(image: Image.Image, name: str) -> None:
@@ -81,7 +85,9 @@ def _check_header(image: Image.Image, name: str) -> None:
             f"{name}: of {image.width} x {image.height} pixels, one side over {MAX_RATIO} times the other; cut it"
         )
     if image.mode == "F":
-        raise InputError(f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits")
+        raise InputError(
+            f"{name}: floating-point pixels have no agreed range; store the picture with 8 or 16 bits"
+        )
 
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:

@@ -24,7 +24,9 @@ def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     real = batch["attention_mask"].bool()
     rows = _first_fit(real.sum(1).tolist())
     # Where each token of the packed rows stands in the padded batch, flattened; -1 for padding.
-    places = [torch.cat([real[i].nonzero().flatten() + i * real.shape[1] for i in row]) for row in rows]
+    places = [
+        torch.cat([real[i].nonzero().flatten() + i * real.shape[1] for i in row]) for row in rows
+    ]
     source = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
     packed = batch | _pictures(batch, [sample for row in rows for sample in row])
     for name in ("input_ids", "segment_ids", "attention_mask", "mm_token_type_ids", "labels"):
@@ -34,17 +36,6 @@ def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     packed["sample_ids"] = _take(numbers, source, NO_SAMPLE)
     packed["position_ids"] = torch.stack([_take(axis, source, 0) for axis in position_ids])
     return packed
-
-
-def longest_first(batch: Batch) -> LongTensor:
-    """(B,): the rows of a padded batch by their number of real tokens; what does not fit into memory then fails at once."""
-    return batch["attention_mask"].sum(1).argsort(descending=True, stable=True)
-
-
-def take_rows(batch: Batch, rows: LongTensor) -> Batch:
-    """These rows (n,) of a padded batch (B, L), in this order, with their pictures: (n, L)."""
-    pictures = _pictures(batch, rows.tolist())
-    return {name: values[rows] for name, values in batch.items() if name not in pictures} | pictures
 
 
 def _first_fit(lengths: list[int]) -> list[list[int]]:
@@ -66,9 +57,14 @@ def _pictures(batch: Batch, order: list[int]) -> Batch:
     if "pixel_values" not in batch:
         return {}
     grids = batch["image_grid_thw"]
-    of_sample = torch.arange(len(grids), device=grids.device).split(batch["num_images_per_sample"].tolist())
+    of_sample = torch.arange(len(grids), device=grids.device).split(
+        batch["num_images_per_sample"].tolist()
+    )
     images = torch.cat([of_sample[sample] for sample in order])
-    moved = {"image_grid_thw": grids[images], "num_images_per_sample": batch["num_images_per_sample"][order]}
+    moved = {
+        "image_grid_thw": grids[images],
+        "num_images_per_sample": batch["num_images_per_sample"][order],
+    }
     for name in ("pixel_values", "hidden_cells"):  # one row a patch; one a merged cell
         if name in batch:
             each = grids.prod(-1) * len(batch[name]) // int(grids.prod(-1).sum())

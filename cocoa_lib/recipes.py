@@ -48,10 +48,10 @@ class Recipe:
     max_grad_norm: float = 1.0  # transformers' default; MoCa clips at 5
     weight_decay: float = 0.0  # not set in the scripts
     max_length: int = 4096  # script
-    image_tokens: int = (
-        1280  # of one picture at most, and half of max_length; larger ones are shrunk (script: 256 to 1280)
+    image_tokens: int = 1280  # of one picture at most, and half of max_length; larger ones are shrunk (script: 256 to 1280)
+    layout: Literal["bidirectional", "causal"] = (
+        "bidirectional"  # attention layout of the forward pass
     )
-    layout: Literal["bidirectional", "causal"] = "bidirectional"  # attention layout of the forward pass
     bf16: bool = False  # script: on; needs a GPU
     attn_implementation: str = "sdpa"
     lora_r: int = 0  # 0: train all weights; script: 8, alpha 64, dropout 0.1, DoRA
@@ -59,8 +59,12 @@ class Recipe:
     lora_dropout: float = 0.1
     dora: bool = True
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # language model's layers, on a GPU also the vision tower's; compiling takes a while
-    workers: int = 0  # processes that decode and tokenise ahead of the device; the batches are the same
+    torch_compile: bool = (
+        False  # language model's layers, on a GPU also the vision tower's; compiling takes a while
+    )
+    workers: int = (
+        0  # processes that decode and tokenise ahead of the device; the batches are the same
+    )
     save_steps: int = 500  # at most this many steps of work are lost in a kill
     logging_steps: int = 10
 
@@ -72,7 +76,9 @@ class Recipe:
         for name, hint in get_type_hints(type(self)).items():
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
-                raise unknown_name(str(value), list(get_args(hint)), f"{type(self).__name__}.{name}")
+                raise unknown_name(
+                    str(value), list(get_args(hint)), f"{type(self).__name__}.{name}"
+                )
             low, high = RANGES.get(name, (None, None))
             if low is not None and not low <= value <= high:
                 allowed = f"at least {low}" if high == math.inf else f"in {low}..{high}"
@@ -95,12 +101,12 @@ class Stage1Recipe(Recipe):
     image_weight: float = 0.5  # script; MoCa 0.1
     text_weight: float = 1.0  # 0: patches only, an ablation (ours)
     objective: Literal["mntp", "mlm"] = "mntp"  # figure: shifted; MoCa: "mlm"
-    mask_token: str = (
-        ""  # "": the tokenizer's own, or an unused one; else one of the vocabulary, or added (MoCa: <|mask|>)
-    )
+    mask_token: str = ""  # "": the tokenizer's own, or an unused one; else one of the vocabulary, or added (MoCa: <|mask|>)
     patch_fill: Literal["noise", "zero", "learned"] = "noise"  # MoCa: one Gaussian vector
     normalise_patches: bool = False  # off in MoCa; He et al.'s norm_pix_loss
-    packing: bool = False  # several samples in a row instead of padding; the loss is the same (ours)
+    packing: bool = (
+        False  # several samples in a row instead of padding; the loss is the same (ours)
+    )
     decoder_layers: int = 1  # MoCa; 0: linear map only
 
 
@@ -117,7 +123,9 @@ class Stage2Recipe(Recipe):
     sources: Literal["captions", "pairs", "both"] = (
         "both"  # "captions": image -> caption; "pairs": query -> positive text (script); "both"
     )
-    image_weight: float = 0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
+    image_weight: float = (
+        0.0  # above 0: B also holds A's picture with hidden cells, to be restored from EOS (ours)
+    )
     patch_mask_rate: float = 0.7  # of that picture; the rate of the text (ours)
     patch_fill: Literal["noise", "zero", "learned"] = "noise"  # as in stage 1
     packing: bool = False  # as in stage 1
@@ -140,7 +148,9 @@ class Stage3Recipe(Recipe):
     pooling: Literal["eos", "mean"] = "eos"  # script; MoCa pools the mean when bidirectional
     hard_negatives: bool = False  # script: none; MoCa 2 a query
     max_per_subset: int = 100_000  # script: rows taken from each training subset, from the first
-    same_task_block: int = 0  # rows of one subset that stand together in a batch; 0: fully mixed (script)
+    same_task_block: int = (
+        0  # rows of one subset that stand together in a batch; 0: fully mixed (script)
+    )
 
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -149,12 +159,26 @@ RECIPES: dict[str, type[Recipe]] = {
     "stage2": Stage2Recipe,
     "stage3": Stage3Recipe,
 }
-
 # Corruption of stage 1 by source, so that nobody has to guess where a number is from.
 PRESETS: dict[str, dict[str, Any]] = {
-    "figure": {"text_mask_rate": 0.2, "patch_mask_rate": 0.5, "image_weight": 0.5, "objective": "mntp"},
-    "script": {"text_mask_rate": 0.2, "patch_mask_rate": 0.3, "image_weight": 0.5, "objective": "mntp"},
-    "moca": {"text_mask_rate": 0.4, "patch_mask_rate": 0.5, "image_weight": 0.1, "objective": "mlm"},
+    "figure": {
+        "text_mask_rate": 0.2,
+        "patch_mask_rate": 0.5,
+        "image_weight": 0.5,
+        "objective": "mntp",
+    },
+    "script": {
+        "text_mask_rate": 0.2,
+        "patch_mask_rate": 0.3,
+        "image_weight": 0.5,
+        "objective": "mntp",
+    },
+    "moca": {
+        "text_mask_rate": 0.4,
+        "patch_mask_rate": 0.5,
+        "image_weight": 0.1,
+        "objective": "mlm",
+    },
 }
 
 
@@ -181,7 +205,9 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     preset = values.pop("preset", None)
     if preset is not None:
         if stage != "stage1" or not isinstance(preset, str) or preset not in PRESETS:
-            raise unknown_name(_short.repr(preset).strip("'"), list(PRESETS), f"{stage}.preset (stage 1 only)")
+            raise unknown_name(
+                _short.repr(preset).strip("'"), list(PRESETS), f"{stage}.preset (stage 1 only)"
+            )
         values = {**PRESETS[preset], **values}
     cls = RECIPES[stage]
     types = {field.name: type(field.default) for field in fields(cls)}
@@ -190,9 +216,15 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
             raise unknown_name(str(name), list(types), stage)
         wanted = types[name]
         if wanted is float and type(value) in (int, float):
-            if not abs(value) <= sys.float_info.max:  # of a whole number, too, which `float` would not take
-                raise RecipeError(f"{stage}.{name}: expected a finite number, got {_short.repr(value)}")
+            if (
+                not abs(value) <= sys.float_info.max
+            ):  # of a whole number, too, which `float` would not take
+                raise RecipeError(
+                    f"{stage}.{name}: expected a finite number, got {_short.repr(value)}"
+                )
             values[name] = float(value)
         elif type(value) is not wanted:
-            raise RecipeError(f"{stage}.{name}: expected {wanted.__name__}, got {_short.repr(value)}")
+            raise RecipeError(
+                f"{stage}.{name}: expected {wanted.__name__}, got {_short.repr(value)}"
+            )
     return cls(**values)

@@ -29,9 +29,10 @@ from bs4 import BeautifulSoup, Tag
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from nbconvert import HTMLExporter
 
-from cocoa_lib import analysis
-from cocoa_lib.mmeb import published
-from cocoa_lib.profiles import profile_of, read_arms
+from cocoa_lib.evaluate import effects as analysis
+from cocoa_lib.evaluate.tasks import published
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import profile_of
 
 KEPT = ("results.csv", "averages.csv", "per_query.parquet", "provenance.json", "probe.csv")  # of those that are there
 TEMPLATES = Path(__file__).resolve().parent / "site"

@@ -5,7 +5,7 @@
 Tiny runs of every stage and of the evaluation on a tiny benchmark. A round takes the next fault in turn:
 
     causal .. stage3  SIGKILL at a moment drawn over the whole length of an undisturbed run
-    evaluation        the same for `python -m cocoa_lib.mmeb`
+    evaluation        the same for `python -m cocoa_lib.evaluate`
     saving            SIGKILL of a stage while files of a checkpoint, or of the finished folder, are being written
     flipped byte      SIGKILL, then one bit of the newest checkpoint is turned over
     clock back        SIGKILL, then the checkpoints' times are set a day ahead of the clock
@@ -34,7 +34,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from cocoa_lib.checkpoint import weights_hash
+from cocoa_lib.store.checkpoint import weights_hash
+from cocoa_lib.world.build import build
 
 STAGES = ("causal", "stage1", "stage2", "stage3")
 PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
@@ -47,10 +48,10 @@ COUNTS = ("tried", "killed", "refused", "equal", "lost")
 def command(home: Path, stage: str, out: Path) -> tuple[str, list[str]]:
     """(module, arguments) of a stage or of the evaluation, as typed after `python -m`."""
     if stage == "evaluation":
-        return "cocoa_lib.mmeb", [str(home / "stage3"), "--root", str(home / "world"), "--out", str(out),
+        return "cocoa_lib.evaluate", [str(home / "stage3"), "--root", str(home / "world"), "--out", str(out),
                                   "--batch-size", "4", "--n-queries", "6"]  # fmt: skip
     recipe = json.dumps(RECIPE | ({"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {}))
-    return "cocoa_lib.train", [stage, "--parent", str(home / PARENT[stage]), "--data", str(home / "world"), "--out",
+    return "cocoa_lib.run", [stage, "--parent", str(home / PARENT[stage]), "--data", str(home / "world"), "--out",
                                str(out), "--recipe", recipe]  # fmt: skip
 
 
@@ -69,11 +70,11 @@ def in_child(module: str, arguments: list[str], log: Path) -> None:
 
 def prepare(home: Path) -> None:
     """The benchmark and the random model that the stages start from."""
-    from cocoa_lib import corpus, world
-    from cocoa_lib.backbone import new_backbone
-    from cocoa_lib.checkpoint import save_checkpoint
+    from cocoa_lib.data import corpus
+    from cocoa_lib.store.checkpoint import save_checkpoint
+    from cocoa_lib.world.backbone import new_backbone
 
-    world.build(home / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
+    build(home / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(home / "world"), *corpus.questions(home / "world")]
     model, inputs = new_backbone(
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
@@ -100,7 +101,7 @@ class Soak:
         self.home, self.random = home, random.Random(seed)  # noqa: S311 - moments, not secrets
         self.counts = {fault: Counter() for fault in FAULTS}
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["cocoa_lib.train", "cocoa_lib.mmeb", "cocoa_lib.embedder"])
+        self.context.set_forkserver_preload(["cocoa_lib.run", "cocoa_lib.evaluate", "cocoa_lib.embedder"])
         self.log = home / "soak.log"
         self.seconds: dict[str, float] = {}
         prepare(home)

@@ -25,7 +25,7 @@ from pathlib import Path
 import pandas as pd
 from mutate import copy_tracked
 
-from cocoa_lib.checkpoint import weights_hash
+from cocoa_lib.store.checkpoint import weights_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = [f"runs/smoke/results/{arm}/seed0/results.csv" for arm in ("contrastive", "cocoa")]

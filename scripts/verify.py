@@ -23,12 +23,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cocoa_lib import analysis, figures, mmeb, train, world
-from cocoa_lib.checkpoint import provenance, read_meta
 from cocoa_lib.embedder import CocoaEmbedder
-from cocoa_lib.files import file_hash, write_json
-from cocoa_lib.profiles import load_profile, read_arms
+from cocoa_lib.evaluate import effects as analysis
+from cocoa_lib.evaluate.score import evaluate
+from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.run.stage import run_stage
+from cocoa_lib.show import figures
+from cocoa_lib.store.checkpoint import provenance, read_meta
+from cocoa_lib.store.files import file_hash, write_json
+from cocoa_lib.world.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, SMOKE = "MANIFEST.sha256", "smoke_arm.json"
@@ -94,13 +100,13 @@ def smoke_run(folder: Path) -> dict[str, Any]:
     """One arm of the smoke profile: what it gives, and on what. On one thread, since more add up in another order."""
     torch.set_num_threads(1)
     profile, arm = load_profile("smoke"), read_arms()[ARM]
-    world.build(folder / "data", **profile["benchmark"])
-    out = train.run_stage(
+    build(folder / "data", **profile["benchmark"])
+    out = run_stage(
         "stage3", make_recipe("stage3", profile["stage3"] | arm.stage3), parent=ROOT / "data" / "backbone",
         data=folder / "data", out=folder / "out", allow_parent=True, show_progress=False,
     )  # fmt: skip
-    embedder, tasks = CocoaEmbedder.load(out), mmeb.choose_tasks(["all"], str(folder / "data"))
-    _, per_query = mmeb.evaluate(embedder, str(folder / "data"), tasks=tasks, show_progress=False)
+    embedder, tasks = CocoaEmbedder.load(out), choose_tasks(["all"], str(folder / "data"))
+    _, per_query = evaluate(embedder, str(folder / "data"), tasks=tasks, show_progress=False)
     made = provenance()
     return {
         "arm": ARM,

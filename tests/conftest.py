@@ -32,7 +32,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def small():
     """A small random Qwen2-VL and its processor: (model, inputs), causal."""
-    from cocoa_lib.backbone import new_backbone
+    from cocoa_lib.world.backbone import new_backbone
 
     texts = ["a large red circle at the top left, a small blue 7 at the bottom", "What color is the square?"] * 4
     model, inputs = new_backbone(

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from cocoa_lib import analysis, mmeb
-from cocoa_lib.analysis import paired_effects, verdict
+from cocoa_lib.evaluate import effects as analysis
+from cocoa_lib.evaluate.effects import paired_effects, verdict
+from cocoa_lib.evaluate.score import score_ranks, write_results
 
 # name, meta-task, in distribution
 TASKS = (("A", "classification", True), ("B", "classification", False), ("C", "vqa", True))
@@ -97,10 +98,10 @@ def write_grid(root, runs, tasks=TASKS):
         for name, meta, known in tasks:
             facts = {"task": name, "meta_task": meta, "in_distribution": known}
             tail = {"ties": 0, "n_candidates": 5, "evaluator": "test"}
-            results += [{**facts, **row, **tail} for row in mmeb.score_ranks(np.array(ranks_of[name]), n_boot=10)]
+            results += [{**facts, **row, **tail} for row in score_ranks(np.array(ranks_of[name]), n_boot=10)]
             queries = range(len(ranks_of[name]))
             ranks.append(pd.DataFrame({"task": name, "query": queries, "rank": ranks_of[name], "n_candidates": 5}))
-        mmeb.write_results(pd.DataFrame(results), pd.concat(ranks), root / "results" / arm / f"seed{seed}", {})
+        write_results(pd.DataFrame(results), pd.concat(ranks), root / "results" / arm / f"seed{seed}", {})
 
 
 @pytest.fixture

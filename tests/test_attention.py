@@ -16,14 +16,11 @@ from cocoa_lib.attention import (
     additive,
     block_mask,
     dense_mask,
-    describe,
     layout_predicate,
-    reachability,
-    segments,
-    token_names,
 )
 from cocoa_lib.backbone import hidden_states, open_backbone, probe_attention, set_bidirectional
 from cocoa_lib.inputs import Inputs
+from cocoa_lib.show.masks import describe, reachability, segments, token_names
 
 FIGURE = """
 1 1 1 0 0

@@ -26,22 +26,25 @@ from transformers import (
 )
 
 import cocoa_lib
-from cocoa_lib import attention, backbone
-from cocoa_lib.attention import EOS, LAYOUTS, A
+from cocoa_lib import kernels
+from cocoa_lib.attention import EOS, LAYOUTS, A, dense_mask
 from cocoa_lib.backbone import (
-    add_adapter,
+    _text_batch,
     hidden_states,
     language_model,
-    new_backbone,
     open_backbone,
     position_ids,
     probe_attention,
     set_bidirectional,
 )
-from cocoa_lib.batches import pair_features, stage1_batch, stage2_batch
+from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
-from cocoa_lib.objectives import CachedInfoNCE, PatchDecoder, Reconstruction
+from cocoa_lib.kernels import PICTURES, _pictures_failure, compile_layers
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import PatchDecoder, Reconstruction
+from cocoa_lib.run.adapters import add_adapter
+from cocoa_lib.world.backbone import new_backbone
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft asks for it
@@ -284,7 +287,7 @@ def test_remote_code_is_never_trusted():
 
 def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     _, folder, _ = family
-    monkeypatch.setattr(backbone, "set_bidirectional", lambda model, bidirectional: model)  # the switch does nothing
+    monkeypatch.setattr("cocoa_lib.backbone.set_bidirectional", lambda model, bidirectional: model)  # the switch does nothing
     with pytest.raises(RuntimeError, match="the attention switch did not take: bidirectional.*'sdpa'.*causal"):
         open_backbone(folder, bidirectional=True)
 
@@ -369,7 +372,7 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
     def broken(*args):
         raise RuntimeError("no C++ compiler\nlong trace")
 
-    monkeypatch.setattr(backbone, "block_mask", broken)
+    monkeypatch.setattr("cocoa_lib.backbone.block_mask", broken)
     opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
     assert language_model(opened).config._attn_implementation == "sdpa"
     assert "flex_attention is not available here (RuntimeError: no C++ compiler); using sdpa" in caplog.text
@@ -384,8 +387,8 @@ def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu:0"))
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: moves.append(str(device)) or move(self, "cpu"))
-    monkeypatch.setattr(backbone, "_flex_failure", lambda model: moves.append("tried"))
-    monkeypatch.setattr(backbone, "probe_attention", lambda *args: moves.append("probed"))
+    monkeypatch.setattr("cocoa_lib.backbone._flex_failure", lambda model: moves.append("tried"))
+    monkeypatch.setattr("cocoa_lib.backbone.probe_attention", lambda *args: moves.append("probed"))
     open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
     assert moves == ["cpu:0", "tried", "probed", "cpu"]
     moves.clear()
@@ -400,7 +403,7 @@ def graphs_of(model):
     here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
     torch._dynamo.reset()
     with here, torch._inductor.config.patch(fallback_random=drawn):
-        backbone.compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        compile_layers(model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward)
         yield graphs
 
 
@@ -414,10 +417,10 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, caplog):
     )  # fmt: skip
     model.gradient_checkpointing_enable()
     if dora is not None:
-        backbone.add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
+        add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
         model.enable_input_require_grads()
     with graphs_of(model) as graphs:
-        backbone.hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
+        hidden_states(model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])).sum().backward()
     assert len(graphs) == (0 if stopped else 1), "once peft's DoRA compiles, the warning and docs/cluster.md can go"
     assert ("gains little or nothing with DoRA" in caplog.text) == stopped
 
@@ -428,31 +431,31 @@ def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(famil
     assert used() == "sdpa"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     widths = []
-    monkeypatch.setattr(backbone, "_pictures_failure", lambda width: widths.append(width))
-    assert (used(), used(attn_implementation="eager")) == (backbone.PICTURES, "eager")
+    monkeypatch.setattr("cocoa_lib.backbone._pictures_failure", lambda width: widths.append(width))
+    assert (used(), used(attn_implementation="eager")) == (PICTURES, "eager")
     attention = open_backbone(folder, bidirectional=True).model.visual.blocks[0].attn
     assert widths == [attention.head_dim] * 2 and not caplog.text
-    monkeypatch.setattr(backbone, "_pictures_failure", lambda width: "no kernel")
+    monkeypatch.setattr("cocoa_lib.backbone._pictures_failure", lambda width: "no kernel")
     assert used() == "sdpa" and "one by one, which takes longer and gives the same: no kernel" in caplog.text
 
 
 def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
     """Here two calls stand in for it; and one that is wrong, forth or back, or is not there is found out."""
-    right, spoil = backbone.picture_attention, {}
+    right, spoil = kernels.picture_attention, {}
 
     def kernel(module, *qkv, **how):
         out, _ = right(module, *qkv, **how)
         assert out.shape == (1, 300, 2, 80)
         return spoil.get(qkv[0].dtype, lambda out, q: out)(out, qkv[0]), None
 
-    monkeypatch.setattr(backbone, "picture_attention", kernel)
-    assert backbone._pictures_failure(80, "cpu") is None
+    monkeypatch.setattr("cocoa_lib.kernels.picture_attention", kernel)
+    assert _pictures_failure(80, "cpu") is None
     for wrong in (lambda out, q: out.roll(1, dims=1), lambda out, q: out + 0.5 * (q - q.detach()).transpose(1, 2),
                   lambda out, q: out * float("nan")):  # fmt: skip
         spoil[torch.bfloat16] = wrong
-        assert "its numbers are off by" in backbone._pictures_failure(80, "cpu")
-    monkeypatch.setattr(backbone, "picture_attention", lambda *args, **how: 1 / 0)
-    assert backbone._pictures_failure(80, "cpu") == "ZeroDivisionError: division by zero"
+        assert "its numbers are off by" in _pictures_failure(80, "cpu")
+    monkeypatch.setattr("cocoa_lib.kernels.picture_attention", lambda *args, **how: 1 / 0)
+    assert _pictures_failure(80, "cpu") == "ZeroDivisionError: division by zero"
 
 
 @pytest.mark.parametrize("sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"])
@@ -467,7 +470,7 @@ def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatc
         torch.nn.functional, "scaled_dot_product_attention",
         lambda *args, **how: calls.append(visual.config._attn_implementation) or original(*args, **how),
     )  # fmt: skip
-    for implementation in ("sdpa", backbone.PICTURES):
+    for implementation in ("sdpa", PICTURES):
         visual.config._attn_implementation = implementation
         states = hidden_states(model, batch, "bidirectional")
         model.zero_grad()
@@ -476,14 +479,14 @@ def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatc
     assert len(found[0]) == len(found[1]) > 5
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-5 * float(one.abs().max()) + 1e-7)
-    singly, at_once = calls.count("sdpa"), calls.count(backbone.PICTURES)
+    singly, at_once = calls.count("sdpa"), calls.count(PICTURES)
     assert singly >= 3 * len(visual.blocks) and (at_once < singly) == (len(set(sizes)) == 1)
 
 
 def test_compiled_pictures_are_one_program(small, picture):
     """However many there are."""
     model, inputs = copy.deepcopy(small[0]), small[1]
-    model.model.visual.config._attn_implementation = backbone.PICTURES
+    model.model.visual.config._attn_implementation = PICTURES
     with graphs_of(model) as graphs:
         for n in (2, 3, 5):
             batch = inputs.collate([{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)])
@@ -501,14 +504,14 @@ def test_positions_of_texts_are_transformers_own(family, side):
     names = ("input_ids", "mm_token_type_ids", "attention_mask")
     theirs, _ = model.model.get_rope_index(**{name: batch[name] for name in names}, image_grid_thw=None)
     real = batch["attention_mask"].bool().expand(3, -1, -1)
-    found = backbone.position_ids(model, batch)
+    found = position_ids(model, batch)
     assert found.shape == theirs.shape and torch.equal(found[real], theirs[real])
 
 
 def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_flex):
     model, inputs = small
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(backbone, "_flex_failure", lambda model: None)
+    monkeypatch.setattr("cocoa_lib.backbone._flex_failure", lambda model: None)
     with torch._dynamo.config.patch(recompile_limit=8):  # monkeypatch would hide the option from other tests afterwards
         opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
         assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
@@ -520,6 +523,6 @@ def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_fl
         opened.model, "forward", lambda **given: seen.append(given) or SimpleNamespace(last_hidden_state=None)
     )
     with torch.no_grad():
-        backbone.hidden_states(opened, backbone._text_batch(ids, torch.full_like(ids, A)))
+        hidden_states(opened, _text_batch(ids, torch.full_like(ids, A)))
     mask = seen[0]["attention_mask"]
-    assert type(mask).__name__ == "BlockMask" and attention.dense_mask("bidirectional", torch.full_like(ids, A)).all()
+    assert type(mask).__name__ == "BlockMask" and dense_mask("bidirectional", torch.full_like(ids, A)).all()

@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile
 
-from cocoa_lib import corpus, items
+from cocoa_lib import items
+from cocoa_lib.data import corpus
 from cocoa_lib.items import InputError
 
 CORPUS = {

@@ -17,12 +17,13 @@ import torch
 from PIL import Image
 
 from cocoa_lib import embedder as library
-from cocoa_lib import mmeb
 from cocoa_lib.backbone import set_bidirectional
-from cocoa_lib.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
+from cocoa_lib.data.tables import Task
 from cocoa_lib.embedder import CocoaEmbedder, build_index, mteb_model, search, sentence_transformer
+from cocoa_lib.evaluate.score import evaluate, rank, score_ranks
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
+from cocoa_lib.store.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}]'
@@ -369,9 +370,9 @@ def test_a_damaged_picture_of_a_benchmark_names_its_row(embedder, picture, tmp_p
     rows[6][column] = "torn.png" if column == "qry_img_path" else ["", "torn.png"]
     (tmp_path / "WebQA").mkdir()
     pd.DataFrame(rows).to_parquet(tmp_path / "WebQA" / "test-00000-of-00001.parquet")
-    task = mmeb.Task("WebQA", "retrieval", True, 2)
+    task = Task("WebQA", "retrieval", True, 2)
     with pytest.raises(InputError, match=rf"WebQA, row 6, column {column}: .*torn\.png"):
-        mmeb.evaluate(embedder, str(tmp_path), tasks=(task,), show_progress=False)
+        evaluate(embedder, str(tmp_path), tasks=(task,), show_progress=False)
 
 
 def test_a_checkpoint_without_hashes_of_its_files_is_still_read(folder, tmp_path):
@@ -460,9 +461,9 @@ def retrieval_set(embedder, picture, n=24):
     """Texts, pictures that answer them, and our ranks of the right picture among all."""
     queries, pictures = [f"a red circle and {i} dogs" for i in range(n)], [picture(32, 32, i) for i in range(n)]
     lists = [np.r_[i, np.delete(np.arange(n), i)] for i in range(n)]
-    ranks = mmeb.rank(embedder.encode(queries), embedder.encode(pictures), lists)
+    ranks = rank(embedder.encode(queries), embedder.encode(pictures), lists)
     assert ranks["rank"].nunique() > 5, "a ranking to compare"
-    return queries, pictures, {row["metric"]: row["value"] / 100 for row in mmeb.score_ranks(ranks["rank"])}
+    return queries, pictures, {row["metric"]: row["value"] / 100 for row in score_ranks(ranks["rank"])}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,14 +22,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
 
-from cocoa_lib import backbone, estimate, train, world
 from cocoa_lib.attention import EOS, PAD, A, B
-from cocoa_lib.backbone import language_model
+from cocoa_lib.backbone import hidden_states, language_model, set_bidirectional
+from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.embedder import EosEmbedding
-from cocoa_lib.estimate import SHAPES, Data, build, item_cost
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction
-from cocoa_lib.profiles import ROOT, load_profile
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run import estimate
+from cocoa_lib.run.__main__ import main
+from cocoa_lib.run.adapters import add_adapter
+from cocoa_lib.run.estimate import SHAPES, Data, build, item_cost
+from cocoa_lib.run.profiles import ROOT, load_profile
 
 sys.path[:0] = [str(ROOT / "benchmarks")]
 aten = torch.ops.aten
@@ -105,12 +108,12 @@ def batch_of(model, n=1):
 def trained_module(folder, recipe):
     """As `run_stage` makes it for stage 1, with random weights."""
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    backbone.set_bidirectional(model, True)
+    set_bidirectional(model, True)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
     if recipe.lora_r:
-        backbone.add_adapter(model)
+        add_adapter(model)
     return module.train()
 
 
@@ -264,7 +267,7 @@ def saved_bytes(module, bf16):
     batch = batch_of(module.model)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            backbone.hidden_states(module.model, batch)
+            hidden_states(module.model, batch)
     return sum(size for size, _ in kept.values())
 
 
@@ -367,7 +370,7 @@ def test_what_more_devices_sharding_and_smaller_chunks_change(small):
 
 
 def test_items_are_measured(tmp_path):
-    world.build(tmp_path / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=8)
+    build(tmp_path / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=8)
     data = estimate.measure(tmp_path / "world")
     assert 0.8 * 64**2 < data.pixels <= data.largest == 64**2 and 0.3 < data.share < 0.8 and 2 < data.text < 40
 
@@ -453,7 +456,7 @@ def real_step(stage, module, columns):
 def real_module(name, stage, **changes):
     recipe = make_recipe(stage, load_profile("paper")[stage] | changes)
     module = build(CONFIGS / SHAPES[name], stage, recipe).train()
-    backbone.set_bidirectional(module.model, True)
+    set_bidirectional(module.model, True)
     module.packing = getattr(recipe, "packing", False)
     if recipe.gradient_checkpointing:
         module.model.gradient_checkpointing_enable()
@@ -529,17 +532,17 @@ def test_without_adapter_and_checkpointing_both_are_proposed(small):
 @pytest.fixture
 def start(small, tmp_path, monkeypatch, capsys):
     """A training command on a GPU that is not there, of `memory` bytes -> what it printed; its training prints a word."""
-    world.build(tmp_path / "data", seed=0, n_pairs=16, n_queries=4, n_corpus=4)
-    monkeypatch.setattr(train, "run_stage", lambda *args, **kwargs: "TRAINED")
+    build(tmp_path / "data", seed=0, n_pairs=16, n_queries=4, n_corpus=4)
+    monkeypatch.setattr("cocoa_lib.run.__main__.run_stage", lambda *args, **kwargs: "TRAINED")
 
     def run(*more, parent=small["2B"], data=tmp_path / "data", gpu=True, memory=1e12, main_process=True):
         device = torch.device("cuda" if gpu else "cpu")
         state = SimpleNamespace(is_main_process=main_process, num_processes=2, device=device)
-        monkeypatch.setattr(train, "join_processes", lambda: state)
+        monkeypatch.setattr("cocoa_lib.run.__main__.join_processes", lambda: state)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
         words = ["stage1", "--parent", parent, "--data", data, "--out", tmp_path / "out", *more]
-        train.main([str(word) for word in words])
+        main([str(word) for word in words])
         *lines, last = capsys.readouterr().out.splitlines()
         assert last == "TRAINED", "an estimate stops no training, and comes before it"
         return lines

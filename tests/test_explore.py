@@ -16,30 +16,28 @@ import pytest
 import torch
 from PIL import Image
 
-from cocoa_lib import analysis, explore
-from cocoa_lib.attention import EOS, dense_mask, describe, reachability, segments
+from cocoa_lib.attention import EOS, dense_mask
 from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
 from cocoa_lib.corruption import IGNORE
-from cocoa_lib.explore import (
+from cocoa_lib.evaluate import effects as analysis
+from cocoa_lib.evaluate.restore import cell_errors, count_right, reconstruct
+from cocoa_lib.inputs import Inputs
+from cocoa_lib.reconstruction import PatchDecoder
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import ROOT
+from cocoa_lib.show.ablation import ablation_explorer, ablation_html
+from cocoa_lib.show.eos_attention import UPLOADED, attention_explorer, attention_html, eos_attention
+from cocoa_lib.show.masks import (
     DIRECT,
     INDIRECT,
-    UPLOADED,
-    ablation_explorer,
-    attention_explorer,
-    attention_html,
-    cell_errors,
-    cells_image,
-    eos_attention,
+    describe,
     mask_explorer,
     mask_html,
-    reconstruct,
-    reconstruction_explorer,
-    retrieval_explorer,
-    retrieval_html,
+    reachability,
+    segments,
 )
-from cocoa_lib.inputs import Inputs
-from cocoa_lib.objectives import PatchDecoder
-from cocoa_lib.profiles import ROOT, read_arms
+from cocoa_lib.show.restored import cells_image, reconstruction_explorer
+from cocoa_lib.show.retrieval import retrieval_explorer, retrieval_html
 
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
 
@@ -182,7 +180,7 @@ def test_restored_tokens_are_counted_by_row_and_whatever_the_pictures_hide_the_s
     model, inputs = bidirectional
     rows, how = rows_of(picture)[:2], {"text_rate": 0.7, "layout": "eos_bridged"}
     own, swapped = [row["image"] for row in rows], [row["image"] for row in rows][::-1]
-    first, second = (explore.count_right(model, inputs, rows, pictures, **how) for pictures in (own, swapped))
+    first, second = (count_right(model, inputs, rows, pictures, **how) for pictures in (own, swapped))
     assert first.shape == (2, 2) and (first[:, 0] <= first[:, 1]).all() and (first[:, 1] > 0).all()
     assert (first[:, 1] == second[:, 1]).all()
     given = []
@@ -192,8 +190,8 @@ def test_restored_tokens_are_counted_by_row_and_whatever_the_pictures_hide_the_s
         labels = torch.tensor([[IGNORE, 5, 6]])
         return {"labels": labels}, [5, 6 + draw], {}
 
-    monkeypatch.setattr(explore, "reconstruct", perfect)
-    assert explore.count_right(model, inputs, rows, swapped, **how).tolist() == [[2, 2], [1, 2]]
+    monkeypatch.setattr("cocoa_lib.evaluate.restore.reconstruct", perfect)
+    assert count_right(model, inputs, rows, swapped, **how).tolist() == [[2, 2], [1, 2]]
     assert given == [(swapped[0], 0), (swapped[1], 1)]
 
 
@@ -467,7 +465,7 @@ def test_ablation_explorer_shows_scores_and_paired_differences(grid_of_arms):
 )  # fmt: skip
 def test_an_arm_is_drawn_where_its_numbers_are(low, middle, high, seeds, p, colour, fill, shape):
     row = {"arm": "a", "low": low, "difference": middle, "high": high, "n_seeds": seeds, "p_holm": p, "n_queries": 9}
-    html = explore.ablation_html(
+    html = ablation_html(
         pd.DataFrame([row]), pd.Series({"a": 2.0, "b": 1.0}), baseline="b", metric="p@1", group="vqa"
     )
     left, right = min(low, 0) - 1, high + 1

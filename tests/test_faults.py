@@ -19,11 +19,17 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import soak  # noqa: E402
 
-from cocoa_lib import train  # noqa: E402
-from cocoa_lib.checkpoint import CheckpointError, read_meta  # noqa: E402
-from cocoa_lib.lock import locked  # noqa: E402
 from cocoa_lib.recipes import make_recipe  # noqa: E402
-from cocoa_lib.train import TrainingError, checkpoint_step, checkpoints, run_stage  # noqa: E402
+from cocoa_lib.run.resume import (  # noqa: E402
+    TrainingError,
+    checkpoint_step,
+    checkpoints,
+    last_whole_checkpoint,  # noqa: E402
+)
+from cocoa_lib.run.stage import run_stage  # noqa: E402
+from cocoa_lib.run.trainers import PlainTrainer  # noqa: E402
+from cocoa_lib.store.checkpoint import CheckpointError, read_meta  # noqa: E402
+from cocoa_lib.store.files import locked  # noqa: E402
 
 TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2}
 
@@ -151,14 +157,14 @@ def test_a_damaged_note_in_the_work_folder_is_named(home, tmp_path, content):
 
 
 def stop_at(patch, step):
-    checked = train.PlainTrainer.checked
+    checked = PlainTrainer.checked
 
     def stop(self, loss):
         if self.state.global_step + 1 == step:
             raise RuntimeError("stopped")
         return checked(self, loss)
 
-    patch.setattr(train.PlainTrainer, "checked", stop)
+    patch.setattr(PlainTrainer, "checked", stop)
 
 
 def test_a_clock_that_goes_back_costs_no_checkpoint(home, tmp_path, monkeypatch):
@@ -181,7 +187,7 @@ def test_a_clock_that_goes_back_costs_no_checkpoint(home, tmp_path, monkeypatch)
 
 def spoil(patch, step, how):
     """At `step`: the loss is nan, or it is finite and its gradient is not."""
-    checked = train.PlainTrainer.checked
+    checked = PlainTrainer.checked
 
     def spoilt(self, loss):
         if self.state.global_step + 1 == step and how == "loss":
@@ -191,7 +197,7 @@ def spoil(patch, step, how):
             loss = loss + (weight - weight).abs().sum().sqrt()
         return checked(self, loss)
 
-    patch.setattr(train.PlainTrainer, "checked", spoilt)
+    patch.setattr(PlainTrainer, "checked", spoilt)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +218,7 @@ def test_numbers_that_blow_up_stop_the_run_and_spoil_no_checkpoint(home, tmp_pat
     with pytest.raises(TrainingError, match=said):
         go(home, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    good = train.last_whole_checkpoint(tmp_path / ".out.work")
+    good = last_whole_checkpoint(tmp_path / ".out.work")
     assert (good and good.name) == {4: "checkpoint-2", 1: None, 5: "checkpoint-4"}[step]
 
 
@@ -232,7 +238,7 @@ def test_a_path_with_spaces_and_letters_of_all_kinds(home, tmp_path):
 IN_C = r"""
 import locale, sys
 from cocoa_lib.embedder import CocoaEmbedder
-from cocoa_lib.profiles import load_profile, read_arms
+from cocoa_lib.run.profiles import load_profile, read_arms
 
 assert locale.getpreferredencoding(False).upper() in ("ANSI_X3.4-1968", "US-ASCII", "ASCII")
 load_profile("smoke"), read_arms()

@@ -17,7 +17,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from cocoa_lib import figures
+from cocoa_lib.show import figures
 
 DRAWN_BY = "3.11"  # matplotlib, whose versions differ in where text and axes come to lie
 BASELINE = Path(__file__).parent / "baseline"
@@ -147,7 +147,7 @@ def test_the_same_data_give_the_same_bytes(name, tmp_path):
 
 
 def test_a_notebook_shows_the_figure_with_its_alt_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("cocoa_lib.profiles.ROOT", tmp_path)
+    monkeypatch.setattr("cocoa_lib.run.profiles.ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     shown = figures.show(CASES["forest"](), "forest", "drawn")
     assert shown.data == (tmp_path / "drawn" / "forest.png").read_bytes()

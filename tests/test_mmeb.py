@@ -20,9 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from cocoa_lib import mmeb
+from cocoa_lib.data.tables import META_TASKS, Task, load_eval, load_train, resolve_image
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.mmeb import TASKS, Task
+from cocoa_lib.evaluate.__main__ import main
+from cocoa_lib.evaluate.encode import encode_distinct, item_key
+from cocoa_lib.evaluate.score import average_intervals, evaluate, rank, score_ranks
+from cocoa_lib.evaluate.tasks import TASKS, compared, groups, published
 
 N_QUERIES, DIM = 40, 32
 SMALL = tuple(replace(task, n_candidates=min(task.n_candidates, 8)) for task in TASKS)
@@ -54,7 +57,7 @@ class Embedder:
 
 
 def random_vector(text, image):
-    seed = mmeb.item_key({"text": text, "image": image})
+    seed = item_key({"text": text, "image": image})
     return np.random.default_rng(list(seed)).normal(size=DIM)
 
 
@@ -95,7 +98,7 @@ def all_tasks(tmp_path_factory) -> Path:
 
 
 def run(embedder, root, tasks=SMALL, **settings):
-    return mmeb.evaluate(embedder, str(root), tasks=tasks, show_progress=False, **settings)
+    return evaluate(embedder, str(root), tasks=tasks, show_progress=False, **settings)
 
 
 def p_at_1(results: pd.DataFrame) -> dict[str, float]:
@@ -108,7 +111,7 @@ def p_at_1(results: pd.DataFrame) -> dict[str, float]:
 def test_the_36_tasks():
     names = [task.name for task in TASKS]
     assert len(set(names)) == len(names) == 36
-    assert [sum(task.meta_task == meta for task in TASKS) for meta in mmeb.META_TASKS] == [10, 10, 12, 4]
+    assert [sum(task.meta_task == meta for task in TASKS) for meta in META_TASKS] == [10, 10, 12, 4]
     assert sum(task.in_distribution for task in TASKS) == 20
     few = {task.name: task.n_candidates for task in TASKS if task.n_candidates != 1000}
     assert few == {"N24News": 24, "HatefulMemes": 2, "VOC2007": 20, "SUN397": 397, "Place365": 365,
@@ -131,25 +134,25 @@ def test_averages_are_those_computed_by_hand():
         "ood": 48.75,  # (60+70+80+90+100 + 4*50 + 4*30 + 3*20) / 16
         "overall": 36.3889,  # (550 + 500 + 120 + 140) / 36; the mean of the four means would be 37.5
     }
-    means = {name: np.mean([scores[task] for task in names]) for name, names in mmeb.groups(TASKS).items()}
+    means = {name: np.mean([scores[task] for task in names]) for name, names in groups(TASKS).items()}
     assert means == pytest.approx(expected, abs=1e-4)
     found = per_query({task: [1] * round(score / 10) + [2] * round(10 - score / 10) for task, score in scores.items()})
-    table = mmeb.average_intervals(found).set_index("average")
+    table = average_intervals(found).set_index("average")
     assert table["value"].to_dict() == pytest.approx(expected, abs=1e-4)
     assert table["n_tasks"].tolist() == [10, 10, 12, 4, 20, 16, 36]
 
 
 def test_missing_tasks_are_left_out_and_unknown_ones_refused():
-    table = mmeb.average_intervals(per_query({"GQA": [1] * 4 + [2] * 6})).set_index("average")
+    table = average_intervals(per_query({"GQA": [1] * 4 + [2] * 6})).set_index("average")
     assert table.loc[["vqa", "ood", "overall"], "value"].tolist() == [40, 40, 40]
     assert table.loc[["grounding", "ind"], "value"].isna().all()
     assert table["n_tasks"].tolist() == [0, 1, 0, 0, 0, 1, 1]
     with pytest.raises(ValueError, match="unknown.*GQQ"):
-        mmeb.average_intervals(per_query({"GQQ": [1]}))
+        average_intervals(per_query({"GQQ": [1]}))
 
 
 def test_published_rows_that_do_not_follow_from_their_own_scores():
-    table = mmeb.published()
+    table = published()
     marked = table[~table["consistent"]]
     found = {(row.model, row.size): (row.overall, round(row.recomputed, 1)) for row in marked.itertuples()}
     assert found == {
@@ -167,36 +170,36 @@ def test_published_rows_that_do_not_follow_from_their_own_scores():
 
 def test_all_36_names_are_read_from_a_local_copy(all_tasks, tmp_path):
     for task in SMALL:
-        rows = mmeb.load_eval(str(all_tasks), task.name, n_candidates=task.n_candidates)
+        rows = load_eval(str(all_tasks), task.name, n_candidates=task.n_candidates)
         assert rows[:] == pd.DataFrame(make_rows(task)).to_dict("list")
     (tmp_path / "data [old]").mkdir()  # a name with glob characters, and the layout with eval/ in it
     (tmp_path / "data [old]" / "eval").symlink_to(all_tasks)
-    assert len(mmeb.load_eval(str(tmp_path / "data [old]"), "GQA")) == N_QUERIES
+    assert len(load_eval(str(tmp_path / "data [old]"), "GQA")) == N_QUERIES
 
 
 def test_several_shards_and_a_changed_file_are_read_as_they_are(tmp_path):
     rows = make_rows(ONE[0], 6)
     write_task(tmp_path, "DocVQA", rows[:2], "test-00000-of-00002.parquet")
     write_task(tmp_path, "DocVQA", rows[2:4], "test-00001-of-00002.parquet")
-    assert mmeb.load_eval(str(tmp_path), "DocVQA")["qry_text"][:] == [row["qry_text"] for row in rows[:4]]
+    assert load_eval(str(tmp_path), "DocVQA")["qry_text"][:] == [row["qry_text"] for row in rows[:4]]
     write_task(tmp_path, "DocVQA", rows[4:], "test-00001-of-00002.parquet")
-    assert mmeb.load_eval(str(tmp_path), "DocVQA")["qry_text"][2:] == [row["qry_text"] for row in rows[4:]]
+    assert load_eval(str(tmp_path), "DocVQA")["qry_text"][2:] == [row["qry_text"] for row in rows[4:]]
 
 
 def test_the_hub_is_the_same_code_with_another_root(tmp_path, monkeypatch):
     asked, local = [], datasets.Dataset.from_list(make_rows(ONE[0], 4))
     record = lambda files, split, cache_dir: asked.append((files, split, cache_dir)) or local  # noqa: E731
     monkeypatch.setattr(datasets.Dataset, "from_parquet", record)
-    rows = mmeb.load_eval("TIGER-Lab/MMEB-eval", "DocVQA", revision="abc", n_candidates=3)
+    rows = load_eval("TIGER-Lab/MMEB-eval", "DocVQA", revision="abc", n_candidates=3)
     assert asked == [({"test": "hf://datasets/TIGER-Lab/MMEB-eval@abc/DocVQA/test-*.parquet"}, "test", None)]
     assert len(rows) == 4
     with pytest.raises(ValueError, match="image_root"):
-        mmeb.evaluate(Embedder(random_vector), "TIGER-Lab/MMEB-eval")
+        evaluate(Embedder(random_vector), "TIGER-Lab/MMEB-eval")
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        mmeb.load_eval(str(tmp_path / "nowhere"), "DocVQA")
+        load_eval(str(tmp_path / "nowhere"), "DocVQA")
     with pytest.raises(FileNotFoundError, match="DocVQA.*test-.*folders in .*: GQA"):
         (tmp_path / "GQA").mkdir()
-        mmeb.load_eval(str(tmp_path), "DocVQA")
+        load_eval(str(tmp_path), "DocVQA")
 
 
 def edit(row: int, **fields):
@@ -235,14 +238,14 @@ def test_bad_rows_name_file_row_and_column(case, tmp_path):
     change, message = BAD_ROWS[case]
     path = write_task(tmp_path, "DocVQA", change(make_rows(ONE[0], 5)))
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*" + message):
-        mmeb.load_eval(str(tmp_path), "DocVQA", n_candidates=3)
+        load_eval(str(tmp_path), "DocVQA", n_candidates=3)
 
 
 def test_a_file_that_is_not_parquet_is_named(tmp_path):
     path = write_task(tmp_path, "DocVQA", make_rows(ONE[0], 5))
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match=re.escape(str(path)) + ".*not readable as parquet"):
-        mmeb.load_eval(str(tmp_path), "DocVQA")
+        load_eval(str(tmp_path), "DocVQA")
 
 
 def test_a_copy_of_the_answer_counts_once_if_asked(tmp_path):
@@ -258,17 +261,17 @@ def test_training_rows(tmp_path):
     row = {"qry": "<|image_1|> what?", "qry_image_path": "a.png", "pos_text": "a cat", "pos_image_path": ""}
     write_task(tmp_path / "train", "ChartQA", [row] * 5, "original-00000-of-00001.parquet")
     write_task(tmp_path / "train", "ChartQA", [{**row, "qry": "x"}], "diverse_instruction-00000-of-00001.parquet")
-    rows = mmeb.load_train(str(tmp_path), "ChartQA", n=3)
+    rows = load_train(str(tmp_path), "ChartQA", n=3)
     assert len(rows) == 3 and rows[0] == row
-    assert len(mmeb.load_train(str(tmp_path / "train"), "ChartQA", n=99)) == 5
+    assert len(load_train(str(tmp_path / "train"), "ChartQA", n=99)) == 5
     with pytest.raises(ValueError, match="no column neg_text"):
-        mmeb.load_train(str(tmp_path), "ChartQA", negatives=True)
+        load_train(str(tmp_path), "ChartQA", negatives=True)
     path = write_task(tmp_path / "train", "GQA", [row, {**row, "pos_text": None}], "original-0.parquet")
     with pytest.raises(ValueError, match=re.escape(str(path)) + ", row 1, column pos_text/pos_image_path: neither"):
-        mmeb.load_train(str(tmp_path), "GQA")
+        load_train(str(tmp_path), "GQA")
     with pytest.raises(ValueError, match="no column qry_image_path"):
         write_task(tmp_path / "train", "OVEN", drop("qry_image_path")([row]), "original-0.parquet")
-        mmeb.load_train(str(tmp_path), "OVEN")
+        load_train(str(tmp_path), "OVEN")
 
 
 def test_image_paths_stay_in_the_folder(tmp_path):
@@ -278,15 +281,15 @@ def test_image_paths_stay_in_the_folder(tmp_path):
     (root / "sub" / "a.png").write_bytes(b"y")
     (root / "out.png").symlink_to(tmp_path / "secret.png")
     (root / "in.png").symlink_to(root / "sub" / "a.png")
-    assert mmeb.resolve_image(root, "sub/a.png").read_bytes() == b"y"
-    assert mmeb.resolve_image(root, "in.png").read_bytes() == b"y"
+    assert resolve_image(root, "sub/a.png").read_bytes() == b"y"
+    assert resolve_image(root, "in.png").read_bytes() == b"y"
     absolute = str(tmp_path / "secret.png")
     for rel in ("../secret.png", "sub/../../secret.png", absolute, "out.png", "C:/a.png", "..\\secret.png", "a\0.png"):
         with pytest.raises(ValueError, match="image path"):
-            mmeb.resolve_image(root, rel)
+            resolve_image(root, rel)
     for rel in ("sub/b.png", "sub"):
         with pytest.raises(FileNotFoundError, match=rel):
-            mmeb.resolve_image(root, rel)
+            resolve_image(root, rel)
 
 
 @pytest.mark.parametrize("column", ["qry_img_path", "tgt_img_path"])
@@ -316,7 +319,7 @@ def test_a_bad_row_of_the_last_task_is_found_before_anything_is_encoded(all_task
 def test_lists_of_nothing_but_nothing_are_empty_paths(tmp_path):
     rows = make_rows(ONE[0], 5)
     write_task(tmp_path, "DocVQA", [{**row, "tgt_img_path": [None] * len(row["tgt_text"])} for row in rows])
-    assert len(mmeb.load_eval(str(tmp_path), "DocVQA")) == 5
+    assert len(load_eval(str(tmp_path), "DocVQA")) == 5
 
 
 # Scores
@@ -351,7 +354,7 @@ def test_an_oracle_scores_100_everywhere(all_tasks):
     results, per_query = run(Embedder(oracle_vector), all_tasks)
     assert (results["value"] == 100).all() and (results["low"] == 100).all() and (results["ties"] == 0).all()
     assert len(results) == 36 * 4 and len(per_query) == 36 * N_QUERIES and (per_query["rank"] == 1).all()
-    assert mmeb.average_intervals(per_query).set_index("average").loc["overall", "value"] == 100
+    assert average_intervals(per_query).set_index("average").loc["overall", "value"] == 100
 
 
 def test_shuffled_candidates_and_rows_change_nothing(all_tasks, tmp_path):
@@ -391,17 +394,17 @@ def test_one_image_with_two_texts_is_two_candidates(tmp_path):
 
 
 def test_metrics_and_intervals():
-    rows = {row["metric"]: row for row in mmeb.score_ranks(np.array([1, 2, 3, 11]))}
+    rows = {row["metric"]: row for row in score_ranks(np.array([1, 2, 3, 11]))}
     assert rows["p@1"]["value"] == 25 and rows["hit@5"]["value"] == 75 and rows["p@1"]["n"] == 4
     assert rows["mrr"]["value"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 3 + 1 / 11) / 4)
     assert rows["ndcg@10"]["value"] == pytest.approx(100 * (1 + 1 / np.log2(3) + 1 / 2) / 4)
     ranks = np.repeat([1, 5], [300, 700])
-    row = mmeb.score_ranks(ranks, n_boot=4000)[0]
+    row = score_ranks(ranks, n_boot=4000)[0]
     width = 1.96 * 100 * np.sqrt(0.3 * 0.7 / 1000)
     assert [row["low"], row["high"]] == pytest.approx([30 - width, 30 + width], abs=0.3)
-    assert mmeb.score_ranks(ranks[::-1]) == mmeb.score_ranks(ranks)
+    assert score_ranks(ranks[::-1]) == score_ranks(ranks)
     with pytest.raises(ValueError, match="no queries"):
-        mmeb.score_ranks(np.array([]))
+        score_ranks(np.array([]))
 
 
 # Ranking
@@ -417,8 +420,8 @@ def test_rank_is_what_counting_gives(data):
     vectors = np.array(data.draw(st.lists(st.tuples(ints, ints), min_size=n + q, max_size=n + q)), dtype=np.float32)
     queries, candidates = vectors[:q], vectors[q:]
     lists = [np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8))) for _ in range(q)]
-    against = mmeb.rank(queries, candidates, lists, block=data.draw(st.integers(1, 64)))
-    public = mmeb.rank(queries, candidates, lists, ties="public")
+    against = rank(queries, candidates, lists, block=data.draw(st.integers(1, 64)))
+    public = rank(queries, candidates, lists, ties="public")
     for i, index in enumerate(lists):
         scores = candidates[index] @ queries[i]
         assert against["rank"][i] == 1 + (scores[1:] >= scores[0]).sum()
@@ -433,7 +436,7 @@ def test_equal_vectors_tie_wherever_they_stand(n_pool):
     rng = np.random.default_rng(0)
     queries, one = rng.normal(size=(5, 1536)).astype(np.float32), rng.normal(size=1536).astype(np.float32)
     lists = [np.arange(n_pool)] * 5
-    assert (mmeb.rank(queries, np.tile(one, (n_pool, 1)), lists)["ties"] == n_pool - 1).all()
+    assert (rank(queries, np.tile(one, (n_pool, 1)), lists)["ties"] == n_pool - 1).all()
 
 
 @pytest.mark.parametrize("n_candidates", [40, 2000], ids=["one pool", "a pool a row"])
@@ -444,11 +447,11 @@ def test_near_ties_do_not_depend_on_the_order_of_candidates(n_candidates):
     base = rng.normal(size=700)
     candidates = (base + 1e-7 * rng.normal(size=(n_candidates, 700))).astype(np.float32)
     lists = [rng.choice(n_candidates, 33, replace=False) for _ in range(20)]
-    before = mmeb.rank(queries, candidates, lists)
+    before = rank(queries, candidates, lists)
     moved = rng.permutation(n_candidates)
     place = np.argsort(moved)
     shuffled = [place[np.r_[index[:1], rng.permutation(index[1:])]] for index in lists]
-    pd.testing.assert_frame_equal(mmeb.rank(queries, candidates[moved], shuffled), before)
+    pd.testing.assert_frame_equal(rank(queries, candidates[moved], shuffled), before)
 
 
 def test_rank_refuses_what_it_cannot_rank():
@@ -456,13 +459,13 @@ def test_rank_refuses_what_it_cannot_rank():
     broken = candidates.copy()
     broken[1, 2] = np.nan
     with pytest.raises(ValueError, match="candidate 1 has values that are not finite"):
-        mmeb.rank(queries, broken, [np.arange(3)] * 3)
+        rank(queries, broken, [np.arange(3)] * 3)
     with pytest.raises(ValueError, match="query 1"):
-        mmeb.rank(broken, candidates, [np.arange(3)] * 3)
+        rank(broken, candidates, [np.arange(3)] * 3)
     with pytest.raises(ValueError, match="3 queries need as many lists"):
-        mmeb.rank(queries, candidates, [np.arange(3)] * 2)
+        rank(queries, candidates, [np.arange(3)] * 2)
     with pytest.raises(ValueError, match="ties must be"):
-        mmeb.rank(queries, candidates, [np.arange(3)] * 3, ties="lucky")
+        rank(queries, candidates, [np.arange(3)] * 3, ties="lucky")
 
 
 # Embeddings on disk
@@ -471,7 +474,7 @@ def test_rank_refuses_what_it_cannot_rank():
 def test_each_distinct_item_is_encoded_once_in_order_of_length():
     texts = ["long " * 5, "b", "b", "a", "long " * 5]
     embedder = Embedder(random_vector)
-    vectors = mmeb.encode_distinct(embedder, [{"text": t, "image": None} for t in texts], show_progress=False)
+    vectors = encode_distinct(embedder, [{"text": t, "image": None} for t in texts], show_progress=False)
     assert len(embedder.seen) == 3 and embedder.seen[-1][0] == texts[0]
     expected = Embedder(random_vector).encode([{"text": t, "image": None} for t in texts], 1, False)
     np.testing.assert_array_equal(vectors, expected)
@@ -529,7 +532,7 @@ def test_every_process_has_its_share_of_the_pictures(tmp_path):
         seen = []
         spy = SimpleNamespace(encode=lambda some, seen=seen, **_: seen.extend(some) or np.ones((len(some), 1)))
         with contextlib.suppress(RuntimeError):  # the others' shares are missing
-            mmeb.encode_distinct(spy, items, cache_dir=tmp_path / str(i), process_index=i, num_processes=4, batch_size=8,
+            encode_distinct(spy, items, cache_dir=tmp_path / str(i), process_index=i, num_processes=4, batch_size=8,
                                  wait=lambda: None, show_progress=False)  # fmt: skip
         counts.append(sum(item["image"] is not None for item in seen))
     assert sum(counts) == 60 and max(counts) - min(counts) <= 8, counts
@@ -539,19 +542,19 @@ def test_a_share_that_is_missing_is_reported(tmp_path):
     items = [{"text": f"{i}", "image": None} for i in range(100)]
     share = {"process_index": 0, "num_processes": 2, "wait": lambda: None, "batch_size": 4, "show_progress": False}
     with pytest.raises(RuntimeError, match="48 of 100 embeddings are not in"):
-        mmeb.encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, **share)
+        encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, **share)
     with pytest.raises(ValueError, match="cache_dir"):
-        mmeb.encode_distinct(Embedder(random_vector), items, **share)
+        encode_distinct(Embedder(random_vector), items, **share)
 
 
 def test_keys_follow_content(tmp_path):
     a, b = tmp_path / "a.png", tmp_path / "b.png"
     a.write_bytes(b"1")
     b.write_bytes(b"1")
-    key = mmeb.item_key({"text": "t", "image": a})
-    assert key == mmeb.item_key({"text": "t", "image": b}) != mmeb.item_key({"text": "u", "image": a})
+    key = item_key({"text": "t", "image": a})
+    assert key == item_key({"text": "t", "image": b}) != item_key({"text": "u", "image": a})
     a.write_bytes(b"22")
-    assert key != mmeb.item_key({"text": "t", "image": a}) != mmeb.item_key({"text": "t", "image": None})
+    assert key != item_key({"text": "t", "image": a}) != item_key({"text": "t", "image": None})
 
 
 @pytest.mark.parametrize(
@@ -565,17 +568,17 @@ def test_keys_follow_content(tmp_path):
 def test_embeddings_that_cannot_be_compared_are_refused_and_not_kept(encode, message, tmp_path):
     embedder = SimpleNamespace(encode=lambda items, **_: encode(items))
     with pytest.raises(ValueError, match=message):
-        mmeb.encode_distinct(embedder, [{"text": "x", "image": None}], cache_dir=tmp_path, show_progress=False)
+        encode_distinct(embedder, [{"text": "x", "image": None}], cache_dir=tmp_path, show_progress=False)
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_damaged_shard_is_named(tmp_path):
     items = [{"text": "x", "image": None}]
-    mmeb.encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
+    encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
     (shard,) = tmp_path.rglob("*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(ValueError, match=f"{shard.name}: damaged.*delete it"):
-        mmeb.encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
+        encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
 
 
 # Results
@@ -589,7 +592,7 @@ def per_query(ranks: dict[str, list[int]], n_candidates: int = 9) -> pd.DataFram
 def test_intervals_of_the_averages_are_over_queries_within_tasks():
     tasks = (Task("GQA", "vqa", False, 9), Task("DocVQA", "vqa", True, 9), Task("OVEN", "retrieval", False, 9))
     found = per_query({"GQA": [1] * 300 + [2] * 700, "DocVQA": [1] * 20 + [2] * 20, "OVEN": [3] * 50})
-    table = mmeb.average_intervals(found, tasks, n_boot=8000).set_index("average")
+    table = average_intervals(found, tasks, n_boot=8000).set_index("average")
     assert table.index.tolist() == ["classification", "vqa", "retrieval", "grounding", "ind", "ood", "overall"]
     assert table["value"].tolist() == pytest.approx([np.nan, 40, 0, np.nan, 50, 15, 80 / 3], nan_ok=True)
     # Standard errors by hand: of a task 100 sqrt(p (1 - p) / n), of a mean of m tasks the root of their squares over m.
@@ -603,10 +606,10 @@ def test_intervals_of_the_averages_are_over_queries_within_tasks():
     assert table.loc["retrieval", ["value", "low", "high"]].tolist() == [0, 0, 0]
     assert table.loc[["classification", "grounding"], ["value", "low", "high"]].isna().all(axis=None)
     assert table["n_tasks"].tolist() == [0, 2, 1, 0, 1, 2, 3] and table.loc["overall", "n"] == 1090
-    same = mmeb.average_intervals(found.sample(frac=1, random_state=0), tasks, n_boot=8000)
+    same = average_intervals(found.sample(frac=1, random_state=0), tasks, n_boot=8000)
     pd.testing.assert_frame_equal(same.set_index("average"), table)
     with pytest.raises(ValueError, match="unknown task.*OVEN"):
-        mmeb.average_intervals(found, tasks[:2])
+        average_intervals(found, tasks[:2])
 
 
 @pytest.mark.parametrize(
@@ -643,7 +646,7 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     (tmp_path / "the-model").mkdir()
     (tmp_path / "the-model" / "cocoa.json").write_text('{"eos_token": "", "max_length": 9, "weights_sha256": "5a5a"}')
     out = tmp_path / "out"
-    mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--n-queries", "12"])
+    main(["the-model", "--root", str(folder), "--out", str(out), "--n-queries", "12"])
     printed = capsys.readouterr().out
     assert re.search(r"classification +100\.0 \[100\.0, 100\.0\]", printed) and "vqa" not in printed
     assert re.search(r"overall +100\.0 \[", printed)
@@ -656,19 +659,19 @@ def test_the_command_line_writes_what_the_notebook_does(all_tasks, tmp_path, mon
     assert facts["data"] == "c0ffee"
     assert len(pd.read_parquet(out / "per_query.parquet")) == 24
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-    mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
+    main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "ImageNet-1K"])
     assert "MISSING: N24News" in capsys.readouterr().out
     card = (tmp_path / "the-model" / "README.md").read_text(encoding="utf-8")
     assert "5a5a" in card and "| overall | 1 | 100.0 | 100.0 to 100.0 |" in card and "Missing tasks: N24News" in card
     assert f"on `{tmp_path.name}/data`, 1 tasks, 40 queries" in card and card.count("## Scores") == 1
     with pytest.raises(ValueError, match="unknown task.*GQA"):
-        mmeb.main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "GQA"])
+        main(["the-model", "--root", str(folder), "--out", str(out), "--tasks", "GQA"])
     with pytest.raises(FileNotFoundError, match="runs/lap/data: no such folder, and not a hub name"):
-        mmeb.main(["the-model", "--root", "runs/lap/data", "--image-root", ".", "--out", str(out)])
+        main(["the-model", "--root", "runs/lap/data", "--image-root", ".", "--out", str(out)])
 
 
 def test_the_compared_models_are_the_baselines_then_cocoa_and_moca():
-    rows = mmeb.compared()
+    rows = compared()
     assert set(rows["size"]) == {"3B"} and rows["label"].is_unique
     causal, bidirectional, ours, moca = rows["label"]
     assert "causal, contrastive only" in causal and "bidirectional, contrastive only" in bidirectional

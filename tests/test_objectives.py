@@ -14,20 +14,28 @@ from torch import nn
 
 from cocoa_lib.attention import EOS, LAYOUTS, A, B
 from cocoa_lib.backbone import hidden_states, set_bidirectional
-from cocoa_lib.batches import causal_batch, stage1_batch, stage2_batch
-from cocoa_lib.corruption import IGNORE, hide_cells, mask_cells, mask_text, maskable, patch_noise
+from cocoa_lib.contrastive import CachedInfoNCE, info_nce
+from cocoa_lib.corruption import (
+    IGNORE,
+    hide_cells,
+    mask_cells,
+    mask_text,
+    maskable,
+    patch_noise,
+    stage1_batch,
+    stage2_batch,
+)
 from cocoa_lib.embedder import EosEmbedding
-from cocoa_lib.objectives import (
-    CachedInfoNCE,
+from cocoa_lib.recipes import PRESETS, make_recipe
+from cocoa_lib.reconstruction import (
     PatchDecoder,
     Reconstruction,
-    info_nce,
     mlm_loss,
     mntp_loss,
     patch_loss,
     patch_targets,
 )
-from cocoa_lib.recipes import PRESETS, make_recipe
+from cocoa_lib.world.backbone import causal_batch
 
 
 def rows(picture, n=4):

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask, segments
+from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask
 from cocoa_lib.backbone import hidden_states, position_ids, set_bidirectional
-from cocoa_lib.batches import stage1_batch, stage2_batch
-from cocoa_lib.objectives import Reconstruction
+from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.packing import NO_SAMPLE, pack
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.show.masks import segments
 
 SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=9)
 

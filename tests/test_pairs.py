@@ -12,10 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cocoa_lib import corpus, mmeb, profiles
+from cocoa_lib.data import corpus
+from cocoa_lib.data.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
+from cocoa_lib.data.tables import load_eval
+from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError
-from cocoa_lib.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
-from cocoa_lib.profiles import NOTEBOOKS, run_notebook
+from cocoa_lib.run.profiles import NOTEBOOKS, run_notebook
+from cocoa_lib.run.profiles import path as profiles_path
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "grey", "black", "pink", "brown"]
 
@@ -69,19 +72,19 @@ def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
     root = tmp_path / "data"
     manifest = build_pairs(path, root, n_eval=3, progress=False)
     assert manifest["used"] == 24 and manifest["image_root"] == "png", "the image folder is found below the table"
-    tasks = mmeb.choose_tasks(["all"], str(root))
-    assert mmeb.choose_tasks(["ClassSeen", "ClassSeen"], str(root)) == (tasks[2],), "its queries count once"
+    tasks = choose_tasks(["all"], str(root))
+    assert choose_tasks(["ClassSeen", "ClassSeen"], str(root)) == (tasks[2],), "its queries count once"
     assert [task.name for task in tasks] == [
         "TextToImageSeen", "ImageToTextSeen", "ClassSeen", "TextToImageUnseen", "ImageToTextUnseen", "ClassUnseen",
     ]  # fmt: skip
-    unseen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextUnseen")}
-    seen = {row["tgt_text"][0] for row in mmeb.load_eval(str(root), "ImageToTextSeen")}
+    unseen = {row["tgt_text"][0] for row in load_eval(str(root), "ImageToTextUnseen")}
+    seen = {row["tgt_text"][0] for row in load_eval(str(root), "ImageToTextSeen")}
     assert len(seen) == len(unseen) == 2, "a fifth of 12 concepts; both have the same chance"
     training = {row["target"] for row in corpus.captions(root)}
     assert seen <= training and not {concept(t) for t in unseen} & {concept(t) for t in training}
     pairs, sizes = corpus.pairs(root)
     assert sizes == [len(training)] * 3 and set(pairs.column_names) == {"anchor", "positive"}
-    for row in mmeb.load_eval(str(root), "TextToImageUnseen"):
+    for row in load_eval(str(root), "TextToImageUnseen"):
         assert len(set(row["tgt_img_path"])) == len(row["tgt_img_path"]) == 2
 
 
@@ -147,7 +150,7 @@ def test_a_folder_of_named_folders(tmp_path, picture):
     assert manifest["used"] == 16
     texts = set(pd.read_parquet(tmp_path / "data" / "corpus" / "train.parquet")["answer"])
     assert texts < {"Red Apple", "Pear", "Oat Milk", "Tea"} and len(texts) == 2
-    for task in mmeb.choose_tasks(["all"], str(tmp_path / "data")):
+    for task in choose_tasks(["all"], str(tmp_path / "data")):
         assert task.n_candidates == 2, "one candidate would always be right"
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pictures in named folders"):
@@ -170,7 +173,7 @@ def test_a_class_may_be_0_and_blanks_are_none(table, tmp_path):
         row["group"] = [0, 1, 2, " "][i // 2 % 4]  # both variants of a concept
     rewrite(path, rows)
     build_pairs(path, tmp_path / "data", n_eval=6, progress=False)
-    shown = [row for part in ("Seen", "Unseen") for row in mmeb.load_eval(str(tmp_path / "data"), f"Class{part}")]
+    shown = [row for part in ("Seen", "Unseen") for row in load_eval(str(tmp_path / "data"), f"Class{part}")]
     assert {text for row in shown for text in row["tgt_text"]} == {"0", "1", "2"}
     assert {row["tgt_text"][0] for row in shown} == {"0", "1", "2"}
     trained = pd.read_parquet(next((tmp_path / "data" / "train" / "Class").glob("*.parquet")))
@@ -183,7 +186,7 @@ def test_a_class_that_few_rows_have(table, tmp_path):
         row["group"] = {0: "warm", 1: "cold"}.get(i, "")
     rewrite(path, rows)
     build_pairs(path, tmp_path / "data", n_eval=2, progress=False)
-    assert len(mmeb.choose_tasks(["all"], str(tmp_path / "data"))) < 6, "a part without such a row has no such task"
+    assert len(choose_tasks(["all"], str(tmp_path / "data"))) < 6, "a part without such a row has no such task"
 
 
 def test_the_folder_of_pictures_is_found_by_whole_names(table, tmp_path):
@@ -210,7 +213,7 @@ def test_the_notebook_takes_a_relative_image_root_from_the_projects_root(monkeyp
     names = {
         "pairs": {"path": "my/a.csv", "image_root": "my/pictures", "text_column": "t"},
         "data": "d",
-        "path": profiles.path,
+        "path": profiles_path,
     }
     names["user_pairs"] = SimpleNamespace(build_pairs=lambda **given: given)
     exec("\n".join(line for line in source.splitlines()[:2]), names)  # what it hands over, not what it shows of it

@@ -6,14 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cocoa_lib import probe, world
-from cocoa_lib.world import POSITIONS, read_scenes
+from cocoa_lib.evaluate import probe
+from cocoa_lib.world.build import build, read_scenes
+from cocoa_lib.world.scenes import POSITIONS
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("probe") / "world"
-    world.build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=400)
+    build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=400)
     return folder
 
 

@@ -10,18 +10,17 @@ from typing import get_args, get_type_hints
 import nbformat
 import pytest
 
-from cocoa_lib import profiles
 from cocoa_lib.attention import LAYOUTS
-from cocoa_lib.profiles import (
+from cocoa_lib.recipes import RANGES, RECIPES, RecipeError, make_recipe
+from cocoa_lib.run.arms import read_arms
+from cocoa_lib.run.profiles import (
     NOTEBOOKS,
     declared_parameters,
     load_profile,
     notebook_parameters,
     profile_of,
-    read_arms,
     tidy_notebook,
 )
-from cocoa_lib.recipes import RANGES, RECIPES, RecipeError, make_recipe
 
 ALL = sorted(NOTEBOOKS.glob("*.ipynb"))
 
@@ -214,8 +213,8 @@ def test_a_run_is_of_the_longest_profile_that_its_name_begins_with(monkeypatch, 
     (tmp_path / "profiles").mkdir()
     for name, temperature in (("laptop", 0.05), ("laptop-mine", 0.1)):
         (tmp_path / "profiles" / f"{name}.yaml").write_text(f"stage3: {{temperature: {temperature}}}")
-    monkeypatch.setattr(profiles, "NOTEBOOKS", tmp_path)
-    monkeypatch.setattr(profiles, "load_profile", lambda name: load_profile(name, tmp_path / "profiles"))
+    monkeypatch.setattr("cocoa_lib.run.profiles.NOTEBOOKS", tmp_path)
+    monkeypatch.setattr("cocoa_lib.run.profiles.load_profile", lambda name: load_profile(name, tmp_path / "profiles"))
     found = {
         name: profile_of(Path("runs") / name) for name in ("laptop-emoji", "laptop-mine", "laptop-mine-emoji", "other")
     }

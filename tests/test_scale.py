@@ -32,15 +32,20 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from cocoa_lib import corpus, train, world
-from cocoa_lib.backbone import new_backbone, open_backbone
-from cocoa_lib.checkpoint import read_meta, save_checkpoint
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.data import corpus
 from cocoa_lib.inputs import Inputs
-from cocoa_lib.lock import locked
-from cocoa_lib.objectives import Reconstruction
-from cocoa_lib.profiles import NOTEBOOKS, ROOT, load_profile
 from cocoa_lib.recipes import make_recipe
-from cocoa_lib.train import TrainingError, run_stage
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.profiles import NOTEBOOKS, ROOT, load_profile
+from cocoa_lib.run.resume import COMPLETE, TrainingError, Watch, explained, last_whole_checkpoint
+from cocoa_lib.run.sharding import shard
+from cocoa_lib.run.stage import _finish, run_stage
+from cocoa_lib.run.trainers import PlainTrainer
+from cocoa_lib.store.checkpoint import read_meta, save_checkpoint
+from cocoa_lib.store.files import locked
+from cocoa_lib.world.backbone import new_backbone
+from cocoa_lib.world.build import build
 
 TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
         "logging_steps": 1}  # fmt: skip
@@ -52,7 +57,7 @@ def home(tmp_path_factory):
     """A folder with `world`, the random model `init`, and each stage from it on one process, seed 0, uninterrupted."""
     folder = tmp_path_factory.mktemp("scale")
     torch.set_num_threads(1)
-    world.build(folder / "world", seed=0, n_pairs=48, n_queries=8, n_corpus=16)
+    build(folder / "world", seed=0, n_pairs=48, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
     model, inputs = new_backbone(
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
@@ -86,7 +91,7 @@ def assert_close(home, stage, folder):
 
 def stop_at(patch, step, how):
     """At the loss of `step`, raise `how` or send that signal to this process."""
-    original = train.PlainTrainer.checked
+    original = PlainTrainer.checked
 
     def checked(self, loss):
         if self.state.global_step + 1 == step:
@@ -95,15 +100,15 @@ def stop_at(patch, step, how):
             os.kill(os.getpid(), how)
         return original(self, loss)
 
-    patch.setattr(train.PlainTrainer, "checked", checked)
+    patch.setattr(PlainTrainer, "checked", checked)
 
 
 def steps_of(run):
     """The steps whose loss this process computes while `run` lasts."""
-    steps, original = [], train.PlainTrainer.checked
+    steps, original = [], PlainTrainer.checked
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            train.PlainTrainer, "checked",
+            PlainTrainer, "checked",
             lambda self, loss: (steps.append(self.state.global_step + 1), original(self, loss))[1],
         )  # fmt: skip
         run()
@@ -131,7 +136,7 @@ def member(rank, port, n, work, home, out):
 def together(work, home, out, n=2):
     """Run `work` in `n` gloo processes of one run; exit codes in order of rank."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cocoa_lib.train"])
+    context.set_forkserver_preload(["cocoa_lib.run"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -200,7 +205,7 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert time.monotonic() - start < 60
     word = (tmp_path / "error-0").read_text()
     assert word.startswith(TrainingError.__name__) and "another process of this run" in word and "after step 3" in word
-    assert train.last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
+    assert last_whole_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
 
 
@@ -212,7 +217,7 @@ def a_worker_is_killed(rank, home, out):
         worker = torch.utils.data.get_worker_info()
         made.append(1)
         if worker is not None and worker.id == 0 and len(made) > 4:  # two a batch
-            while not (out / ".stage3.work" / "checkpoint-2" / train.COMPLETE).exists():
+            while not (out / ".stage3.work" / "checkpoint-2" / COMPLETE).exists():
                 time.sleep(0.1)
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args, **kwargs)
@@ -239,25 +244,25 @@ def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(home, tmp_pat
 @pytest.mark.parametrize("workers, said", [(2, TrainingError), (0, BrokenPipeError)])
 def test_a_lost_connection_is_a_workers_only_where_there_are_workers(workers, said, tmp_path):
     trainer = Namespace(state=Namespace(global_step=3), args=Namespace(dataloader_num_workers=workers))
-    with pytest.raises(said), train.explained(trainer, Namespace(process_index=0, num_processes=1), tmp_path):
+    with pytest.raises(said), explained(trainer, Namespace(process_index=0, num_processes=1), tmp_path):
         raise BrokenPipeError
 
 
 def the_last_word(rank, home, out, finish):
     """Stage 2, with `finish` for what the main process does last; anywhere else the others would wait a second for it."""
-    restore = train.Watch.restore
+    restore = Watch.restore
 
     def impatient(self):
         restore(self)
         torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Watch, "restore", impatient)
-        patch.setattr(train, "_finish", finish)
+        patch.setattr(Watch, "restore", impatient)
+        patch.setattr("cocoa_lib.run.stage._finish", finish)
         go(home, "stage2", out / "stage2")
 
 
-def slow_to_save(rank, home, out, original=train._finish):
+def slow_to_save(rank, home, out, original=_finish):
     def finish(*args):
         time.sleep(3)
         original(*args)
@@ -287,7 +292,7 @@ def test_a_death_while_the_others_wait_for_the_folder_ends_them(home, tmp_path):
 def launch_environment(name):
     """What `accelerate launch` tells its processes of the sharding in a launch file."""
     parser = launch_command_parser()
-    arguments = ["--config_file", str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"), "-m", "cocoa_lib.train"]
+    arguments = ["--config_file", str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"), "-m", "cocoa_lib.run"]
     environment = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
     return {key: value for key, value in environment.items() if "FSDP" in key}
 
@@ -340,7 +345,7 @@ def all_sharded(rank, home, out):
 
 def one_is_spoilt(rank, home, out):
     """A weight in the other process's share is no number after step 2: both see it before anything is saved."""
-    original = train.Watch.on_step_end
+    original = Watch.on_step_end
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if rank == 1 and state.global_step == 2:
@@ -349,7 +354,7 @@ def one_is_spoilt(rank, home, out):
 
     with pytest.MonkeyPatch.context() as patch:
         shard_on_cpu(patch)
-        patch.setattr(train.Watch, "on_step_end", on_step_end)
+        patch.setattr(Watch, "on_step_end", on_step_end)
         with pytest.raises(TrainingError, match="1 weights, .* are not finite at step 2"):
             go(home, "stage2", out / "spoilt")
 
@@ -409,7 +414,7 @@ def test_another_kind_of_sharding_is_refused(wrong):
     asked = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False} | wrong
     trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=Namespace(**asked))))
     with pytest.raises(TrainingError, match="sharded training needs fsdp_version: 2.*fsdp_1x8.yaml"):
-        train.shard(trainer, None, None)
+        shard(trainer, None, None)
 
 
 def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
@@ -420,7 +425,7 @@ def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
     )
     trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
     trainer.is_world_process_zero = lambda: True
-    kept, model, _ = train.shard(trainer, module.model, None)
+    kept, model, _ = shard(trainer, module.model, None)
     assert plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]
     assert kept is not module and kept.model is model, "whole, and its own weights"
 
@@ -433,7 +438,7 @@ def test_the_model_is_in_bf16_when_sharded_and_the_sums_of_gradients_are_not(hom
     module = Reconstruction(open_backbone(home / "init", bidirectional=False), layout="causal")
     trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
     trainer.is_world_process_zero = lambda: False
-    train.shard(trainer, module.model, None)
+    shard(trainer, module.model, None)
     asked = plugin.mixed_precision_policy
     assert (asked.param_dtype, asked.reduce_dtype, asked.output_dtype) == (torch.bfloat16, torch.float32, None)
 
@@ -462,7 +467,7 @@ def test_accelerate_launches_a_stage_with_a_launch_file(home, stage, tmp_path):
     launch = (
         f"-m accelerate.commands.accelerate_cli launch --config_file {NOTEBOOKS / 'profiles/accelerate/ddp_1x8.yaml'}"
     )
-    line = f"{launch} --num_processes 2 --main_process_port 0 -m cocoa_lib.train {stage} --allow-parent"
+    line = f"{launch} --num_processes 2 --main_process_port 0 -m cocoa_lib.run {stage} --allow-parent"
     command = [sys.executable, *shlex.split(line), "--recipe", json.dumps(tiny(stage))]
     command += ["--parent", str(home / "init"), "--data", str(home / "world"), "--out", str(out)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -599,7 +604,7 @@ STUB = """#!/bin/bash
 echo "$*" >> calls
 if [ -f broken ] && [[ "$*" == *"$(cat broken)"* ]]; then echo "out of memory: lower batch_size" >&2; exit 1; fi
 while [ $# -gt 1 ]; do [ "$1" = --out ] && out=$2; [ "$1" = -m ] && module=$2; shift; done
-case $module in cocoa_lib.train) mkdir -p "$out";; cocoa_lib.mmeb) touch "$out/results.csv";; *) touch "$out";; esac
+case $module in cocoa_lib.run) mkdir -p "$out";; cocoa_lib.evaluate) touch "$out/results.csv";; *) touch "$out";; esac
 """
 
 

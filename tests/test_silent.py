@@ -21,11 +21,18 @@ from PIL import Image
 from test_corpus import write
 from test_train import go, home, tiny  # noqa: F401 (home is a fixture)
 
-from cocoa_lib import batches, checkpoint, corpus, mmeb, objectives, pairs, train
+from cocoa_lib.corruption import stage1_batch, stage2_batch
+from cocoa_lib.data import corpus, pairs
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
+from cocoa_lib.evaluate.score import write_results
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import make_recipe
+from cocoa_lib.reconstruction import Reconstruction
+from cocoa_lib.run.stage import train_backbone
+from cocoa_lib.run.trainers import ReconstructionTrainer
+from cocoa_lib.store import checkpoint
+from cocoa_lib.store.checkpoint import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,10 +81,10 @@ def test_no_old_scores_beside_new_ranks(tmp_path, monkeypatch):
         )
 
     ranks = pd.DataFrame({"task": ["Digits"] * 4, "query": range(4), "rank": 2, "n_candidates": 10})
-    mmeb.write_results(results(0.0), ranks, tmp_path, {})
-    monkeypatch.setattr(mmeb, "average_intervals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    write_results(results(0.0), ranks, tmp_path, {})
+    monkeypatch.setattr("cocoa_lib.evaluate.score.average_intervals", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        mmeb.write_results(results(100.0), ranks.assign(rank=1), tmp_path, {})
+        write_results(results(100.0), ranks.assign(rank=1), tmp_path, {})
     assert not (tmp_path / "results.csv").exists()
 
 
@@ -96,7 +103,7 @@ def test_settings_of_sentence_transformers_are_heard(home):
 
 def test_a_tokenizer_is_of_its_data(tmp_path, monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {})
-    monkeypatch.setattr(train, "run_stage", lambda stage, recipe, *, parent, **rest: parent)
+    monkeypatch.setattr("cocoa_lib.run.stage.run_stage", lambda stage, recipe, *, parent, **rest: parent)
     shape = {
         "vocab_size": 600,
         "image_pixels": 1024,
@@ -114,7 +121,7 @@ def test_a_tokenizer_is_of_its_data(tmp_path, monkeypatch):
             "corpus/train",
             {"image_path": ["a.png"] * 2, "kind": ["caption", "qa"], "question": ["", "what?"], "answer": [word] * 2},
         )
-        folder = train.train_backbone(tmp_path / word, tmp_path / "out", shape, make_recipe("causal"), seed=0)
+        folder = train_backbone(tmp_path / word, tmp_path / "out", shape, make_recipe("causal"), seed=0)
         found.append(len(Inputs.load(folder).text_ids(word)))
     assert found == [1, 1]
 
@@ -124,8 +131,8 @@ def test_the_first_token_is_not_hidden_on_either_side(small):
     rows = [{"text": "", "image": None, "target": t, "draw": i} for i, t in enumerate(["red", "a large red circle"])]
     recipe, losses = make_recipe("stage1", {"text_mask_rate": 1.0, "image_weight": 0.0}), []
     for side in ("right", "left"):
-        batch = batches.stage1_batch(rows, replace(inputs, padding_side=side), recipe, 0)
-        module = objectives.Reconstruction(model, layout="bidirectional").eval()
+        batch = stage1_batch(rows, replace(inputs, padding_side=side), recipe, 0)
+        module = Reconstruction(model, layout="bidirectional").eval()
         losses.append(float(module(**batch)["text_loss"]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -144,8 +151,8 @@ def test_what_is_no_picture_is_named_and_skipped(small, image):
 def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    monkeypatch.setattr(train, "_run", lambda *_: pytest.fail("training began"))
-    with pytest.raises(train.CheckpointError, match="holds files that are no checkpoint"):
+    monkeypatch.setattr("cocoa_lib.run.stage._run", lambda *_: pytest.fail("training began"))
+    with pytest.raises(CheckpointError, match="holds files that are no checkpoint"):
         go(home, "stage1", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -157,7 +164,7 @@ def test_a_picture_and_its_copy_fit(small, picture):
     mine.image_processor.size = replace(mine.image_processor.size, longest_edge=10**6)
     mine.limit_images(recipe.image_limit(64))
     row = {"text": "", "image": picture(1280, 640), "target": "a large red circle", "draw": 0}
-    batch = batches.stage2_batch([row], mine, recipe, 0)
+    batch = stage2_batch([row], mine, recipe, 0)
     assert batch["input_ids"].shape[1] <= 64 and (batch["labels"] != -100).any()
 
 
@@ -173,7 +180,7 @@ def test_a_row_without_two_sides_is_named_before_training(home, tmp_path, row, m
     table = pd.read_parquet(data / "corpus/train.parquet")
     table.loc[0] = [row[0] and table.loc[0, "image_path"], *row[1:]]
     table.to_parquet(data / "corpus/train.parquet", index=False)
-    monkeypatch.setattr(train.ReconstructionTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(ReconstructionTrainer, "train", lambda *_, **__: pytest.fail("training began"))
     recipe = tiny("stage2", sources="captions", steps=10)
     with pytest.raises(InputError, match=f"world: {message}; mend or leave out the row with text"):
         go(home, "stage2", tmp_path / "out", recipe, data=data)
@@ -208,7 +215,7 @@ def test_the_commit_is_this_packages_own(tmp_path):
     who = ["-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    code = "from cocoa_lib.checkpoint import provenance; print(provenance()['commit'])"
+    code = "from cocoa_lib.store.checkpoint import provenance; print(provenance()['commit'])"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -329,7 +329,7 @@ def test_the_index_compares_arms_on_the_same_budget_only():
 
 
 def test_the_page_of_verdicts_is_that_of_the_committed_tables():
-    from cocoa_lib import analysis
+    from cocoa_lib.evaluate import effects as analysis
 
     page = BeautifulSoup((ROOT / "reports" / "site" / "05_ablations.html").read_text(encoding="utf-8"), "html.parser")
     rows = [[cell.get_text(" ", strip=True) for cell in row.select("td")] for row in page.select("tr")]

@@ -34,15 +34,33 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from torch.nn.parallel import DistributedDataParallel
 
 import cocoa_lib.inputs
-from cocoa_lib import batches, corpus, embedder, train, world
-from cocoa_lib.backbone import new_backbone, open_backbone
-from cocoa_lib.batches import Planned, index_plan, pair_features, stage1_batch
-from cocoa_lib.checkpoint import CheckpointError, file_hash, load_inputs, read_meta, save_checkpoint, weights_hash
+from cocoa_lib import corruption, embedder
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.corruption import stage1_batch
+from cocoa_lib.data import corpus
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
 from cocoa_lib.items import InputError
-from cocoa_lib.objectives import CachedInfoNCE, Reconstruction, load_decoder
 from cocoa_lib.recipes import RECIPES, make_recipe
-from cocoa_lib.train import TrainingError, last_whole_checkpoint, main, run_stage
+from cocoa_lib.reconstruction import Reconstruction, load_decoder
+from cocoa_lib.run import stage as stage_module
+from cocoa_lib.run import trainers
+from cocoa_lib.run.__main__ import main
+from cocoa_lib.run.plan import Planned, index_plan
+from cocoa_lib.run.resume import TrainingError, Watch, last_whole_checkpoint
+from cocoa_lib.run.sharding import join_processes
+from cocoa_lib.run.stage import BUILDERS, check_parent, run_stage, train_backbone
+from cocoa_lib.run.trainers import PlainTrainer, ReconstructionTrainer, training_arguments
+from cocoa_lib.store.checkpoint import (
+    CheckpointError,
+    load_inputs,
+    read_meta,
+    save_checkpoint,
+    weights_hash,
+)
+from cocoa_lib.store.files import file_hash
+from cocoa_lib.world.backbone import new_backbone
+from cocoa_lib.world.build import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
@@ -64,7 +82,7 @@ def home(tmp_path_factory):
     """A folder with `world`, `init` and the four stages from it, seed 0, uninterrupted."""
     folder = tmp_path_factory.mktemp("runs")
     torch.set_num_threads(1)
-    world.build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
+    build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
     model, inputs = new_backbone(
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
@@ -152,7 +170,7 @@ def test_a_picture_is_read_once_and_keeping_it_changes_nothing(home, tmp_path, m
     monkeypatch.setattr(cocoa_lib.inputs, "load_image", lambda source: read.update([str(source)]) or load(source))
     assert_same_run(go(home, "stage1", tmp_path / "kept"), home / "stage1")
     assert set(read.values()) == {1}
-    monkeypatch.setattr(train, "KEPT_IMAGES", 0)
+    monkeypatch.setattr("cocoa_lib.run.stage.KEPT_IMAGES", 0)
     assert_same_run(go(home, "stage1", tmp_path / "read"), home / "stage1")
     assert max(read.values()) > 2
 
@@ -160,7 +178,7 @@ def test_a_picture_is_read_once_and_keeping_it_changes_nothing(home, tmp_path, m
 def test_a_finished_run_is_returned_and_another_configuration_refused(home, monkeypatch):
     out = home / "stage1"
     before = (out / "cocoa.json").read_bytes()
-    monkeypatch.setitem(train.BUILDERS, "stage1", None)  # nothing may be trained
+    monkeypatch.setitem(BUILDERS, "stage1", None)  # nothing may be trained
     assert go(home, "stage1", out) == out and (out / "cocoa.json").read_bytes() == before
     with pytest.raises(CheckpointError, match=r"another configuration \(different: recipe\)"):
         go(home, "stage1", out, tiny("stage1", steps=7))
@@ -191,7 +209,7 @@ def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
             self._n_gpu = 2
 
     recipe = tiny("stage1")
-    args = train.training_arguments(OnTwo, recipe, tmp_path, 0)
+    args = training_arguments(OnTwo, recipe, tmp_path, 0)
     assert args.train_batch_size == recipe.batch_size
 
 
@@ -217,12 +235,12 @@ def test_a_parent_without_our_record_is_told_by_its_weights(home, tmp_path):
     for name in ("one", "two"):
         folder = shutil.copytree(home / "causal", tmp_path / name)
         (folder / "cocoa.json").unlink()
-    one, two = (train.check_parent("stage1", tmp_path / name, False) for name in ("one", "two"))
+    one, two = (check_parent("stage1", tmp_path / name, False) for name in ("one", "two"))
     assert one == two and one["weights_sha256"] == read_meta(home / "causal")["weights_sha256"]
     save_file(weights(home / "stage1"), tmp_path / "two" / "model.safetensors", {"format": "pt"})
-    assert train.check_parent("stage1", tmp_path / "two", False) != one
+    assert check_parent("stage1", tmp_path / "two", False) != one
     assert (
-        train.check_parent("stage1", "Qwen/Qwen2-VL-2B-Instruct", False)["weights_sha256"]
+        check_parent("stage1", "Qwen/Qwen2-VL-2B-Instruct", False)["weights_sha256"]
         == "Qwen/Qwen2-VL-2B-Instruct"
     )
 
@@ -242,8 +260,8 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
 
 @pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)], ids=["added", "of the vocabulary"])
 def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_path, token, added, monkeypatch):
-    seen, write = [], batches.mask_text
-    monkeypatch.setattr(batches, "mask_text", lambda *a, **k: seen.append(k["mask_token_id"]) or write(*a, **k))
+    seen, write = [], corruption.mask_text
+    monkeypatch.setattr("cocoa_lib.corruption.mask_text", lambda *a, **k: seen.append(k["mask_token_id"]) or write(*a, **k))
     before = load_inputs(home / "causal", read_meta(home / "causal"))
     go(home, "stage1", tmp_path / "stage1", tiny("stage1", mask_token=token))
     inputs = load_inputs(tmp_path / "stage1", read_meta(tmp_path / "stage1"))
@@ -326,7 +344,7 @@ def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path)
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_workers_change_nothing(home, stage, tmp_path):
     recipe = tiny(stage, workers=2)
-    assert train.training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0).dataloader_num_workers == 2
+    assert training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0).dataloader_num_workers == 2
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
 
 
@@ -389,7 +407,7 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
 
 def stop_at(monkeypatch, step, how):
     """At the loss of `step`: raise `how`, or send that signal to this process; steps before it are untouched."""
-    original = train.PlainTrainer.checked
+    original = PlainTrainer.checked
 
     def checked(self, loss):
         if self.state.global_step + 1 == step:
@@ -398,7 +416,7 @@ def stop_at(monkeypatch, step, how):
             os.kill(os.getpid(), how)
         return original(self, loss)
 
-    monkeypatch.setattr(train.PlainTrainer, "checked", checked)
+    monkeypatch.setattr(PlainTrainer, "checked", checked)
 
 
 def killed_run(home, stage, out, values, where):
@@ -408,11 +426,11 @@ def killed_run(home, stage, out, values, where):
     patch = pytest.MonkeyPatch()
     if where == "finishing":  # all is trained and written aside, the last rename is missing
         replace = os.replace
-        patch.setattr("cocoa_lib.checkpoint.os.replace", lambda a, b: kill() if str(b) == str(out) else replace(a, b))
+        patch.setattr("cocoa_lib.store.checkpoint.os.replace", lambda a, b: kill() if str(b) == str(out) else replace(a, b))
     elif where == "saving":  # checkpoint-4 holds its weights but neither optimiser nor random state
-        save = train.PlainTrainer._save
+        save = PlainTrainer._save
         patch.setattr(
-            train.PlainTrainer, "_save",
+            PlainTrainer, "_save",
             lambda self, *a, **k: (save(self, *a, **k), kill() if self.state.global_step == 4 else None),
         )  # fmt: skip
     else:
@@ -425,7 +443,7 @@ def killed_run(home, stage, out, values, where):
 def processes():
     """Child processes from one that has imported the library once, and nothing of this one's state."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cocoa_lib.train"])
+    context.set_forkserver_preload(["cocoa_lib.run"])
     return context
 
 
@@ -455,7 +473,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(home, processes, stage, whe
 
 
 def test_the_command_killed_at_a_random_moment_goes_on(home, tmp_path):
-    """python -m cocoa_lib.train, from outside, at no chosen place; then the same command again (in this process)."""
+    """python -m cocoa_lib.run, from outside, at no chosen place; then the same command again (in this process)."""
     values = TINY | {"steps": 30, "mini_batch_size": 3}
     command = ["stage3", "--parent", home / "stage2", "--data", home / "world", "--out"]
     command = [str(word) for word in command]
@@ -463,8 +481,8 @@ def test_the_command_killed_at_a_random_moment_goes_on(home, tmp_path):
     main([*command, str(whole), "--recipe", json.dumps(values)])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(
-        [sys.executable, "-m", "cocoa_lib.train", *command, str(tmp_path / "out"), "--recipe", json.dumps(values)],
-        cwd=Path(train.__file__).parent.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "cocoa_lib.run", *command, str(tmp_path / "out"), "--recipe", json.dumps(values)],
+        cwd=Path(corruption.__file__).parent.parent, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     work, deadline = tmp_path / ".out.work", time.monotonic() + 120
     while not (work / "checkpoint-2").exists() and child.poll() is None and time.monotonic() < deadline:
@@ -503,7 +521,7 @@ def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_twice_stops_at_once_but_sigterm_may_come_from_scheduler_and_launcher():
-    watch = train.Watch()
+    watch = Watch()
     watch._interrupt(signal.SIGTERM, None)
     watch._interrupt(signal.SIGTERM, None)
     with pytest.raises(KeyboardInterrupt):
@@ -593,7 +611,7 @@ def test_a_full_disk_is_said_whoever_writes(home, where, tmp_path, monkeypatch):
 
     said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
     said = said if where != "_finish" else SafetensorError("IoError: No space left on device (os error 28)")
-    target = train if where == "_finish" else transformers.Trainer
+    target = stage_module if where == "_finish" else transformers.Trainer
 
     def full(*args, **kwargs):
         raise said
@@ -607,9 +625,8 @@ def test_a_full_disk_is_said_whoever_writes(home, where, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_a_full_disk_is_said_and_the_same_command_goes_on(home, stage, tmp_path, monkeypatch):
-    from cocoa_lib import train
 
-    save, written = train.save_model, []
+    save, written = trainers.save_model, []
 
     def full(model, path, *args):
         written.append(path)
@@ -618,11 +635,11 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(home, stage, tmp_path,
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save(model, path, *args)
 
-    monkeypatch.setattr(train, "save_model", full)
+    monkeypatch.setattr("cocoa_lib.run.trainers.save_model", full)
     with pytest.raises(TrainingError, match=r"the disk is full.*step 4.*same command: it goes on"):
         go(home, stage, tmp_path / stage)
     assert not (tmp_path / stage).exists()
-    monkeypatch.setattr(train, "save_model", save)
+    monkeypatch.setattr("cocoa_lib.run.trainers.save_model", save)
     assert_same_run(go(home, stage, tmp_path / stage), home / stage)
 
 
@@ -638,7 +655,7 @@ def test_with_an_adapter_the_patch_decoder_is_trained_whole(home, tmp_path, monk
         seen.update({name: p.requires_grad for name, p in self.model.named_parameters()})
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(train.ReconstructionTrainer, "train", look)
+    monkeypatch.setattr(ReconstructionTrainer, "train", look)
     with pytest.raises(RuntimeError, match="seen"):
         go(home, "stage1", tmp_path / "out", tiny("stage1", **LORA))
     decoder = {name: flag for name, flag in seen.items() if name.startswith("decoder.")}
@@ -752,7 +769,7 @@ def one_of_two(rank, port, home, out):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     torch.set_num_threads(1)
-    assert train.join_processes().num_processes == 2
+    assert join_processes().num_processes == 2
     sent = []
 
     def count(state, bucket):
@@ -894,13 +911,13 @@ def test_subsets_take_turns_in_proportion_and_seeds_differ():
 
 def test_a_backbone_of_another_shape_or_seed_does_not_start_from_what_an_earlier_call_left(tmp_path, monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {})
-    monkeypatch.setattr(train, "run_stage", lambda stage, recipe, *, parent, **rest: parent)
-    world.build(tmp_path / "world", seed=0, n_pairs=8, n_queries=2, n_corpus=4)
+    monkeypatch.setattr("cocoa_lib.run.stage.run_stage", lambda stage, recipe, *, parent, **rest: parent)
+    build(tmp_path / "world", seed=0, n_pairs=8, n_queries=2, n_corpus=4)
     shape = {"vocab_size": 400, "image_pixels": 1024, "layers": 1, "heads": 2, "vision_dim": 32, "vision_layers": 1}
 
     def init(hidden_size, seed):
         sizes = {**shape, "patch_size": 8, "hidden_size": hidden_size}
-        return train.train_backbone(tmp_path / "world", tmp_path / "out", sizes, make_recipe("causal"), seed=seed)
+        return train_backbone(tmp_path / "world", tmp_path / "out", sizes, make_recipe("causal"), seed=seed)
 
     weights = {}
     for hidden_size, seed in [(64, 0), (32, 0), (32, 7), (64, 0)]:

@@ -13,9 +13,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from cocoa_lib import attention, corpus, explore, mmeb
+from cocoa_lib.data import corpus
+from cocoa_lib.data.pairs import build_pairs
+from cocoa_lib.data.tables import below, resolve_image
+from cocoa_lib.evaluate.restore import reconstruct
 from cocoa_lib.items import InputError, load_image
-from cocoa_lib.pairs import build_pairs
+from cocoa_lib.show.ablation import ablation_html
+from cocoa_lib.show.eos_attention import attention_html, eos_attention
+from cocoa_lib.show.masks import mask_html, segments
+from cocoa_lib.show.panel import _explorer
+from cocoa_lib.show.restored import reconstruction_html
+from cocoa_lib.show.retrieval import candidates_html, retrieval_html
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("cocoa_lib/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/*.py")])
@@ -121,7 +129,7 @@ OUTSIDE = ["../../private/secret.png", "a/../../../private/secret.png", "/etc/pa
 @pytest.mark.parametrize("rel", OUTSIDE)
 def test_a_data_sets_path_cannot_leave_its_folder(folder, rel):
     images = folder / "data" / "images"
-    for read in (mmeb.below, mmeb.resolve_image):
+    for read in (below, resolve_image):
         with pytest.raises(ValueError, match=re.escape(repr(rel))):
             read(images, rel)
 
@@ -129,7 +137,7 @@ def test_a_data_sets_path_cannot_leave_its_folder(folder, rel):
 @pytest.mark.parametrize("rel", ["good.png", "inside.png"])
 def test_a_path_inside_is_found(folder, rel):
     images = folder / "data" / "images"
-    assert mmeb.below(images, rel) == mmeb.resolve_image(images, rel) == images / rel
+    assert below(images, rel) == resolve_image(images, rel) == images / rel
 
 
 @pytest.mark.parametrize("rel", ["../../private/secret.png", "link.png", "folder/secret.png"])
@@ -216,29 +224,29 @@ def test_the_check_of_markup_finds_it():
 
 def test_retrieval_shows_words_as_words():
     item = {"text": HOSTILE, "image": None}
-    assert_harmless(explore.retrieval_html(item, [item, item], [0.5, 0.4], 0))
-    assert_harmless(explore.candidates_html(item, [item]))
+    assert_harmless(retrieval_html(item, [item, item], [0.5, 0.4], 0))
+    assert_harmless(candidates_html(item, [item]))
 
 
 def test_reconstruction_shows_words_as_words(small, picture):
     model, inputs = small
     row = {"text": "", "image": picture(), "target": HOSTILE}
-    found = explore.reconstruct(model, inputs, row, text_rate=0.0, patch_rate=0.5)
-    assert_harmless(explore.reconstruction_html(*found, inputs), HOSTILE.split("&")[0].strip())
+    found = reconstruct(model, inputs, row, text_rate=0.0, patch_rate=0.5)
+    assert_harmless(reconstruction_html(*found, inputs), HOSTILE.split("&")[0].strip())
 
 
 def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     model, inputs = small
-    found = explore.eos_attention(model, inputs, {"text": "a b", "image": picture()})
+    found = eos_attention(model, inputs, {"text": "a b", "image": picture()})
     monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
-    assert_harmless(explore.attention_html(found, inputs, layer=1, head=None, direction="from_eos"))
+    assert_harmless(attention_html(found, inputs, layer=1, head=None, direction="from_eos"))
 
 
 def test_an_arms_name_is_a_name():
     effects = pd.DataFrame([{"arm": HOSTILE, "difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.1, "p_holm": 0.1, "n_seeds": 3,
                              "n_queries": 9}])  # fmt: skip
     scores = pd.Series({HOSTILE: 50.0, "base<b onclick=x>": 49.0})
-    html = explore.ablation_html(effects, scores, baseline="base<b onclick=x>", metric="p@1", group="overall")
+    html = ablation_html(effects, scores, baseline="base<b onclick=x>", metric="p@1", group="overall")
     assert_harmless(html)
 
 
@@ -248,12 +256,12 @@ def test_an_error_is_shown_as_words():
     def answer(words):
         raise ValueError(words)
 
-    box = explore._explorer({"words": widgets.Text(value=HOSTILE)}, answer, ["out"])
+    box = _explorer({"words": widgets.Text(value=HOSTILE)}, answer, ["out"])
     assert_harmless(box.error.value)
 
 
 def test_a_mask_is_harmless():
-    assert_harmless(explore.mask_html("eos_bridged", attention.segments(2, 2)[0], layers=1, query=0, key=0), "Cost")
+    assert_harmless(mask_html("eos_bridged", segments(2, 2)[0], layers=1, query=0, key=0), "Cost")
 
 
 # --- the server ----------------------------------------------------------------------------------------------------------

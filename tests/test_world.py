@@ -12,8 +12,23 @@ import pytest
 import sklearn.utils.parallel
 from PIL import Image
 
-from cocoa_lib import world
-from cocoa_lib.world import HELD_OUT, SUBSETS, TASKS, build
+from cocoa_lib.evaluate.floor import pixel_bow_embed
+from cocoa_lib.world.build import GENERATOR_VERSION, _eval_rows, _make, build, read_scenes
+from cocoa_lib.world.scenes import (
+    CANVAS,
+    HELD_OUT,
+    PLACEHOLDER,
+    SHAPES,
+    SIDES,
+    _center,
+    _shape_mask,
+    caption,
+    crop,
+    render,
+    sample_scene,
+)
+from cocoa_lib.world.scenes import answer as scenes_answer
+from cocoa_lib.world.tasks import LABELS, MAKERS, SUBSETS, TASKS, oracle
 
 SIZES = {"n_pairs": 64, "n_queries": 12, "n_corpus": 40}
 TRAIN_COLUMNS = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
@@ -29,7 +44,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def scenes(root):
-    return world.read_scenes(root)
+    return read_scenes(root)
 
 
 def eval_rows(root: Path, name: str) -> list[dict]:
@@ -67,7 +82,7 @@ def test_several_processes_make_the_same(root, tmp_path, monkeypatch):
         asked.append(options["n_jobs"])
         return original(**options | {"n_jobs": 2, "batch_size": 7})
 
-    monkeypatch.setattr(world, "FEW", 0)
+    monkeypatch.setattr("cocoa_lib.world.build.FEW", 0)
     monkeypatch.setattr("sklearn.utils.parallel.Parallel", parallel)
     build(tmp_path / "two", **SIZES)
     assert asked == [-1]
@@ -92,7 +107,7 @@ def test_smaller_builds_are_prefixes_of_larger_ones(root, tmp_path):
 
 def test_a_second_call_does_no_work(root, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    monkeypatch.setattr(world, "_make", lambda *job: pytest.fail("made again"))
+    monkeypatch.setattr("cocoa_lib.world.build._make", lambda *job: pytest.fail("made again"))
     assert build(root, **SIZES) == json.loads((root / "manifest.json").read_text())
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
@@ -103,7 +118,7 @@ def test_refuses_another_configuration_and_says_what_differs(root):
 
 
 def test_refuses_data_of_another_version(root, monkeypatch):
-    monkeypatch.setattr(world, "GENERATOR_VERSION", world.GENERATOR_VERSION + 1)
+    monkeypatch.setattr("cocoa_lib.world.build.GENERATOR_VERSION", GENERATOR_VERSION + 1)
     with pytest.raises(ValueError, match="generator_version"):
         build(root, **SIZES)
 
@@ -116,7 +131,7 @@ def test_a_damaged_manifest_is_named(tmp_path, content):
 
 
 def test_refuses_an_unfinished_build(tmp_path, monkeypatch):
-    make, made = world._make, []
+    make, made = _make, []
 
     def stop(*job):
         if len(made) == 3:
@@ -125,7 +140,7 @@ def test_refuses_an_unfinished_build(tmp_path, monkeypatch):
         return make(*job)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(world, "_make", stop)
+        patch.setattr("cocoa_lib.world.build._make", stop)
         build(tmp_path / "data", **SIZES)
     assert not (tmp_path / "data" / "manifest.json").exists()
     with pytest.raises(ValueError, match="no manifest.*delete it"):
@@ -171,7 +186,7 @@ def test_columns_sizes_and_files(root, scenes):
         assert len(rows) == 12 and list(rows[0]) == EVAL_COLUMNS
         for row in rows:
             assert len(row["tgt_text"]) == len(row["tgt_img_path"]) <= task.n_candidates
-            assert (world.PLACEHOLDER in row["qry_text"]) == bool(row["qry_img_path"])
+            assert (PLACEHOLDER in row["qry_text"]) == bool(row["qry_img_path"])
             used |= {row["qry_img_path"], *row["tgt_img_path"]}
     for split in ("train", "heldout"):
         table = pd.read_parquet(root / "corpus" / f"{split}.parquet")
@@ -187,10 +202,10 @@ def test_columns_sizes_and_files(root, scenes):
 def test_the_oracle_finds_the_right_candidate_wherever_it_stands(root, scenes, name):
     rng = np.random.default_rng(0)
     for row in eval_rows(root, name):
-        assert world.oracle(name, row, scenes) == 0
+        assert oracle(name, row, scenes) == 0
         order = rng.permutation(len(row["tgt_text"]))
         shuffled = {**row, "tgt_text": row["tgt_text"][order], "tgt_img_path": row["tgt_img_path"][order]}
-        assert order[world.oracle(name, shuffled, scenes)] == 0
+        assert order[oracle(name, shuffled, scenes)] == 0
 
 
 @pytest.mark.parametrize("name", [task.name for task in TASKS])
@@ -201,19 +216,19 @@ def test_candidates_of_a_row_are_distinct(root, name):
         assert all(bool(text) != bool(path) for text, path in candidates)
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task.name not in world.LABELS], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [task for task in TASKS if task.name not in LABELS], ids=lambda task: task.name)
 def test_candidates_drawn_from_other_rows_fill_up(task):
     """At the full number of queries every row has the declared number of candidates."""
     rng, rows = np.random.default_rng(0), []
     for i in range(task.n_candidates):
-        _, right, wrong = world.MAKERS[task.name](rng, "eval")
+        _, right, wrong = MAKERS[task.name](rng, "eval")
         sides = enumerate([right, *wrong])
         rows.append((f"q{i}", "", [(side.text, "" if side.text else f"{i}-{j}", side.key) for j, side in sides]))
-    table = world._eval_rows(task, rows, seed=0)
+    table = _eval_rows(task, rows, seed=0)
     assert set(table["tgt_text"].map(len)) == {task.n_candidates}
 
 
-@pytest.mark.parametrize("name", sorted(world.LABELS))
+@pytest.mark.parametrize("name", sorted(LABELS))
 def test_labels_are_complete_at_any_size(root, name):
     n_candidates = {task.name: task.n_candidates for task in TASKS}[name]
     assert {len(row["tgt_text"]) for row in eval_rows(root, name)} == {n_candidates}
@@ -225,13 +240,13 @@ def test_training_pairs_answer_their_own_question(root, scenes, name):
     for row in train_rows(root, name).to_dict("records"):
         question = {"qry_text": row["qry"], "qry_img_path": row["qry_image_path"]}
         texts, paths = [row["neg_text"], row["pos_text"]], [row["neg_image_path"], row["pos_image_path"]]
-        assert world.oracle(name, {**question, "tgt_text": texts, "tgt_img_path": paths}, scenes) == 1
+        assert oracle(name, {**question, "tgt_text": texts, "tgt_img_path": paths}, scenes) == 1
 
 
 def test_corpus_answers_are_true(root, scenes):
     for split in ("train", "heldout"):
         for row in pd.read_parquet(root / "corpus" / f"{split}.parquet").itertuples():
-            assert world.answer(row.question or "Describe the picture.", scenes[row.image_path]) == row.answer
+            assert scenes_answer(row.question or "Describe the picture.", scenes[row.image_path]) == row.answer
 
 
 # ---- what is unseen -------------------------------------------------------------------------------------------------
@@ -259,7 +274,7 @@ def test_held_out_combinations_appear_in_their_task_only(root, scenes):
 
 def test_scenes_of_evaluation_are_never_shown_in_training(scenes):
     """By caption: whole scenes, not crops; in evaluation the queries, whose edited versions may be known scenes."""
-    whole = {path: world.caption(scene) for path, scene in scenes.items() if "Grounding" not in path}
+    whole = {path: caption(scene) for path, scene in scenes.items() if "Grounding" not in path}
     train = {text for path, text in whole.items() if path.startswith(("train/", "corpus/train/"))}
     asked = {text for path, text in whole.items() if path.startswith("eval/") and path.endswith("_query.png")}
     asked |= {text for path, text in whole.items() if path.startswith("corpus/heldout/")}
@@ -279,7 +294,7 @@ def test_unseen_relation_and_transformations_are_not_in_the_training_pairs(root,
 
 def test_caption_and_answers_of_a_scene_made_by_hand():
     scene = [obj("7", "blue", "small", "bottom", digit=0), obj("circle", "red", "large", "top left")]
-    assert world.caption(scene) == "a large red circle at the top left, a small blue 7 at the bottom"
+    assert caption(scene) == "a large red circle at the top left, a small blue 7 at the bottom"
     for question, answer in {
         "<|image_1|> What color is the circle?": "red",
         "<|image_1|> What color is the object at the bottom?": "blue",
@@ -296,38 +311,38 @@ def test_caption_and_answers_of_a_scene_made_by_hand():
         "Remove the blue 7.": "a large red circle at the top left",
         "Swap the red circle and the blue 7.": "a small blue 7 at the top left, a large red circle at the bottom",
     }.items():
-        assert world.answer(question, scene) == answer
+        assert scenes_answer(question, scene) == answer
     for question in ("Where is the green 7?", "What is left of the red circle?", "Is it late?"):
         with pytest.raises(ValueError, match="answer|question"):
-            world.answer(question, scene)
+            scenes_answer(question, scene)
 
 
 def test_objects_never_touch_and_keep_inside_the_picture():
     rng = np.random.default_rng(0)
     for _ in range(300):
-        taken = np.zeros((world.CANVAS, world.CANVAS), dtype=int)
-        for shown in world.sample_scene(rng, n_objects=4):
-            x, y = world._center(shown)
-            half = world.SIDES[shown["size"]] // 2
-            assert half <= min(x, y) and max(x, y) < world.CANVAS - half
+        taken = np.zeros((CANVAS, CANVAS), dtype=int)
+        for shown in sample_scene(rng, n_objects=4):
+            x, y = _center(shown)
+            half = SIDES[shown["size"]] // 2
+            assert half <= min(x, y) and max(x, y) < CANVAS - half
             taken[y - half : y + half + 1, x - half : x + half + 1] += 1
         assert taken.max() == 1
 
 
 def test_rendering_shows_colour_and_size_and_is_repeatable():
     scene = [obj("square", "green", "large", "center")]
-    pixels = np.asarray(world.render(scene)).astype(int)
+    pixels = np.asarray(render(scene)).astype(int)
     assert pixels.shape == (64, 64, 3)
-    np.testing.assert_array_equal(pixels, np.asarray(world.render(scene)))
+    np.testing.assert_array_equal(pixels, np.asarray(render(scene)))
     assert pixels[32, 32, 1] > 140 and pixels[5, 5].max() < 60
-    small = np.asarray(world.render([obj("square", "green", "small", "center")])).astype(int)
+    small = np.asarray(render([obj("square", "green", "small", "center")])).astype(int)
     assert (pixels[..., 1] > 120).sum() > 2 * (small[..., 1] > 120).sum() > 0
-    assert world.crop(world.render(scene), scene[0]).size == (24, 24)
+    assert crop(render(scene), scene[0]).size == (24, 24)
 
 
 def test_shapes_and_sizes_are_told_apart_by_their_masks():
-    for size in world.SIDES.values():
-        masks = [np.asarray(world._shape_mask(kind, size)) > 0 for kind in world.SHAPES]
+    for size in SIDES.values():
+        masks = [np.asarray(_shape_mask(kind, size)) > 0 for kind in SHAPES]
         for i, first in enumerate(masks):
             for second in masks[:i]:
                 assert (first != second).sum() >= size  # pixels
@@ -335,11 +350,11 @@ def test_shapes_and_sizes_are_told_apart_by_their_masks():
 
 def test_bad_arguments_of_a_scene_are_named():
     with pytest.raises(ValueError, match="split must be"):
-        world.sample_scene(np.random.default_rng(0), "test")
+        sample_scene(np.random.default_rng(0), "test")
     with pytest.raises(ValueError, match=r"n_objects must be in 1\.\.4"):
-        world.sample_scene(np.random.default_rng(0), n_objects=5)
+        sample_scene(np.random.default_rng(0), n_objects=5)
     with pytest.raises(ValueError, match="no task 'Colour'"):
-        world.oracle("Colour", {}, {})
+        oracle("Colour", {}, {})
 
 
 # ---- the floor ------------------------------------------------------------------------------------------------------
@@ -351,10 +366,10 @@ def test_pixel_bow_embed_is_normalised_and_reads_both_kinds(root):
         {"text": row["qry_text"], "image": row["qry_img_path"]}, {"text": "", "image": row["qry_img_path"]},
         {"text": "a large red circle", "image": None}, {"text": "large circle, a red", "image": ""},
     ]  # fmt: skip
-    vectors = world.pixel_bow_embed(items, root / "images")
+    vectors = pixel_bow_embed(items, root / "images")
     assert vectors.shape == (4, 512) and vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     similarity = vectors @ vectors.T
     assert similarity[0, 1] > 0.5 and similarity[1, 2] == 0 and similarity[2, 3] > 0.99
     with pytest.raises(ValueError, match="needs text or an image"):
-        world.pixel_bow_embed([{"text": "", "image": ""}])
+        pixel_bow_embed([{"text": "", "image": ""}])

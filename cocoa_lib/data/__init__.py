@@ -1,0 +1,1 @@
+"""Data folders in MMEB's layout: tables, training rows, a user's pairs."""

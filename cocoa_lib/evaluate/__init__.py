@@ -1,0 +1,1 @@
+"""Scores, effects with intervals, probes."""

@@ -1,0 +1,1 @@
+"""Runs: stages, trainers, checkpoints, estimates."""

@@ -1,0 +1,49 @@
+"""The order of rows in a run, fixed before it starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Planned(torch.utils.data.Dataset):
+    """Rows in the order of a plan fixed before training: item k is row plan[k], and `draw` = k seeds its corruption."""
+
+    def __init__(self, rows, plan: np.ndarray) -> None:
+        self.rows, self.plan = rows, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, k: int) -> dict[str, Any]:
+        return {**self.rows[int(self.plan[k])], "draw": k}
+
+
+def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np.ndarray:
+    """The rows of a run, chosen once: (n,) indices into the concatenated subsets of the given sizes.
+
+    Each subset is shuffled and gone through again when used up; subsets take turns in proportion to their size, row by
+    row (block = 0), or in blocks of `block` rows of one subset, so that negatives are of the same task. No row of a
+    subset comes a second time before all have come once. For the same sizes and seed a shorter plan is the beginning
+    of a longer one; for other sizes nothing of the kind holds.
+    """
+    sizes_array = np.asarray(sizes)
+    if not len(sizes_array) or sizes_array.min() < 1:
+        raise ValueError(f"there is a subset without training rows (sizes {list(sizes)})")
+    step = max(1, block)
+    rng = np.random.default_rng([seed, 2])
+    turns = rng.choice(
+        len(sizes), size=math.ceil(n / step), p=sizes_array / sizes_array.sum()
+    ).repeat(step)[:n]
+    plan = np.empty(n, dtype=np.int64)
+    for subset, size in enumerate(sizes):
+        places = np.flatnonzero(turns == subset)
+        rng = np.random.default_rng([seed, 2, subset])
+        rounds = [rng.permutation(size) for _ in range(math.ceil(len(places) / size))]
+        order = np.concatenate(rounds)[: len(places)] if rounds else np.empty(0, dtype=np.int64)
+        plan[places] = order + int(sizes_array[:subset].sum())
+    return plan

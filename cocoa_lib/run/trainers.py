@@ -1,0 +1,221 @@
+"""transformers' and sentence-transformers' trainers, with rows in plan order and the loss watched."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from safetensors.torch import load_model, save_model
+from sentence_transformers import SentenceTransformerTrainer
+from torch.distributed.tensor import DTensor
+from torch.utils.data import BatchSampler, SequentialSampler
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..contrastive import gathered
+from ..recipes import Recipe
+from .resume import COMPLETE, TrainingError, checkpoint_step
+
+logger = logging.getLogger(__name__)
+COLLAPSED_STEPS = (
+    10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
+)
+
+
+class PlainTrainer:
+    """Mixed into both trainers: rows in plan order, checkpoints of weights only (no pickled arguments), the loss
+    watched."""
+
+    def _get_train_sampler(self, *args):
+        return SequentialSampler(self.train_dataset)
+
+    def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **kwargs):
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        folder = Path(resume_from_checkpoint)
+        sharded = (folder / f"{FSDP_MODEL_NAME}_0").is_dir()
+        if sharded != self.is_fsdp_enabled:
+            raise TrainingError(
+                f"{folder} was written by a run that was {'' if sharded else 'not '}sharded (FSDP); go on with a launch file "
+                f"of the same kind, or delete {folder.parent}"
+            )
+        if sharded:
+            Trainer._load_from_checkpoint(
+                self, resume_from_checkpoint, model
+            )  # sentence-transformers' knows no shards
+        else:
+            load_model(model or self.model, str(folder / "model.safetensors"))
+
+    def checked(self, loss: torch.Tensor) -> torch.Tensor:
+        if not torch.isfinite(loss):
+            raise self.diverged(f"the loss is {float(loss.detach())}", self.state.global_step + 1)
+        return loss
+
+    def check_weights(self) -> None:
+        """Before anything is saved: a gradient that is not finite spoils the weights one step before the loss shows it."""
+        model = self.accelerator.unwrap_model(self.model)
+        whole = lambda values: values.full_tensor() if isinstance(values, DTensor) else values  # noqa: E731
+        if bad := [
+            name
+            for name, values in model.named_parameters()
+            if not torch.isfinite(whole(values)).all()
+        ]:
+            raise self.diverged(
+                f"{len(bad)} weights, the first is {bad[0]}, are not finite", self.state.global_step
+            )
+
+    def diverged(self, what: str, step: int) -> TrainingError:
+        """The error that names the step, its rows in the plan (`index_plan`), and what is left to go back to."""
+        size, work = (
+            self.args.per_device_train_batch_size * self.args.world_size,
+            Path(self.args.output_dir),
+        )
+        last = max(
+            (path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}")),
+            key=checkpoint_step,
+            default="none",
+        )
+        return TrainingError(
+            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower max_grad_norm; then run into "
+            f"another folder, or delete {work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; "
+            f"last good checkpoint: {last}"
+        )
+
+
+class ReconstructionTrainer(PlainTrainer, Trainer):
+    """transformers' Trainer on a `Reconstruction`; logs the text and image parts of the loss beside the sum.
+
+    With several processes the parts are averaged over them, like the loss.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our losses are means already
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        self.parts = {name: outputs[name] for name in ("text_loss", "image_loss")}
+        return self.checked(outputs["loss"])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {
+                name: float(gathered(value[None]).mean()) for name, value in self.parts.items()
+            }
+        super().log(logs, start_time)
+
+
+class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
+    """sentence-transformers' trainer on (anchor, positive, negative?) items; reports a collapse."""
+
+    steps_at_chance = 0
+
+    def add_model_card_callback(self, default_args_dict) -> None:
+        """None: `cocoa.json` records the run, and the callback would embed widget examples before training."""
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        loss = self.checked(super().compute_loss(model, inputs))
+        if self.state.global_step >= self.args.warmup_steps:
+            self.watch_collapse(float(loss.detach()))
+        return loss
+
+    def watch_collapse(self, loss: float) -> None:
+        """Warn, once, when the loss has stayed within 1 % of what identical embeddings give (ln of the candidates)."""
+        at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
+        self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
+        if self.steps_at_chance == COLLAPSED_STEPS:
+            from ..evaluate.effects import effective_rank
+
+            rank = effective_rank(self.loss.embeddings.float().cpu().numpy())
+            logger.warning(
+                "collapsed: for %d steps, up to step %d, the loss %.3f has been that of identical embeddings (ln of "
+                "the number of candidates, %.3f); the effective rank of this batch's embeddings is %.2f. Start again "
+                "with a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
+                COLLAPSED_STEPS, self.state.global_step + 1, loss, self.loss.chance, rank,
+            )  # fmt: skip
+
+
+class Bar(TrainerCallback):
+    """A progress bar with the loss: one line, where the trainers' own callbacks print or build a table."""
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        off = not state.is_local_process_zero
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False
+        )
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
+
+
+def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int):
+    """A recipe as the trainers' arguments; `batch_size` is divided over the processes, each with one GPU at most."""
+    args = cls(
+        output_dir=str(work),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 2)),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=recipe.bf16,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=seed,
+        save_steps=recipe.save_steps,
+        save_total_limit=None,  # `Watch` removes old ones: the trainer goes by file times, and a clock can jump
+        logging_steps=1,  # log.csv averages over recipe.logging_steps: so a resumed run logs what a whole one does
+        disable_tqdm=True,  # `Bar` stands for theirs
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_num_workers=recipe.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
+    )
+    args.mixed_precision = (
+        "bf16" if recipe.bf16 else "no"
+    )  # the recipe's, which is recorded, and not the launcher's
+    args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut pictures apart and multiply the batch
+    share, rest = divmod(recipe.batch_size, args.world_size)
+    if rest:
+        raise TrainingError(
+            f"batch_size {recipe.batch_size} does not divide over {args.world_size} processes"
+        )
+    args.per_device_train_batch_size = share
+    return args
+
+
+def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
+    """One row a step -> one row for each `every` steps: mean losses, the last value of everything else.
+
+    Columns in a fixed order, since a resumed run has its first rows from a file that sorts them by name.
+    """
+    log = pd.DataFrame(rows)
+    if log.empty:
+        return log
+    columns = [name for name in ("step", "loss", "text_loss", "image_loss") if name in log]
+    columns += sorted(set(log) - set(columns))
+    how = {name: "mean" if name.endswith("loss") else "last" for name in columns}
+    return log.groupby((log["step"] - 1) // every).agg(how)

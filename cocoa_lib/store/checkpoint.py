@@ -1,0 +1,226 @@
+"""A checkpoint: a standard Hugging Face folder plus `cocoa.json`, whole or not there at all.
+
+`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the hashes of the weights
+and of the other files that are read back. A folder is written aside and renamed, so a half-written one is never taken for
+a whole one; files are checked against their hashes when a folder is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..inputs import Inputs
+from .files import file_hash, files_hash, read_json, sync, write_json, write_whole
+
+META = "cocoa.json"
+DECODER = "image_decoder.safetensors"
+CARD = "README.md"
+# What is read back from `cocoa.json`: every checkpoint has the first three, the others where they say something.
+REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
+OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict, "files_sha256": dict}
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint folder that is missing, incomplete, altered or of the wrong stage."""
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in name order. Raises CheckpointError if there are none."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder}: no .safetensors file; the checkpoint is missing or incomplete"
+        )
+    return files_hash(files)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    return read_json(path, CheckpointError, "the checkpoint is damaged, train it again")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and machine: what a result needs to say where it came from. The kind of CPU, since the same seed gives
+    other numbers on another: sums are made in another order, and training carries that on."""
+
+    def git(*args: str) -> str:
+        here = Path(__file__).parent
+        command = ["git", *args]  # whichever git the user has; all arguments stand below
+        try:
+            done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
+        except OSError:  # no git, as in many images for GPUs: no reason to lose a finished run
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    versions = {
+        name: version(name)
+        for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")
+    }
+    import torch  # here: not all that read a checkpoint need it
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    commit = "unknown"
+    if git(
+        "ls-files", Path(__file__).name
+    ):  # else a repository that this package is merely installed below
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+    return {
+        "commit": commit,
+        "versions": versions,
+        "python": platform.python_version(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{gpu}",
+    }
+
+
+def save_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    inputs: Inputs,
+    meta: dict[str, Any],
+    extra: dict[str, str] | None = None,
+    decoder: nn.Module | None = None,
+) -> Path:
+    """Model, tokenizer, image processor, `cocoa.json` and extra text files, written beside and renamed to `folder`.
+
+    `decoder`: stage 1's image decoder, kept in DECODER so that reconstructions can be looked at; no later stage needs it.
+
+    Raises CheckpointError if `folder` already holds something.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"{folder}: already holds files; a checkpoint is never written over, choose another folder"
+        )
+    aside = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    model.save_pretrained(aside)
+    inputs.save(aside)
+    if decoder is not None:
+        save_model(decoder, str(aside / DECODER))
+    for name, text in (extra or {}).items():
+        (aside / name).write_text(text, encoding="utf-8")
+    settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
+    files = {
+        path.name: file_hash(path) for path in sorted(aside.glob("*.json"))
+    }  # model, tokenizer, image processor
+    meta = {
+        **meta,
+        **settings,
+        "weights_sha256": weights_hash(aside),
+        "files_sha256": files,
+        **provenance(),
+    }
+    write_json(aside / META, meta)
+    if meta.get("stage") == "stage3":
+        (aside / CARD).write_text(model_card(meta), encoding="utf-8")
+    for path in (*aside.iterdir(), aside):
+        sync(path)
+    os.replace(aside, folder)
+    sync(folder.parent)
+    return folder
+
+
+def model_card(meta: dict[str, Any], scores: str = "") -> str:
+    """README.md of an embedder, from its `cocoa.json`: how to open it, how it was made, how good it is."""
+    run = meta.get("run", {})
+    facts = {
+        "stage, attention, pooling": ", ".join(
+            str(meta.get(name)) for name in ("stage", "layout", "pooling")
+        ),
+        "prompt": f"`{meta['prompt']}`" if "prompt" in meta else None,
+        "parent": meta.get("parent"),
+        "weights of the parent, sha256": run.get("parent_sha256"),
+        "training data, sha256": run.get("data"),
+        "weights, sha256": meta["weights_sha256"],
+        "seed": run.get("seed"),
+        "recipe": ", ".join(f"{name} {value}" for name, value in run.get("recipe", {}).items()),
+        "code": meta.get("commit"),
+        "versions": ", ".join(
+            f"{name} {value}" for name, value in meta.get("versions", {}).items()
+        ),
+    }
+    made = "\n".join(
+        f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")
+    )
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+---
+# CoCoA embedder
+
+One vector of length 1 for any mix of picture and text. With the package `cocoa-notebooks` installed:
+
+```python
+from cocoa_lib.embedder import CocoaEmbedder, sentence_transformer
+
+vectors = CocoaEmbedder.load(FOLDER).encode([{{"text": "a cat", "image": None}}, {{"text": "", "image": "cat.png"}}])
+model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, trust_remote_code=True)
+```
+
+## How it was made
+
+{made}
+
+## Scores
+
+{scores or "Not evaluated yet; `python -m cocoa_lib.evaluate FOLDER --root DATA --out RESULTS` does, and writes them here."}
+"""
+
+
+def add_scores(folder: str | Path, scores: str) -> None:
+    """Put scores (Markdown) into a checkpoint's model card, in place of those that it had. The card is made anew."""
+    folder = Path(folder)
+    card = model_card(read_meta(folder, check=False), scores)
+    write_whole(folder / CARD, lambda aside: aside.write_text(card, encoding="utf-8"))
+
+
+def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
+    """`cocoa.json` of a checkpoint; with `check`, weights and other files are compared with their recorded hashes.
+
+    Raises CheckpointError saying what is missing or altered.
+    """
+    folder = Path(folder)
+    path = folder / META
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished"
+        )
+    meta = read_note(path)
+    for name, kind in (REQUIRED | OPTIONAL).items():
+        if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
+            raise CheckpointError(
+                f"{path}: {name} must be {'an object' if kind is dict else f'of type {kind.__name__}'}, found "
+                f"{meta.get(name)!r:.80}; the checkpoint was altered or damaged, train it again"
+            )
+    if check and weights_hash(folder) != meta.get("weights_sha256"):
+        raise CheckpointError(
+            f"{folder}: the weights do not match {META}; the file was altered or damaged, train it again"
+        )
+    for name, digest in meta.get("files_sha256", {}).items() if check else ():
+        if not (path := folder / Path(name).name).is_file():
+            raise CheckpointError(
+                f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again"
+            )
+        if file_hash(path) != digest:
+            raise CheckpointError(
+                f"{path}: does not match {META}; altered or damaged, copy or train it again"
+            )
+    return meta
+
+
+def load_inputs(folder: str | Path, meta: dict[str, Any], **settings) -> Inputs:
+    """The processor exactly as it was in training: EOS token and max_length come from `cocoa.json`."""
+    return Inputs.load(
+        folder, **{"eos_token": meta["eos_token"], "max_length": meta["max_length"], **settings}
+    )

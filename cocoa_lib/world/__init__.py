@@ -1,0 +1,1 @@
+"""The built-in benchmark and its small backbone."""
