@@ -1,12 +1,13 @@
 """Write the benchmark in MMEB's own file layout, and read it back.
 
     ROOT/eval/<Task>/test-*.parquet            test queries, read once
-    ROOT/dev/<Task>/test-*.parquet             development queries: other scenes, other unseen concepts
-    ROOT/train/<Subset>/original-*.parquet     contrastive pairs; the first n // 8 rows of each are the pair set of n
-    ROOT/corpus/{train,heldout}.parquet        captions and questions
+    ROOT/dev/<Task>/test-*.parquet             development queries: other scenes, other unseen
+    concepts ROOT/train/<Subset>/original-*.parquet     contrastive pairs; the first n // 8 rows of
+    each are the pair set of n ROOT/corpus/{train,heldout}.parquet        captions and questions
     ROOT/images/...  ROOT/scenes.jsonl  ROOT/manifest.json  ROOT/README.md
 
-Item i of a stream depends on (seed, stream, i) alone, whatever the workers: a smaller build is a prefix of a larger one.
+Item i of a stream depends on (seed, stream, i) alone, whatever the workers: a smaller build is a
+prefix of a larger one.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import pandas as pd
 from PIL import Image
 from sklearn.utils.parallel import Parallel, delayed
 
-from ..files import write_json
-from ..mmeb import CORPUS, EVAL, TRAIN, Task, finished, write_tables
+from ..data.tables import CORPUS, EVAL, TRAIN, Task, finished, write_tables
+from ..store.files import write_json
+from .lessons import known_concepts
 from .pictures import ATTRIBUTION, describe_versions
 from .questions import answer, list_questions
 from .scenes import STYLES, Scene, crop, list_names, render, sample_scene
 from .tasks import MAKERS, SUBSETS, TASKS, Side, Source, list_labels
-from .lessons import known_concepts
 
 GENERATOR_VERSION = 2  # raise it whenever the same arguments would give other rows or pixels
 QUESTIONS_A_SCENE = 3
@@ -44,7 +45,9 @@ SPLITS = {"train": "train", "eval": "test", "dev": "dev"}
 
 
 class Pictures:
-    """Writes the pictures of one item, each once; keeps what scenes.jsonl and the content hash need."""
+    """Writes the pictures of one item, each once; keeps what scenes.jsonl and the content hash
+    need.
+    """
 
     def __init__(self, root: Path, stream: str, index: int) -> None:
         self.root, self.stem = root, f"{stream}/{index // 1000:03d}/{index % 1000:03d}"
@@ -72,16 +75,24 @@ Made = tuple[Any, list[dict], bytes]  # an item's row, the scenes of its picture
 
 
 def make_item(root: Path, seed: int, stream: str, index: int) -> Made:
-    """Item `index` of a stream: a query or pair {text, path, accepted, sides}, or the lines of one scene of the corpus."""
+    """Item `index` of a stream: a query or pair {text, path, accepted, sides}, or the lines of one
+    scene of the corpus.
+    """
     part, name = stream.split("/")
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
     pictures = Pictures(root, stream, index)
-    row = make_corpus_lines(rng, name, pictures) if part == "corpus" else make_row(rng, part, name, index, pictures)
+    row = (
+        make_corpus_lines(rng, name, pictures)
+        if part == "corpus"
+        else make_row(rng, part, name, index, pictures)
+    )
     pictures.digest.update(json.dumps(row).encode())
     return row, pictures.scenes, pictures.digest.digest()
 
 
-def make_row(rng: np.random.Generator, part: str, name: str, index: int, pictures: Pictures) -> dict[str, Any]:
+def make_row(
+    rng: np.random.Generator, part: str, name: str, index: int, pictures: Pictures
+) -> dict[str, Any]:
     """A query with its right candidate and hard negatives; a training pair has one of these."""
     place = index * len(SUBSETS) + SUBSETS.index(name) if part == "train" else 10**8
     query, right, wrong = MAKERS[name](Source.open(rng, SPLITS[part], place))
@@ -92,31 +103,43 @@ def make_row(rng: np.random.Generator, part: str, name: str, index: int, picture
         "path": pictures.write(query, "query"),
         "accepted": sorted(answer(query.text, query.scene)),
         "sides": [
-            (side.text, pictures.write(side, f"target{i}"), sorted(side.truths)) for i, side in enumerate([right, *wrong])
+            (side.text, pictures.write(side, f"target{i}"), sorted(side.truths))
+            for i, side in enumerate([right, *wrong])
         ],
     }
 
 
-def make_corpus_lines(rng: np.random.Generator, name: str, pictures: Pictures) -> list[tuple[str, str, str, str]]:
+def make_corpus_lines(
+    rng: np.random.Generator, name: str, pictures: Pictures
+) -> list[tuple[str, str, str, str]]:
     """A scene's caption and some questions, in the columns of the corpus."""
     scene = sample_scene(rng, "train" if name == "train" else "dev", known_concepts())
     path = pictures.write(Side("", scene), "scene")
     style = (*STYLES, list_names)[int(rng.integers(len(STYLES) + 1))]
     texts = list_questions(scene)
     chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
-    return [(path, "caption", "", style(scene))] + [(path, "qa", text, min(answer(text, scene))) for text in chosen]
+    return [(path, "caption", "", style(scene))] + [
+        (path, "qa", text, min(answer(text, scene))) for text in chosen
+    ]
 
 
 def make_queries(task: Task, rows: list[dict], seed: int) -> pd.DataFrame:
-    """Rows of one task with their candidates: the right one, its hard negatives, then others that are not right."""
+    """Rows of one task with their candidates: the right one, its hard negatives, then others that
+    are not right.
+    """
     labels = list_labels().get(task.name)
-    others = [(label, "", [label]) for label in labels or ()] or [tuple(side) for row in rows for side in row["sides"]]
+    others = [(label, "", [label]) for label in labels or ()] or [
+        tuple(side) for row in rows for side in row["sides"]
+    ]
     pool = list({side[:2]: side for side in others}.values())
     rng = np.random.default_rng([seed, len(STREAMS), TASKS.index(task)])
     size = count_candidates(task, len(rows))
     table = []
     for row in rows:
-        chosen, accepted = dict.fromkeys(tuple(side[:2]) for side in row["sides"]), set(row["accepted"])
+        chosen, accepted = (
+            dict.fromkeys(tuple(side[:2]) for side in row["sides"]),
+            set(row["accepted"]),
+        )
         for i in rng.permutation(len(pool)):
             if len(chosen) >= size:
                 break
@@ -127,7 +150,9 @@ def make_queries(task: Task, rows: list[dict], seed: int) -> pd.DataFrame:
 
 
 def count_candidates(task: Task, n_queries: int) -> int:
-    """Candidates of a query: pools of pictures and captions cannot be larger than the number of queries."""
+    """Candidates of a query: pools of pictures and captions cannot be larger than the number of
+    queries.
+    """
     return task.n_candidates if task.name in list_labels() else min(task.n_candidates, n_queries)
 
 
@@ -143,7 +168,9 @@ def make_tables(rows: dict[str, list], seed: int) -> dict[str, pd.DataFrame]:
         tables[f"train/{name}/original-00000-of-00001"] = pd.DataFrame(pairs, columns=TRAIN)
     for part in ("eval", "dev"):
         for task in TASKS:
-            tables[f"{part}/{task.name}/test-00000-of-00001"] = make_queries(task, rows[f"{part}/{task.name}"], seed)
+            tables[f"{part}/{task.name}/test-00000-of-00001"] = make_queries(
+                task, rows[f"{part}/{task.name}"], seed
+            )
     for split in ("train", "heldout"):
         lines = [line for scene in rows[f"corpus/{split}"] for line in scene]
         tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=CORPUS)
@@ -152,7 +179,10 @@ def make_tables(rows: dict[str, list], seed: int) -> dict[str, pd.DataFrame]:
 
 def count_rows(n_pairs: int, n_queries: int, n_corpus: int) -> dict[str, int]:
     """Stream -> number of its items; pairs are dealt out to the subsets in turn."""
-    lengths = {f"train/{name}": (n_pairs + len(SUBSETS) - 1 - k) // len(SUBSETS) for k, name in enumerate(SUBSETS)}
+    lengths = {
+        f"train/{name}": (n_pairs + len(SUBSETS) - 1 - k) // len(SUBSETS)
+        for k, name in enumerate(SUBSETS)
+    }
     lengths |= {stream: n_queries for stream in STREAMS if stream.startswith(("eval/", "dev/"))}
     return lengths | {"corpus/train": n_corpus, "corpus/heldout": max(50, n_corpus // 20)}
 
@@ -163,11 +193,15 @@ def make_items(root: Path, seed: int, items: list[tuple[str, int]]) -> Iterable[
     return workers(delayed(make_item)(root, seed, *item) for item in items)
 
 
-def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: int) -> dict[str, Any]:
-    """Write the benchmark into `root` and return its manifest; a finished build of the same settings is returned as is.
+def build(
+    root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: int
+) -> dict[str, Any]:
+    """Write the benchmark into `root` and return its manifest; a finished build of the same
+    settings is returned as is.
 
-    n_pairs: training pairs in all, at least 8; n_queries: a task, for test and for development each; n_corpus: scenes
-    with captions and questions. Raises ValueError for a number out of range and where `root` holds something else.
+    n_pairs: training pairs in all, at least 8; n_queries: a task, for test and for development
+    each; n_corpus: scenes with captions and questions. Raises ValueError for a number out of range
+    and where `root` holds something else.
     """
     root = Path(root)
     settings = {"seed": seed, "n_pairs": n_pairs, "n_queries": n_queries, "n_corpus": n_corpus}
@@ -178,13 +212,17 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
     if (found := finished(root, wanted)) is not None:
         return found
     (root / "images").mkdir(parents=True)
-    (root / "README.md").write_text(f"# The built-in benchmark\n\n{ATTRIBUTION}\n", encoding="utf-8")
+    (root / "README.md").write_text(
+        f"# The built-in benchmark\n\n{ATTRIBUTION}\n", encoding="utf-8"
+    )
     lengths = count_rows(n_pairs, n_queries, n_corpus)
     items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
     rows: dict[str, list] = {stream: [] for stream in lengths}
     content, n_images = hashlib.sha256(), 0
     with (root / "scenes.jsonl").open("w", encoding="utf-8") as file:
-        for (stream, _), (row, scenes, digest) in zip(items, make_items(root, seed, items), strict=True):
+        for (stream, _), (row, scenes, digest) in zip(
+            items, make_items(root, seed, items), strict=True
+        ):
             rows[stream].append(row)
             file.writelines(json.dumps(scene) + "\n" for scene in scenes)
             content.update(digest)
@@ -197,7 +235,9 @@ def build(root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: 
         **wanted,
         "n_images": n_images,
         "rows": lengths,
-        "tasks": [[t.name, t.meta_task, t.in_distribution, count_candidates(t, n_queries)] for t in TASKS],
+        "tasks": [
+            [t.name, t.meta_task, t.in_distribution, count_candidates(t, n_queries)] for t in TASKS
+        ],
         "subsets": list(SUBSETS),
         "content_hash": content.hexdigest(),
         "versions": describe_versions(),
@@ -220,14 +260,19 @@ def read_scenes(root: Path) -> dict[str, Side]:
 
 
 def oracle(row: dict[str, Any], scenes: dict[str, Side]) -> int:
-    """Index of the candidate that the question and the scenes make right, wherever it stands in the row's lists.
+    """Index of the candidate that the question and the scenes make right, wherever it stands in the
+    row's lists.
 
     Raises ValueError unless exactly one is.
     """
     asked = scenes.get(row["qry_img_path"])
     accepted = answer(row["qry_text"], asked.scene if asked else None)
     candidates = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
-    right = [i for i, (text, path) in enumerate(candidates) if accepted & (Side(text) if text else scenes[path]).truths]
+    right = [
+        i
+        for i, (text, path) in enumerate(candidates)
+        if accepted & (Side(text) if text else scenes[path]).truths
+    ]
     if len(right) != 1:
         raise ValueError(f"{len(right)} candidates answer {row['qry_text']!r}")
     return right[0]

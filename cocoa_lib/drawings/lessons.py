@@ -1,6 +1,8 @@
-"""What the small backbone learns from: single drawings, scenes with a label a cell, and conversations about both.
+"""What the small backbone learns from: single drawings, scenes with a label a cell, and
+conversations about both.
 
-Nothing is read from files: item k of a lesson depends on (seed, lesson, k) alone and is never seen twice.
+Nothing is read from files: item k of a lesson depends on (seed, lesson, k) alone and is never seen
+twice.
 """
 
 from __future__ import annotations
@@ -13,10 +15,24 @@ import numpy as np
 from .concepts import load_concepts, select_names
 from .pictures import draw, paste
 from .questions import answer, list_questions, name_kind
-from .scenes import BACKGROUNDS, CANVAS, SIDES, STYLES, WINDOW, Drawn, Scene, list_names, render, sample_scene
+from .scenes import (
+    BACKGROUNDS,
+    CANVAS,
+    SIDES,
+    STYLES,
+    WINDOW,
+    Drawn,
+    Scene,
+    list_names,
+    render,
+    sample_scene,
+)
 
 CELL = 20  # pixels a side: what the language model sees as one token
-COVERED, EMPTY = 0.25, 0.03  # ink on a cell: from here on it is labelled with the drawing; up to here as background
+COVERED, EMPTY = (
+    0.25,
+    0.03,
+)  # ink on a cell: from here on it is labelled with the drawing; up to here as background
 BACKGROUND, IGNORE = 0, -100
 QUESTIONS_A_SCENE = 4
 
@@ -25,7 +41,9 @@ Turns = list[tuple[str, str]]  # question and answer; a caption has no question
 
 @dataclass(frozen=True)
 class Lesson:
-    """Pictures (N, S, S, 3) uint8, the concept of each cell (N, cells) int64, and what is said about each."""
+    """Pictures (N, S, S, 3) uint8, the concept of each cell (N, cells) int64, and what is said
+    about each.
+    """
 
     pictures: np.ndarray
     cells: np.ndarray
@@ -33,12 +51,16 @@ class Lesson:
 
 
 def known_concepts() -> list[str]:
-    """Names that the backbone learns: all but those that nothing shows. Label k + 1 of a cell is name k."""
+    """Names that the backbone learns: all but those that nothing shows. Label k + 1 of a cell is
+    name k.
+    """
     return select_names("paired") + select_names("captioned")
 
 
 def label_cells(drawings: Sequence[Drawn], side: int) -> np.ndarray:
-    """The concept that covers each cell of a picture, its label: (cells,) int64, cells as the merger orders them."""
+    """The concept that covers each cell of a picture, its label: (cells,) int64, cells as the
+    merger orders them.
+    """
     labels = {name: label for label, name in enumerate(known_concepts(), 1)}
     count = side // CELL
     shares = np.zeros((len(drawings), count * count), dtype=np.float32)
@@ -70,7 +92,12 @@ def make_crops(rng: np.random.Generator, n: int, names: Sequence[str]) -> Lesson
 
 
 def make_scenes(
-    rng: np.random.Generator, n: int, names: Sequence[str], *, split: str = "train", count: int | None = None
+    rng: np.random.Generator,
+    n: int,
+    names: Sequence[str],
+    *,
+    split: str = "train",
+    count: int | None = None,
 ) -> Lesson:
     """Scenes of one to four drawings, or of `count`."""
     scenes = [sample_scene(rng, split, names, n=count) for _ in range(n)]
@@ -102,7 +129,7 @@ def talk_about_scene(rng: np.random.Generator, scene: Scene) -> Turns:
     return [(text, min(answer(text, scene))) for text in chosen]
 
 
-def sample_texts(n: int = 20_000) -> list[str]:
+def sample_texts(n: int) -> list[str]:
     """Captions and questions of training scenes, for the tokenizer."""
     rng, names = np.random.default_rng([0, 1]), known_concepts()
     texts = []

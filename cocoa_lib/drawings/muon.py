@@ -1,7 +1,9 @@
-"""Muon: momentum whose matrix is made orthogonal before each step. Small models learn in a fraction of Adam's steps.
+"""Muon: momentum whose matrix is made orthogonal before each step. Small models learn in a fraction
+of Adam's steps.
 
-torch's own computes in bfloat16, which CPUs without matrix units do forty times slower than float32.
-Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale by the longer side: Liu et al. 2025 (2502.16982).
+torch's own computes in bfloat16, which CPUs without matrix units do forty times slower than
+float32. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale by the longer
+side: Liu et al. 2025 (2502.16982).
 """
 
 from __future__ import annotations
@@ -27,9 +29,17 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices inside the blocks; embeddings, vectors and heads go to AdamW, and learn at its rates."""
+    """For the matrices inside the blocks; embeddings, vectors and heads go to AdamW, and learn at
+    its rates.
+    """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.01):
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.01,
+    ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -1,4 +1,6 @@
-"""OpenMoji drawings as small arrays: each SVG drawn once, trimmed to its ink, scaled to the sizes that scenes use."""
+"""OpenMoji drawings as small arrays: each SVG drawn once, trimmed to its ink, scaled to the sizes
+that scenes use.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def draw_large(emoji: str) -> Image.Image:
 
 @cache
 def draw(emoji: str, side: int) -> np.ndarray:
-    """The drawing, its longer side `side` pixels: (height, width, 4) uint8, red, green, blue, alpha."""
+    """The drawing, its longer side `side` pixels: (height, width, 4) uint8, red, green, blue,
+    alpha.
+    """
     image = draw_large(emoji)
     scale = side / max(image.size)
     size = tuple(max(1, round(scale * length)) for length in image.size)
@@ -71,6 +75,11 @@ def contact_sheet(emoji: Sequence[str], side: int, columns: int = 20, zoom: int 
     for place, one in enumerate(emoji):
         drawing = draw(one, side)
         top, left = place // columns * cell, place % columns * cell
-        paste(sheet, drawing, left + (cell - drawing.shape[1]) // 2, top + (cell - drawing.shape[0]) // 2)
+        paste(
+            sheet,
+            drawing,
+            left + (cell - drawing.shape[1]) // 2,
+            top + (cell - drawing.shape[0]) // 2,
+        )
     image = Image.fromarray(sheet)
     return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)

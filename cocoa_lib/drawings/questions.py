@@ -1,4 +1,6 @@
-"""What can be asked of a scene, and the true answers: the generator's own reading, which knows nothing of any table."""
+"""What can be asked of a scene, and the true answers: the generator's own reading, which knows
+nothing of any table.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .concepts import UNCOUNTED, checksum, load_concepts, pluralise
-from .scenes import COUNTS, POSITIONS, STYLES, Drawn, Scene, describe, make_scene, move, say_place
+from .concepts import checksum, load_concepts
+from .scenes import POSITIONS, STYLES, Drawn, Scene, describe, make_scene, move
+from .words import COUNTS, is_counted, pluralise, say_place
 
 RELATIONS = ("left of", "right of", "above", "below")
 UNSEEN_RELATION = "below"  # captions of the corpus know it, no contrastive pair asks for it
@@ -48,17 +51,18 @@ def find_related(scene: Scene, relation: str, to: Drawn) -> list[Drawn]:
 
 def name_kind(name: str) -> str:
     """The Unicode subgroup of a concept, in words: "snake" -> "reptile"."""
-    return load_concepts()[name].subgroup
+    return load_concepts()[name].kind
 
 
 @cache
 def singular() -> dict[str, str]:
     """Plural -> name of every concept that can be counted."""
-    return {pluralise(name): name for name in load_concepts() if name not in UNCOUNTED}
+    return {pluralise(name): name for name in load_concepts() if is_counted(name)}
 
 
 def apply_edit(scene: Scene, instruction: str) -> Scene:
-    """The scene after "Make|Turn|Move|Remove|Swap the snake ...". The same call puts drawings on the same pixels.
+    """The scene after "Make|Turn|Move|Remove|Swap the snake ...". The same call puts drawings on
+    the same pixels.
 
     Raises ValueError for another sentence, and where it does not name exactly one drawing.
     """
@@ -72,7 +76,9 @@ def apply_edit(scene: Scene, instruction: str) -> Scene:
         return make_scene(others, scene.background)
     if found["verb"] == "Swap":
         other = get_named(scene, found["other"])
-        others = [one for one in others if one is not other] + [move(rng, other, position=old.position)]
+        others = [one for one in others if one is not other] + [
+            move(rng, other, position=old.position)
+        ]
         changes = {"position": other.position}
     else:
         wanted = {"size": found["size"], "name": found["new"], "position": found["place"]}
@@ -82,7 +88,11 @@ def apply_edit(scene: Scene, instruction: str) -> Scene:
 
 def _count(scene: Scene, words: str) -> set[str]:
     drawings = scene.drawings
-    n = len(drawings) if words == "drawings" else sum(one.name == singular()[words] for one in drawings)
+    n = (
+        len(drawings)
+        if words == "drawings"
+        else sum(one.name == singular()[words] for one in drawings)
+    )
     return {COUNTS[n]}
 
 
@@ -108,13 +118,19 @@ QUESTIONS: dict[str, Callable[..., set[str]]] = {
     r"Find the picture: (.+)": lambda scene, words: {words},
     r"Describe the picture\.": say_all,
     r"What is in the picture\?": lambda scene: {get_only(scene.drawings).name},
-    r"What kind of thing is in the picture\?": lambda scene: {name_kind(get_only(scene.drawings).name)},
-    r"What kind of thing is the (.+)\?": lambda scene, name: {name_kind(get_named(scene, name).name)},
+    r"What kind of thing is in the picture\?": lambda scene: {
+        name_kind(get_only(scene.drawings).name)
+    },
+    r"What kind of thing is the (.+)\?": lambda scene, name: {
+        name_kind(get_named(scene, name).name)
+    },
     r"What is ((?:at|on|in) the .+)\?": lambda scene, place: {_at(scene, place).name},
     r"Where is the (.+)\?": lambda scene, name: {say_place(get_named(scene, name).position)},
     r"Is the (.+) small or large\?": lambda scene, name: {get_named(scene, name).size},
     r"How many (.+) are there\?": _count,
-    r"What is (left of|right of|above|below) the (.+)\?": lambda scene, *words: {_compare(scene, *words).name},
+    r"What is (left of|right of|above|below) the (.+)\?": lambda scene, *words: {
+        _compare(scene, *words).name
+    },
     r"Find the drawing (left of|right of|above|below) the (.+)\.": lambda scene, *words: {
         _compare(scene, *words).phrase
     },
@@ -124,9 +140,11 @@ QUESTIONS: dict[str, Callable[..., set[str]]] = {
 
 
 def answer(text: str, scene: Scene) -> set[str]:
-    """The texts that answer what is asked of the scene: a name, a place, a count, captions, or the phrase to find.
+    """The texts that answer what is asked of the scene: a name, a place, a count, captions, or the
+    phrase to find.
 
-    Raises ValueError for a text that is none of QUESTIONS, and for a question without exactly one answer.
+    Raises ValueError for a text that is none of QUESTIONS, and for a question without exactly one
+    answer.
     """
     text = text.replace(PLACEHOLDER, "").strip()
     for pattern, read in QUESTIONS.items():
@@ -136,14 +154,19 @@ def answer(text: str, scene: Scene) -> set[str]:
 
 
 def list_questions(scene: Scene) -> list[str]:
-    """All questions about a scene that have one answer, for the corpus; relations include the unseen one."""
+    """All questions about a scene that have one answer, for the corpus; relations include the
+    unseen one.
+    """
     texts = ["How many drawings are there?"]
     if len(scene) == 1:
         texts += ["What is in the picture?", "What kind of thing is in the picture?"]
     for one in scene.drawings:
         texts.append(f"What is {say_place(one.position)}?")
         count = sum(other.name == one.name for other in scene.drawings)
-        if one.name not in UNCOUNTED and (text := f"How many {pluralise(one.name)} are there?") not in texts:
+        if (
+            is_counted(one.name)
+            and (text := f"How many {pluralise(one.name)} are there?") not in texts
+        ):
             texts.append(text)
         if count > 1:
             continue
@@ -152,6 +175,8 @@ def list_questions(scene: Scene) -> list[str]:
             f"Is the {one.name} small or large?",
             f"What kind of thing is the {one.name}?",
         ]
-        related = [relation for relation in RELATIONS if len(find_related(scene, relation, one)) == 1]
+        related = [
+            relation for relation in RELATIONS if len(find_related(scene, relation, one)) == 1
+        ]
         texts += [f"What is {relation} the {one.name}?" for relation in related]
     return texts

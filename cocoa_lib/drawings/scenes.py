@@ -1,8 +1,8 @@
 """A scene: one to four drawings on a plain background; what it looks like and how it is described.
 
-Canvas and sizes are multiples of what the small backbone sees as one patch (10 pixels) only by their total: drawings
-stand anywhere around the nine named positions. Scenes are split by a checksum of their description, so that no scene
-of the development or test queries is ever trained on.
+Canvas and sizes are multiples of what the small backbone sees as one patch (10 pixels) only by
+their total: drawings stand anywhere around the nine named positions. Scenes are split by a checksum
+of their description, so that no scene of the development or test queries is ever trained on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from .concepts import UNCOUNTED, checksum, held_out_size, load_concepts, pluralise, with_article
+from .concepts import checksum, held_out_size, load_concepts
 from .pictures import draw, paste
+from .words import join_words, say_count, say_place, with_article
 
 CANVAS = 80  # pixels a side
 SIDES = {"small": 24, "large": 34}  # pixels of a drawing's longer side
@@ -30,13 +31,14 @@ BACKGROUNDS = (
     (255, 255, 255), (238, 238, 232), (214, 232, 246), (224, 242, 216), (250, 230, 214), (236, 222, 242),
     (98, 106, 126), (118, 106, 92),
 )  # fmt: skip
-COUNTS = ("no", "one", "two", "three", "four")
 SPLITS = {"test": (0,), "dev": (1,), "train": tuple(range(2, 8))}  # remainders of the checksum by 8
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """One drawing of a scene: its concept, "small" or "large", its named position, its left and top pixel."""
+    """One drawing of a scene: its concept, "small" or "large", its named position, its left and top
+    pixel.
+    """
 
     name: str
     size: str
@@ -100,7 +102,9 @@ def overlaps(one: Drawn, other: Drawn) -> bool:
 
 
 def is_clear(scene: Scene, allowed: str = "") -> bool:
-    """Whether each drawing has a position of its own and none is at its held-out size but that of concept `allowed`."""
+    """Whether each drawing has a position of its own and none is at its held-out size but that of
+    concept `allowed`.
+    """
     drawings = scene.drawings
     if not 1 <= len(drawings) <= 4 or len({one.position for one in drawings}) < len(drawings):
         return False
@@ -111,7 +115,9 @@ def is_clear(scene: Scene, allowed: str = "") -> bool:
 
 
 def find_split(scene: Scene) -> str:
-    """The split that a scene is for, by a checksum of its description: of eight, one test, one dev, six train."""
+    """The split that a scene is for, by a checksum of its description: of eight, one test, one dev,
+    six train.
+    """
     remainder = checksum(describe(scene)) % 8
     return next(split for split, remainders in SPLITS.items() if remainder in remainders)
 
@@ -127,8 +133,9 @@ def sample_scene(
 ) -> Scene:
     """A random scene of a split.
 
-    names: what it may show; n: how many drawings, 1 to 4, random if None; first: (name, size) of the first ones, sizes
-    may be held out; repeat: how often a drawing is of the same concept as the one before.
+    names: what it may show; n: how many drawings, 1 to 4, random if None; first: (name, size) of
+    the first ones, sizes may be held out; repeat: how often a drawing is of the same concept as the
+    one before.
     """
     allowed = first[0][0] if first else ""
     count = n or int(rng.integers(1, 5))
@@ -155,24 +162,19 @@ def sample_scene(
 # ---- words --------------------------------------------------------------------------------------
 
 
-def say_place(position: str) -> str:
-    """ "at the top left", "on the left", "in the center" """
-    word = {"center": "in", "left": "on", "right": "on"}.get(position, "at")
-    return f"{word} the {position}"
-
-
-def join_words(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c" """
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
-
-
 def describe(scene: Scene) -> str:
-    """All that is said of a scene: "a large snake at the top left, a small red apple at the bottom"."""
-    return ", ".join(f"{with_article(one.phrase)} {say_place(one.position)}" for one in scene.drawings)
+    """All that is said of a scene: "a large snake at the top left, a small red apple at the
+    bottom".
+    """
+    return ", ".join(
+        f"{with_article(one.phrase)} {say_place(one.position)}" for one in scene.drawings
+    )
 
 
 def _place_first(scene: Scene) -> str:
-    return ", ".join(f"{say_place(one.position)} {with_article(one.phrase)}" for one in scene.drawings)
+    return ", ".join(
+        f"{say_place(one.position)} {with_article(one.phrase)}" for one in scene.drawings
+    )
 
 
 def _sentence(scene: Scene) -> str:
@@ -187,13 +189,6 @@ def list_names(scene: Scene) -> str:
     """What is there, without sizes and places: "two snakes and a red apple"."""
     counts = Counter(one.name for one in scene.drawings)
     return join_words([say_count(name, count) for name, count in counts.items()])
-
-
-def say_count(name: str, count: int) -> str:
-    """ "a snake", "two snakes", "some grapes" """
-    if count == 1 or name in UNCOUNTED:
-        return with_article(name)
-    return f"{COUNTS[count]} {pluralise(name)}"
 
 
 # Each says all of a scene, in other words; a caption is not decided by its first ones.

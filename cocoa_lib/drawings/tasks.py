@@ -1,7 +1,9 @@
-"""The twelve tasks: one example of each is a query, the right candidate and candidates that differ from it in one thing.
+"""The twelve tasks: one example of each is a query, the right candidate and candidates that differ
+from it in one thing.
 
-Four tasks are out of distribution, each by another kind of unseen: concepts that captions show and no contrastive pair
-does, concepts that nothing shows, a relation, and a composition (a concept at a size it never had).
+Four tasks are out of distribution, each by another kind of unseen: concepts that captions show and
+no contrastive pair does, concepts that nothing shows, a relation, and a composition (a concept at a
+size it never had).
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ..mmeb import Task
-from .concepts import UNCOUNTED, held_out_size, load_concepts, pluralise, select_names, with_article
+from ..data.tables import Task
+from .concepts import held_out_size, load_concepts, select_names
 from .questions import (
     PLACEHOLDER,
     RELATIONS,
@@ -25,7 +27,6 @@ from .questions import (
     say_all,
 )
 from .scenes import (
-    COUNTS,
     POSITIONS,
     STYLES,
     Drawn,
@@ -34,8 +35,8 @@ from .scenes import (
     find_split,
     is_clear,
     sample_scene,
-    say_place,
 )
+from .words import COUNTS, is_counted, pluralise, say_place, with_article
 
 TASKS = (
     Task("Naming", "classification", True, 430),
@@ -67,7 +68,9 @@ class Side:
 
     @property
     def truths(self) -> set[str]:
-        """The texts that are true of a candidate: `answer` must give one of them for it to be right."""
+        """The texts that are true of a candidate: `answer` must give one of them for it to be
+        right.
+        """
         if self.text:
             return {self.text}
         return {self.focus.phrase} if self.focus else say_all(self.scene)
@@ -98,7 +101,9 @@ class Source:
         return [options[i] for i in self.rng.permutation(len(options))[:n]]
 
     def unseen(self, role: str) -> list[str]:
-        """The concepts of a role that queries of this split ask for: development and test share none."""
+        """The concepts of a role that queries of this split ask for: development and test share
+        none.
+        """
         return select_names(role, self.split)
 
 
@@ -121,7 +126,9 @@ def known_names(share: float) -> frozenset[str]:
 def near_names(name: str, role: str = "paired") -> list[str]:
     """Other concepts of the same kind, those of the same family first."""
     concepts, own = load_concepts(), load_concepts()[name]
-    same = [c for c in concepts.values() if c.subgroup == own.subgroup and c.name != name and c.role == role]
+    same = [
+        c for c in concepts.values() if c.kind == own.kind and c.name != name and c.role == role
+    ]
     return [c.name for c in sorted(same, key=lambda c: c.family != own.family)]
 
 
@@ -152,7 +159,9 @@ def make_kinds(source: Source) -> Example:
     """The kind of a single drawing."""
     scene = source.scene(n=1)
     kind = name_kind(scene.drawings[0].name)
-    return ask("What kind of thing is in the picture?", scene), *label_sides(kind, source.some(list_kinds(), NEAR + 1))
+    return ask("What kind of thing is in the picture?", scene), *label_sides(
+        kind, source.some(list_kinds(), NEAR + 1)
+    )
 
 
 # ---- questions ----------------------------------------------------------------------------------
@@ -179,7 +188,9 @@ def make_places(source: Source) -> Example:
 
 
 def point(source: Source, relations: Sequence[str]) -> tuple[Scene, str, Drawn]:
-    """A scene and "left of the snake" such that exactly one drawing is there, and it is of no second one's phrase."""
+    """A scene and "left of the snake" such that exactly one drawing is there, and it is of no
+    second one's phrase.
+    """
     while True:
         scene = source.scene(n=int(source.rng.integers(2, 5)))
         relation, to = source.pick(relations), source.pick(scene.drawings)
@@ -192,12 +203,14 @@ def point(source: Source, relations: Sequence[str]) -> tuple[Scene, str, Drawn]:
 def make_relations(source: Source, relations: Sequence[str]) -> Example:
     """What is left of something."""
     scene, words, target = point(source, relations)
-    return ask(f"What is {words}?", scene), *label_sides(target.name, wrong_names(source, scene, target.name))
+    return ask(f"What is {words}?", scene), *label_sides(
+        target.name, wrong_names(source, scene, target.name)
+    )
 
 
 def make_counts(source: Source) -> Example:
     """How many drawings of a concept there are."""
-    countable = [name for name in source.names if name not in UNCOUNTED]
+    countable = [name for name in source.names if is_counted(name)]
     while True:
         scene = source.scene(names=countable, repeat=0.6)
         name = source.pick(scene.drawings).name
@@ -211,14 +224,18 @@ def make_counts_and_relations(source: Source) -> Example:
     """Half of each."""
     if source.rng.random() < 0.5:
         return make_counts(source)
-    return make_relations(source, [relation for relation in RELATIONS if relation != UNSEEN_RELATION])
+    return make_relations(
+        source, [relation for relation in RELATIONS if relation != UNSEEN_RELATION]
+    )
 
 
 # ---- retrieval ----------------------------------------------------------------------------------
 
 
 def write_edit(source: Source, scene: Scene) -> str:
-    """An instruction that changes one thing of a scene, or swaps two; drawings are named, so their names must differ."""
+    """An instruction that changes one thing of a scene, or swaps two; drawings are named, so their
+    names must differ.
+    """
     one, *rest = source.some(scene.drawings, 2)
     near = [other for other in near_names(one.name) if other in source.known] or source.names
     options = [
@@ -232,7 +249,9 @@ def write_edit(source: Source, scene: Scene) -> str:
 
 
 def make_edits(source: Source, n: int) -> tuple[Scene, list[tuple[str, Scene]]]:
-    """A scene and n edits (instruction, edited scene) that differ from it and from each other, all of the split."""
+    """A scene and n edits (instruction, edited scene) that differ from it and from each other, all
+    of the split.
+    """
     while True:
         scene = source.scene()
         if len({one.name for one in scene.drawings}) < len(scene):
@@ -257,7 +276,11 @@ def make_text_to_picture(source: Source) -> Example:
     """The scene that a caption describes."""
     scene, edits = make_edits(source, 2)
     caption = source.pick(STYLES)(scene)
-    return Side(f"Find the picture: {caption}"), Side("", scene), [Side("", edited) for _, edited in edits]
+    return (
+        Side(f"Find the picture: {caption}"),
+        Side("", scene),
+        [Side("", edited) for _, edited in edits],
+    )
 
 
 def make_picture_to_text(source: Source) -> Example:
@@ -286,7 +309,9 @@ def find(scene: Scene, words: str, target: Drawn) -> Example:
 def make_grounding(source: Source) -> Example:
     """By phrase or by relation."""
     if source.rng.random() < 0.5:
-        scene, words, target = point(source, [relation for relation in RELATIONS if relation != UNSEEN_RELATION])
+        scene, words, target = point(
+            source, [relation for relation in RELATIONS if relation != UNSEEN_RELATION]
+        )
         return find(scene, f"drawing {words}", target)
     return _find_phrase(source, lambda: source.scene(n=int(source.rng.integers(2, 5))))
 
@@ -298,7 +323,9 @@ def make_grounding_composed(source: Source) -> Example:
         name = source.pick(composed_names(source.split))
         size = held_out_size(name)
         usual = "small" if size == "large" else "large"
-        return source.scene(n=int(source.rng.integers(2, 5)), first=((name, size), (name, usual)), repeat=0)
+        return source.scene(
+            n=int(source.rng.integers(2, 5)), first=((name, size), (name, usual)), repeat=0
+        )
 
     return _find_phrase(source, draw_scene, lambda one: one.size == held_out_size(one.name))
 
@@ -315,7 +342,9 @@ def make_grounding_unknown(source: Source) -> Example:
 
 
 def _find_phrase(
-    source: Source, draw_scene: Callable[[], Scene], wanted: Callable[[Drawn], bool] = lambda one: True
+    source: Source,
+    draw_scene: Callable[[], Scene],
+    wanted: Callable[[Drawn], bool] = lambda one: True,
 ) -> Example:
     """Find a wanted drawing whose phrase no second one has."""
     while True:

@@ -1,13 +1,15 @@
-"""The small causal backbone, vision first: tower and merger learn to name drawings, then the language model joins.
+"""The small causal backbone, vision first: tower and merger learn to name drawings, then the
+language model joins.
 
-    python -m cocoa_lib.drawings.backbone --out data/backbone --seed 1
+    python -m cocoa_lib.drawings.pretrain --out data/backbone --seed 1
 
-Four phases. "crops": single drawings, a linear head on the merger's output names the concept on each cell.
-"scenes": the same on whole scenes. "names": the language model says what a single drawing is. "talk": captions and
-questions about scenes. In the last two the head's loss stays as a small part, so that the tower keeps what it knows.
+Four phases. "crops": single drawings, a linear head on the merger's output names the concept on
+each cell. "scenes": the same on whole scenes. "names": the language model says what a single
+drawing is. "talk": captions and questions about scenes. In the last two the head's loss stays as a
+small part, so that the tower keeps what it knows.
 
-State lies in `.NAME.work` beside the output folder; the same command goes on from there, bit for bit. Batches depend on
-seed, phase and step alone.
+State lies in `.NAME.work` beside the output folder; the same command goes on from there, bit for
+bit. Batches depend on seed, phase and step alone.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..backbone import hidden_states, new_backbone
-from ..batches import causal_batch
-from ..checkpoint import META, save_checkpoint
+from ..backbone import hidden_states
 from ..corruption import IGNORE
-from ..files import write_whole
 from ..inputs import Inputs
+from ..store.checkpoint import META, save_checkpoint
+from ..store.files import write_whole
+from ..world.backbone import causal_batch, new_backbone
 from .concepts import SALT
 from .lessons import BACKGROUND, Lesson, known_concepts, make_crops, make_scenes, sample_texts
 from .muon import Muon
@@ -71,6 +73,7 @@ class Schedule:
     vision_layers: int = 4
     vocab_size: int = 2560
     max_length: int = 256
+    texts: int = 20_000  # scenes that the tokenizer is learnt from
     warmup: int = 50
     decay: float = 0.4  # share of a phase over which its rate falls to zero
     measure_every: int = 100
@@ -84,8 +87,19 @@ class Schedule:
 
     @property
     def shape(self) -> dict[str, int]:
-        names = ("hidden_size", "layers", "heads", "vision_dim", "vision_layers", "vocab_size", "max_length")
-        return {name: getattr(self, name) for name in names} | {"patch_size": PATCH, "image_pixels": CANVAS**2}
+        names = (
+            "hidden_size",
+            "layers",
+            "heads",
+            "vision_dim",
+            "vision_layers",
+            "vocab_size",
+            "max_length",
+        )
+        return {name: getattr(self, name) for name in names} | {
+            "patch_size": PATCH,
+            "image_pixels": CANVAS**2,
+        }
 
 
 @dataclass
@@ -118,7 +132,9 @@ def collate(lesson: Lesson, inputs: Inputs) -> dict[str, Tensor]:
     values, grids = cut_patches(lesson.pictures, PATCH)
     parts = zip(values.split(len(values) // len(grids)), grids.split(1), strict=True)
     inputs.kept = {str(i): part for i, part in enumerate(parts)}
-    return causal_batch([{"image": str(i), "turns": turns} for i, turns in enumerate(lesson.turns)], inputs)
+    return causal_batch(
+        [{"image": str(i), "turns": turns} for i, turns in enumerate(lesson.turns)], inputs
+    )
 
 
 def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
@@ -129,9 +145,13 @@ def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
 
 
 def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(cell logits (N, cells, K), logits of learnt tokens (T, V), these tokens (T,), their rows (T,))."""
+    """(cell logits (N, cells, K), logits of learnt tokens (T, V), these tokens (T,), their rows
+    (T,)).
+    """
     batch, seen = collate(lesson, pupil.inputs), {}
-    hook = pupil.model.model.visual.register_forward_hook(lambda *call: seen.update(out=call[-1].pooler_output))
+    hook = pupil.model.model.visual.register_forward_hook(
+        lambda *call: seen.update(out=call[-1].pooler_output)
+    )
     hidden = hidden_states(pupil.model, batch)
     hook.remove()
     cells = pupil.head(seen["out"]).view(len(lesson.turns), -1, pupil.head.out_features)
@@ -141,7 +161,9 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
-    """One step; returns (loss of the words, or of the cells where no words are learnt; loss of the cells)."""
+    """One step; returns (loss of the words, or of the cells where no words are learnt; loss of the
+    cells).
+    """
     words = torch.zeros(())
     if phase.words:
         cells, logits, labels, _ = read_words(pupil, lesson)
@@ -152,7 +174,9 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
     cell_loss = F.cross_entropy(cells.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE)
     loss = phase.words * words + phase.head * cell_loss
     if not torch.isfinite(loss):
-        raise RuntimeError(f"the loss is {float(loss)} at step {pupil.step} of {phase.name}; lower its rate")
+        raise RuntimeError(
+            f"the loss is {float(loss)} at step {pupil.step} of {phase.name}; lower its rate"
+        )
     loss.backward()
     for optimizer in pupil.optimizers[1:]:
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
@@ -177,8 +201,8 @@ def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
 def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
     """Shares right on held-out scenes (development split), greedy.
 
-    cell_naming: single drawings, by the head; naming: the same, by the language model, all tokens of the name right;
-    answers: questions about scenes of one to four drawings.
+    cell_naming: single drawings, by the head; naming: the same, by the language model, all tokens
+    of the name right; answers: questions about scenes of one to four drawings.
     """
     rng = np.random.default_rng([0, 2])
     single = make_scenes(rng, HELD_OUT, known_concepts(), split="dev", count=1)
@@ -192,7 +216,9 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
         scenes = make_scenes(rng, 2 * HELD_OUT, names, split="dev")
         kept = [i for i, turns in enumerate(scenes.turns) if turns[0][0]][:HELD_OUT]
         asked = [scenes.turns[i][:1] for i in kept]
-        found["answers"] = float(np.mean(answer_right(pupil, Lesson(scenes.pictures[kept], scenes.cells[kept], asked))))
+        found["answers"] = float(
+            np.mean(answer_right(pupil, Lesson(scenes.pictures[kept], scenes.cells[kept], asked)))
+        )
     return found
 
 
@@ -200,7 +226,8 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
 def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
     """Whether greedy decoding gives each picture's whole answer.
 
-    It does where each token is the likeliest one after the right ones before it, so one forward pass tells.
+    It does where each token is the likeliest one after the right ones before it, so one forward
+    pass tells.
     """
     _, logits, labels, rows = read_words(pupil, lesson)
     wrong = set(rows[logits.argmax(-1) != labels].tolist())
@@ -211,16 +238,24 @@ def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
 
 
 def new_pupil(schedule: Schedule, seed: int) -> Pupil:
-    """Random weights, a tokenizer of the world's texts and of Python's manual, so that other English is not spelt out."""
-    model, inputs = new_backbone([*sample_texts(), *topics.values()], seed=seed, **schedule.shape)
+    """Random weights, a tokenizer of the world's texts and of Python's manual, so that other
+    English is not spelt out.
+    """
+    model, inputs = new_backbone(
+        [*sample_texts(schedule.texts), *topics.values()], seed=seed, **schedule.shape
+    )
     model.model.visual.config._attn_implementation = EQUAL_PICTURES
     head = nn.Linear(schedule.hidden_size, len(known_concepts()) + 1)
     model.train()
     inside = [
-        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed_tokens" not in name
+        weight
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and "embed_tokens" not in name
     ]
     chosen = {id(weight) for weight in inside}
-    rest = [weight for weight in [*model.parameters(), *head.parameters()] if id(weight) not in chosen]
+    rest = [
+        weight for weight in [*model.parameters(), *head.parameters()] if id(weight) not in chosen
+    ]
     adam = torch.optim.AdamW(rest, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
     return Pupil(model, inputs, head, [Muon(inside, lr=0), adam])
 
@@ -288,7 +323,9 @@ def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, 
 
 
 def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
-    """Train, or go on, until the last phase is done; returns the checkpoint folder, with the log beside its weights."""
+    """Train, or go on, until the last phase is done; returns the checkpoint folder, with the log
+    beside its weights.
+    """
     out, work = Path(out), Path(out).parent / f".{Path(out).name}.work"
     if (out / META).is_file():
         return out
@@ -299,7 +336,12 @@ def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
     for phase, loss, cell_loss in go_on(pupil, schedule, seed):
         last = pupil.step == phase.steps
         if last or pupil.step % schedule.measure_every == 0:
-            found = {"loss": loss, "cell_loss": cell_loss, **measure(pupil, phase), "seconds": pupil.seconds}
+            found = {
+                "loss": loss,
+                "cell_loss": cell_loss,
+                **measure(pupil, phase),
+                "seconds": pupil.seconds,
+            }
             row = {name: f"{value:.4g}" for name, value in found.items()}
             pupil.rows.append({"phase": phase.name, "step": pupil.step, **row})
             write_log(pupil, work / "log.csv")
@@ -313,9 +355,15 @@ def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int
     """The folder that every later stage opens: model, processor, cocoa.json, log.csv."""
     pupil.model.model.visual.config._attn_implementation = "sdpa"
     pupil.inputs.keep_images(0)
-    run = {"seed": seed, "recipe": json.loads(json.dumps(asdict(schedule))), "data": f"drawings, salt {SALT.strip()}"}
+    run = {
+        "seed": seed,
+        "recipe": json.loads(json.dumps(asdict(schedule))),
+        "data": f"drawings, salt {SALT.strip()}",
+    }
     meta = {"stage": "causal", "layout": "causal", "run": run}
-    return save_checkpoint(out, pupil.model.eval(), pupil.inputs, meta, {"log.csv": log.read_text(encoding="utf-8")})
+    return save_checkpoint(
+        out, pupil.model.eval(), pupil.inputs, meta, {"log.csv": log.read_text(encoding="utf-8")}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
