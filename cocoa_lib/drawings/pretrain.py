@@ -175,7 +175,7 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
     loss = phase.words * words + phase.head * cell_loss
     if not torch.isfinite(loss):
         raise RuntimeError(
-            f"the loss is {float(loss)} at step {pupil.step} of {phase.name}; lower its rate"
+            f"the loss is {loss.item()} at step {pupil.step} of {phase.name}; lower its rate"
         )
     loss.backward()
     for optimizer in pupil.optimizers[1:]:
@@ -183,7 +183,7 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
     for optimizer in pupil.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    return float((words if phase.words else cell_loss).detach()), float(cell_loss.detach())
+    return (words if phase.words else cell_loss).item(), cell_loss.item()
 
 
 def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:

@@ -1,0 +1,206 @@
+"""How the small backbone learns: patches, Muon, lessons, a run that is stopped and goes on."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from cocoa_lib.backbone import open_backbone
+from cocoa_lib.drawings import pretrain
+from cocoa_lib.drawings.concepts import load_concepts
+from cocoa_lib.drawings.lessons import (
+    BACKGROUND,
+    IGNORE,
+    known_concepts,
+    label_cells,
+    make_crops,
+    make_scenes,
+)
+from cocoa_lib.drawings.muon import Muon, orthogonalise
+from cocoa_lib.drawings.patches import EQUAL_PICTURES, cut_patches
+from cocoa_lib.drawings.scenes import CANVAS, WINDOW, Drawn, Scene, render
+from cocoa_lib.store.checkpoint import load_inputs, read_meta, weights_hash
+from cocoa_lib.world.backbone import answer
+
+TINY = pretrain.Schedule(
+    hidden_size=32,
+    layers=1,
+    heads=2,
+    vision_dim=32,
+    vision_layers=1,
+    vocab_size=400,
+    texts=20,
+    warmup=2,
+    measure_every=2,
+    save_every=1,
+    phases=(
+        pretrain.Phase("crops", 2, 4, head=1, words=0),
+        pretrain.Phase("scenes", 2, 4, head=1, words=0),
+        pretrain.Phase("names", 2, 4, head=0.3, words=1),
+        pretrain.Phase("talk", 3, 4, head=0.3, words=1),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def few_measurements(monkeypatch):
+    monkeypatch.setattr(pretrain, "HELD_OUT", 6)
+    monkeypatch.setattr(pretrain, "topics", {"a": "Any text."})
+
+
+@pytest.mark.parametrize("side", [WINDOW, CANVAS])
+def test_patches_are_those_of_the_image_processor(side):
+    pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
+    processor = Qwen2VLImageProcessorPil(
+        patch_size=10, size={"shortest_edge": 400, "longest_edge": CANVAS**2}
+    )
+    wanted = processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+    values, grids = cut_patches(pictures, 10)
+    torch.testing.assert_close(values, wanted["pixel_values"], rtol=0, atol=1e-6)
+    assert torch.equal(grids, wanted["image_grid_thw"])
+
+
+def test_attention_to_equal_pictures_is_the_towers_own():
+    pupil = pretrain.new_pupil(TINY, seed=0)
+    values, grids = cut_patches(make_scenes(np.random.default_rng(0), 3, ["owl"]).pictures, 10)
+    visual = pupil.model.model.visual
+    with torch.inference_mode():
+        fast = visual(values, grid_thw=grids).pooler_output
+        assert visual.config._attn_implementation == EQUAL_PICTURES
+        visual.config._attn_implementation = "sdpa"
+        torch.testing.assert_close(visual(values, grid_thw=grids).pooler_output, fast)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8)])
+def test_muon_makes_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    assert 0.5 < values.min() and values.max() < 1.5
+
+
+def test_muon_lowers_a_loss():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(8, 4, bias=False), torch.randn(32, 8)
+    wanted = x @ torch.randn(8, 4)
+    optimizer = Muon([layer.weight], lr=0.05)
+    losses = []
+    for _ in range(100):
+        loss = (layer(x) - wanted).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] / 20
+
+
+# ---- lessons ------------------------------------------------------------------------------------
+
+
+def test_cells_are_labelled_with_what_covers_them():
+    label = known_concepts().index("owl") + 1
+    cells = label_cells([Drawn("owl", "large", "top left", 3, 3)], CANVAS).reshape(4, 4)
+    assert cells[0, 0] == label
+    assert (cells[2:] == BACKGROUND).all() and (cells[:, 2:] == BACKGROUND).all()
+    assert set(cells[:2, :2].ravel().tolist()) <= {label, IGNORE, BACKGROUND}
+
+
+def test_every_drawing_labels_a_cell():
+    for name in known_concepts():
+        cells = label_cells([Drawn(name, "small", "center", 28, 28)], CANVAS)
+        assert known_concepts().index(name) + 1 in cells
+
+
+@pytest.mark.parametrize(("make", "side"), [(make_crops, WINDOW), (make_scenes, CANVAS)])
+def test_lessons_hold_pictures_labels_and_words(make, side):
+    lesson = make(np.random.default_rng(0), 12, known_concepts())
+    again = make(np.random.default_rng(0), 12, known_concepts())
+    assert lesson.pictures.shape == (12, side, side, 3)
+    assert lesson.cells.shape == (12, (side // 20) ** 2)
+    assert lesson.turns == again.turns and np.array_equal(lesson.pictures, again.pictures)
+    assert all(reply for turns in lesson.turns for _, reply in turns)
+
+
+def test_nothing_unknown_is_taught():
+    assert all(load_concepts()[name].role != "unknown" for name in known_concepts())
+
+
+# ---- the run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "backbone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "HELD_OUT", 6)
+        patch.setattr(pretrain, "topics", {"a": "Any text."})
+        return pretrain.train_backbone(out, TINY, seed=1)
+
+
+def test_the_folder_opens_as_any_other(folder):
+    meta = read_meta(folder)
+    assert meta["stage"] == "causal" and meta["run"]["seed"] == 1
+    model, inputs = open_backbone(folder, bidirectional=False), load_inputs(folder, meta)
+    item = {"image": Image.fromarray(render(Scene(()))), "text": "What is in the picture?"}
+    assert len(answer(model, inputs, [item], max_new_tokens=3)) == 1
+
+
+def test_the_log_has_a_row_a_measurement(folder):
+    with (folder / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["phase"], row["step"]) for row in rows] == [
+        ("crops", "2"), ("scenes", "2"), ("names", "2"), ("talk", "2"), ("talk", "3"),
+    ]  # fmt: skip
+    assert rows[0]["naming"] == "" and 0 <= float(rows[-1]["naming"]) <= 1
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 8])
+def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, stop_after):
+    class Stopped(Exception):
+        pass
+
+    steps, learn = [], pretrain.train_step
+
+    def stop(*args):
+        if len(steps) == stop_after:
+            raise Stopped
+        steps.append(1)
+        return learn(*args)
+
+    monkeypatch.setattr(pretrain, "train_step", stop)
+    with pytest.raises(Stopped):
+        pretrain.train_backbone(tmp_path / "backbone", TINY, seed=1)
+    monkeypatch.setattr(pretrain, "train_step", learn)
+    again = pretrain.train_backbone(tmp_path / "backbone", TINY, seed=1)
+    assert weights_hash(again) == weights_hash(folder)
+
+
+def test_an_answer_is_right_if_all_its_tokens_are(monkeypatch):
+    labels, rows = torch.tensor([3, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
+    logits = torch.eye(4)[[3, 0, 2, 2]]  # the second token of the first answer is wrong
+    monkeypatch.setattr(pretrain, "read_words", lambda *_: (None, logits, labels, rows))
+    lesson = pretrain.Lesson(np.zeros(3), np.zeros(3), [[], [], []])
+    assert pretrain.answer_right(None, lesson) == [False, True, True]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    pupil = pretrain.new_pupil(TINY, seed=0)
+    with torch.no_grad():
+        pupil.head.weight.fill_(float("nan"))
+    phase = TINY.phases[0]
+    lesson = pretrain.make_lesson(phase, np.random.default_rng(0))
+    with pytest.raises(RuntimeError, match="lower its rate"):
+        pretrain.train_step(pupil, phase, lesson)
+
+
+@pytest.mark.slow
+def test_the_command_line_shows_its_help():
+    command = [sys.executable, "-m", "cocoa_lib.drawings.pretrain", "--help"]
+    assert "--seed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
