@@ -1,0 +1,205 @@
+"""What scores mean: chance, pixels and words, random weights, a small CNN, the generator's truth.
+
+    python -m cocoa_lib.drawings.floors runs/laptop/benchmark --pairs 2000 --out floors.csv
+
+Each is a row a task, in percent right at rank 1. All read the same files as the models do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data import corpus
+from ..data.tables import load_eval
+from ..embedder import CocoaEmbedder, EosEmbedding
+from ..evaluate.score import evaluate
+from ..items import PLACEHOLDER, load_image
+from ..store.files import write_whole
+from ..world.backbone import new_backbone
+from .build import oracle, read_scenes
+from .pretrain import Schedule
+from .tasks import SUBSETS, TASKS
+
+SIDE = 80  # pixels a side that the CNN sees
+WORDS = 1024  # hashed words
+WIDTH = 96  # numbers an embedding of the CNN
+TEMPERATURE = 0.05
+Item = dict[str, Any]  # {"text": str, "image": path or None}
+
+
+def split_words(item: Item) -> list[str]:
+    """The words of an item, without the mark of its picture."""
+    return re.findall(r"\w+", PLACEHOLDER.sub("", item.get("text") or "").lower())
+
+
+class PixelsAndWords:
+    """No training: 8 x 8 x 3 pixels, a 4 x 4 x 4 colour histogram, 256 hashed words."""
+
+    def encode(self, items: Sequence[Item], **_: Any) -> np.ndarray:
+        """(N, 512) float32; each of the three blocks and the whole have length 1, or 0."""
+        out = np.zeros((len(items), 512), dtype=np.float32)
+        for row, item in zip(out, items, strict=True):
+            for word in split_words(item):
+                row[256 + crc32(word.encode()) % 256] += 1
+            if item.get("image"):
+                image = load_image(item["image"])
+                small = image.resize((8, 8), Image.Resampling.BOX)
+                row[:192] = np.asarray(small, dtype=np.float32).ravel()
+                bins = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
+                row[192:256] = np.bincount(bins, minlength=64)
+            for block in (row[:192], row[192:256], row[256:], row):
+                block /= max(np.linalg.norm(block), 1e-12)
+        return out
+
+
+class SmallCnn(nn.Module):
+    """Four convolutions and a bag of hashed words, 0.4 million weights, trained on the pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 64, 96)
+        layers = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        self.picture = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 25, WIDTH))
+        self.words = nn.EmbeddingBag(WORDS, WIDTH, mode="sum")
+        self.seen: dict[str, Tensor] = {}
+
+    def read_picture(self, path: str | None) -> Tensor:
+        """(3, SIDE, SIDE) uint8, black where there is none; a file is read once."""
+        if not path:
+            return torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+        if path not in self.seen:
+            pixels = np.array(load_image(path).resize((SIDE, SIDE)))
+            self.seen[path] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return self.seen[path]
+
+    def forward(self, items: Sequence[Item]) -> Tensor:
+        """(N, WIDTH), of length 1: the sum of what picture and words give."""
+        pictures = torch.stack([self.read_picture(item.get("image")) for item in items])
+        shown = torch.tensor([bool(item.get("image")) for item in items])[:, None]
+        hashed = [[crc32(word.encode()) % WORDS for word in split_words(item)] for item in items]
+        starts = torch.tensor([0, *map(len, hashed)][:-1]).cumsum(0)
+        words = self.words(torch.tensor(sum(hashed, []), dtype=torch.long), starts)
+        return F.normalize(self.picture(pictures / 255 - 0.5) * shown + words, dim=-1)
+
+    @torch.inference_mode()
+    def encode(self, items: Sequence[Item], **_: Any) -> np.ndarray:
+        """(N, WIDTH) float32."""
+        self.eval()
+        parts = [self(items[start : start + 256]) for start in range(0, len(items), 256)]
+        return torch.cat(parts).numpy()
+
+
+def train_small_cnn(root: Path, *, n_pairs: int, steps: int, seed: int = 0) -> SmallCnn:
+    """InfoNCE on the first `n_pairs` pairs, 128 a step, with their hard negatives."""
+    torch.manual_seed(seed)
+    rng, model = np.random.default_rng(seed), SmallCnn()
+    rows, _ = corpus.pairs(root, n_pairs // len(SUBSETS), hard_negatives=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        batch = rows.select(rng.integers(len(rows), size=128))
+        vectors = model([*batch["anchor"], *batch["positive"], *batch["negative"]])
+        scores = vectors[:128] @ vectors[128:].T / TEMPERATURE
+        loss = F.cross_entropy(scores, torch.arange(128))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def open_random_model(root: Path, seed: int = 0) -> CocoaEmbedder:
+    """The small backbone as it is before any training."""
+    texts = [row["target"] for row in corpus.captions(root)]
+    model, inputs = new_backbone(texts, seed=seed, **Schedule().shape)
+    return CocoaEmbedder(EosEmbedding(model, inputs))
+
+
+def score_embedder(embedder: Any, root: Path, part: str) -> dict[str, float]:
+    """Task -> precision at 1 in percent, on the queries of "eval" or "dev"."""
+    results, _ = evaluate(
+        embedder, str(root / part), root / "images", tasks=TASKS, show_progress=False
+    )
+    first = results[results["metric"] == "p@1"]
+    return dict(zip(first["task"], first["value"], strict=True))
+
+
+def score_chance(root: Path, part: str) -> dict[str, float]:
+    """Task -> percent right by drawing a candidate."""
+    return {
+        task.name: 100
+        * float(
+            np.mean([1 / len(row["tgt_text"]) for row in load_eval(str(root / part), task.name)])
+        )
+        for task in TASKS
+    }
+
+
+def score_truth(root: Path, part: str) -> dict[str, float]:
+    """Task -> percent of rows whose first candidate is what the generator's truth picks: 100, or a
+    row is wrong.
+    """
+    scenes = read_scenes(root)
+    return {
+        task.name: 100
+        * float(
+            np.mean([oracle(row, scenes) == 0 for row in load_eval(str(root / part), task.name)])
+        )
+        for task in TASKS
+    }
+
+
+def list_floors(
+    root: Path, part: str, n_pairs: int, steps: int
+) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """(name, function that scores it), cheapest first."""
+    yield "chance", lambda: score_chance(root, part)
+    yield "truth", lambda: score_truth(root, part)
+    yield "pixels and words", lambda: score_embedder(PixelsAndWords(), root, part)
+    yield "random weights", lambda: score_embedder(open_random_model(root), root, part)
+    yield (
+        f"small CNN, {n_pairs:,} pairs",
+        lambda: score_embedder(train_small_cnn(root, n_pairs=n_pairs, steps=steps), root, part),
+    )
+
+
+def make_floor_table(
+    root: Path, *, part: str = "eval", n_pairs: int = 2000, steps: int = 1500
+) -> pd.DataFrame:
+    """Rows floor, columns the tasks and their mean, in percent."""
+    table = pd.DataFrame(
+        {name: score() for name, score in list_floors(Path(root), part, n_pairs, steps)}
+    ).T
+    table.index.name = "floor"
+    return table.assign(overall=table.mean(axis=1)).round(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The floors of the built-in benchmark.")
+    parser.add_argument("root", type=Path, help="folder of the benchmark")
+    parser.add_argument("--out", type=Path, required=True, help="CSV file")
+    parser.add_argument("--part", choices=("eval", "dev"), default="eval")
+    parser.add_argument("--pairs", type=int, default=2000, help="training pairs of the CNN")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of the CNN")
+    args = parser.parse_args(argv)
+    table = make_floor_table(args.root, part=args.part, n_pairs=args.pairs, steps=args.steps)
+    write_whole(args.out, table.to_csv)
+    print(table.to_string())  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The floors of the built-in benchmark."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cocoa_lib.drawings import build as files
+from cocoa_lib.drawings import floors
+from cocoa_lib.drawings.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("floors") / "world"
+    files.build(folder, n_pairs=16, n_queries=4, n_corpus=30)
+    return folder
+
+
+def test_the_table_has_every_floor_and_task(root):
+    table = floors.make_floor_table(root, part="dev", n_pairs=16, steps=2)
+    assert list(table.columns) == [*(task.name for task in TASKS), "overall"]
+    assert list(table.index) == [
+        "chance", "truth", "pixels and words", "random weights", "small CNN, 16 pairs",
+    ]  # fmt: skip
+    assert (table.loc["truth"] == 100).all()
+    assert table.loc["chance", "Kinds"] == pytest.approx(100 / 47, abs=0.1)
+    assert ((table >= 0) & (table <= 100)).all(axis=None)
+
+
+def test_pixels_and_words_have_length_one(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    items = [{"text": "a snake"}, {"text": "", "image": str(tmp_path / "a.png")}]
+    vectors = floors.PixelsAndWords().encode(items)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    assert vectors[0] @ vectors[1] == 0
+
+
+def test_the_cnn_has_four_hundred_thousand_weights_and_tells_pictures_from_words(tmp_path):
+    model = floors.SmallCnn()
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(4e5, rel=0.1)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    items = [{"text": "a snake"}, {"text": "a snake", "image": path}, {"text": "", "image": path}]
+    vectors = model.encode(items)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
+def test_the_cnn_learns(root):
+    model = floors.train_small_cnn(root, n_pairs=16, steps=30)
+    before = floors.SmallCnn()
+    rows, _ = floors.corpus.pairs(root, 2)
+    hits = [
+        float(
+            np.mean(
+                (m.encode(rows["anchor"]) @ m.encode(rows["positive"]).T).argmax(1) == np.arange(16)
+            )
+        )
+        for m in (before, model)
+    ]
+    assert hits[1] > hits[0]
