@@ -117,3 +117,11 @@ def held_out_size(name: str) -> str:
     if load_concepts()[name].role != "paired" or number % HELD_OUT:
         return ""
     return ("small", "large")[number // HELD_OUT % 2]
+
+
+def list_families() -> list[list[str]]:
+    """The groups of near-copies: every family of two or more, largest first."""
+    families: dict[str, list[str]] = {}
+    for concept in load_concepts().values():
+        families.setdefault(concept.family, []).append(concept.name)
+    return sorted((names for names in families.values() if len(names) > 1), key=len, reverse=True)

@@ -18,7 +18,7 @@ ITERATIONS = 5
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """(M, N) -> about the nearest matrix with singular values near 1, by Newton-Schulz iterations."""
+    """(M, N) -> nearly its nearest orthogonal matrix, by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     x = matrix / (matrix.norm() + 1e-7)
     wide = x if x.shape[0] <= x.shape[1] else x.T

@@ -1,4 +1,4 @@
-"""Pictures of one size to the patches that Qwen2-VL's image processor makes of them, many at once."""
+"""The patches that Qwen2-VL's image processor makes of pictures, for many of one size at once."""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ UNSEEN_RELATION = "below"  # captions of the corpus know it, no contrastive pair
 PLACEHOLDER = "<|image_1|>"
 EDIT = re.compile(
     r"(?P<verb>Make|Turn|Move|Remove|Swap) the (?P<name>.+?)"
-    r"( (?P<size>small|large)| into (?:an?|some) (?P<new>.+)| to the (?P<place>.+)| and the (?P<other>.+))?\."
+    r"( (?P<size>small|large)| into (?:an?|some) (?P<new>.+)| to the (?P<place>.+)"
+    r"| and the (?P<other>.+))?\."
 )
 
 

@@ -24,13 +24,13 @@ WINDOW = 40  # pixels a side of a crop around one drawing
 JITTER = 2  # pixels off the named position, at most
 OVERLAP = 3  # pixels by which the boxes of two drawings may overlap
 POSITIONS = (
-    "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
-)  # fmt: skip
-CENTERS = (14, 40, 66)
-BACKGROUNDS = (
-    (255, 255, 255), (238, 238, 232), (214, 232, 246), (224, 242, 216), (250, 230, 214), (236, 222, 242),
-    (98, 106, 126), (118, 106, 92),
-)  # fmt: skip
+    *("top left", "top", "top right"),
+    *("left", "center", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)
+CENTERS = (14, 40, 66)  # pixels: of the rows and of the columns
+LIGHT = ((255, 255, 255), (238, 238, 232), (214, 232, 246), (224, 242, 216), (250, 230, 214))
+BACKGROUNDS = (*LIGHT, (236, 222, 242), (98, 106, 126), (118, 106, 92))
 SPLITS = {"test": (0,), "dev": (1,), "train": tuple(range(2, 8))}  # remainders of the checksum by 8
 
 

@@ -53,14 +53,15 @@ TASKS = (
     Task("GroundingUnknown", "grounding", False, 200),
 )
 SUBSETS = tuple(task.name for task in TASKS if task.in_distribution)
-# Pairs below each number show only the first share of the paired concepts: small sets cover few, all are nested.
+# Pairs below each number show only this first share of the paired concepts, so that a small set
+# covers few and each is the beginning of the next.
 PAIR_SHARES = ((500, 0.25), (2000, 0.5), (8000, 0.75), (10**9, 1.0))
 NEAR = 3  # wrong names of the same kind among a row's candidates
 
 
 @dataclass(frozen=True)
 class Side:
-    """A query or a candidate: text and/or the picture of a scene, or the crop of one drawing of it."""
+    """A query or a candidate: text and/or the picture of a scene, or of one drawing of it."""
 
     text: str = ""
     scene: Scene | None = None
