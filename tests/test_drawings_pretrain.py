@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.drawings import pretrain
+from cocoa_lib.drawings import exam, pretrain
 from cocoa_lib.drawings.concepts import load_concepts
 from cocoa_lib.drawings.lessons import (
     BACKGROUND,
@@ -150,6 +150,13 @@ def test_the_folder_opens_as_any_other(folder):
     model, inputs = open_backbone(folder, bidirectional=False), load_inputs(folder, meta)
     item = {"image": Image.fromarray(render(Scene(()))), "text": "What is in the picture?"}
     assert len(answer(model, inputs, [item], max_new_tokens=3)) == 1
+
+
+def test_the_exam_asks_every_kind_and_knows_the_commonest_answer(folder):
+    table = exam.examine(folder, n=3)
+    assert list(table["kind"]) and set(table["kind"]) == set(exam.KINDS)
+    assert (table["n"] == 3).all() and (table["constant"] >= 33).all()
+    assert ((table["right"] >= 0) & (table["right"] <= 100)).all()
 
 
 def test_the_log_has_a_row_a_measurement(folder):
