@@ -52,7 +52,10 @@ CLIP = 1.0  # gradient norm of the parameters that AdamW trains
 
 @dataclass(frozen=True)
 class Phase:
-    """`head`: weight of the cells' loss; `words`: weight of the language model's."""
+    """`head`: weight of the cells' loss; `words`: of the language model's.
+
+    learning_rate: of Muon, AdamW's is a tenth; tower: share of both for the tower.
+    """
 
     name: str
     steps: int
@@ -60,6 +63,7 @@ class Phase:
     head: float
     words: float
     learning_rate: float = 0.02
+    tower: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,8 @@ class Schedule:
     phases: tuple[Phase, ...] = (
         Phase("crops", 900, 128, head=1, words=0),
         Phase("scenes", 400, 64, head=1, words=0),
-        Phase("names", 400, 128, head=0.3, words=1),
-        Phase("talk", 2400, 48, head=0.3, words=1),
+        Phase("names", 300, 128, head=0.3, words=1, tower=0.1),
+        Phase("talk", 1600, 64, head=0.3, words=1, tower=0.25),
     )
 
     @property
@@ -178,8 +182,8 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
             f"the loss is {loss.item()} at step {pupil.step} of {phase.name}; lower its rate"
         )
     loss.backward()
-    for optimizer in pupil.optimizers[1:]:
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], CLIP)
+    for group in pupil.optimizers[1].param_groups:
+        nn.utils.clip_grad_norm_(group["params"], CLIP)
     for optimizer in pupil.optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -191,7 +195,8 @@ def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
     left = (phase.steps - pupil.step) / (phase.steps * schedule.decay)
     rate = phase.learning_rate * min(1.0, (pupil.step + 1) / schedule.warmup, left)
     for optimizer, share in zip(pupil.optimizers, (1.0, 0.1), strict=True):
-        optimizer.param_groups[0]["lr"] = rate * share
+        for group, part in zip(optimizer.param_groups, (phase.tower, 1.0), strict=True):
+            group["lr"] = rate * share * part
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -206,7 +211,8 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
     """
     rng = np.random.default_rng([0, 2])
     single = make_scenes(rng, HELD_OUT, known_concepts(), split="dev", count=1)
-    cells = read_cells(pupil, single)[..., BACKGROUND + 1 :].softmax(-1).sum(1).argmax(-1) + 1
+    shares = read_cells(pupil, single).softmax(-1)[..., BACKGROUND + 1 :]
+    cells = shares.sum(1).argmax(-1) + 1
     truths = torch.from_numpy(single.cells.max(1))
     found = {"cell_naming": float((cells == truths).float().mean())}
     if phase.words:
@@ -247,17 +253,20 @@ def new_pupil(schedule: Schedule, seed: int) -> Pupil:
     model.model.visual.config._attn_implementation = EQUAL_PICTURES
     head = nn.Linear(schedule.hidden_size, len(known_concepts()) + 1)
     model.train()
-    inside = [
-        weight
-        for name, weight in model.named_parameters()
-        if weight.ndim == 2 and "embed_tokens" not in name
-    ]
-    chosen = {id(weight) for weight in inside}
-    rest = [
-        weight for weight in [*model.parameters(), *head.parameters()] if id(weight) not in chosen
-    ]
-    adam = torch.optim.AdamW(rest, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
-    return Pupil(model, inputs, head, [Muon(inside, lr=0), adam])
+    matrices, others = split_weights(model, head)
+    adam = torch.optim.AdamW(others, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+    return Pupil(model, inputs, head, [Muon(matrices, lr=0), adam])
+
+
+def split_weights(model: PreTrainedModel, head: nn.Linear) -> tuple[list[dict], list[dict]]:
+    """(matrices inside the blocks, all else), each in two groups: the tower, the language model."""
+    named = [*model.named_parameters(), *head.named_parameters(prefix="head")]
+    matrices, others = ([{"params": []}, {"params": []}] for _ in range(2))
+    for name, weight in named:
+        inside = weight.ndim == 2 and "embed_tokens" not in name and not name.startswith("head")
+        groups = matrices if inside else others
+        groups["visual" not in name]["params"].append(weight)
+    return matrices, others
 
 
 def save_state(pupil: Pupil, path: Path) -> None:
