@@ -114,6 +114,9 @@ def test_uncounted_names_take_some():
     assert with_article("large grapes") == "some large grapes"
     assert with_article("large owl") == "a large owl"
     assert list_names(Scene((FOXES[0], SNAKE, FOXES[1]))) == "two foxes and a snake"
+    grapes = Scene((Drawn("grapes", "small", "top", 30, 3), Drawn("bread", "small", "left", 3, 30)))
+    assert {"Where are the grapes?", "Where is the bread?"} <= set(list_questions(grapes))
+    assert answer("Are the grapes small or large?", grapes) == {"small"}
 
 
 # ---- pictures -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -190,11 +191,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, stop_a
 
 
 def test_an_answer_is_right_if_all_its_tokens_are(monkeypatch):
-    labels, rows = torch.tensor([3, 1, 2, 2]), torch.tensor([0, 0, 1, 2])
-    logits = torch.eye(4)[[3, 0, 2, 2]]  # the second token of the first answer is wrong
+    inputs = SimpleNamespace(eos_id=2, text_ids=lambda text: [0])  # 0: a line break
+    labels, rows = torch.tensor([3, 1, 2, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
+    logits = torch.eye(4)[[3, 0, 2, 0, 1]]  # the second token of the first answer is wrong
     monkeypatch.setattr(pretrain, "read_words", lambda *_: (None, logits, labels, rows))
-    lesson = pretrain.Lesson(np.zeros(3), np.zeros(3), [[], [], []])
-    assert pretrain.answer_right(None, lesson) == [False, True, True]
+    lesson = pretrain.Lesson(np.zeros(4), np.zeros(4), [[]] * 4)
+    pupil = SimpleNamespace(inputs=inputs)
+    assert pretrain.answer_right(pupil, lesson) == [False, True, True, True]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

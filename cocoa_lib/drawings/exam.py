@@ -27,11 +27,11 @@ from .scenes import render, sample_scene
 KINDS = {
     "name of a single drawing": r"What is in the picture\?",
     "kind of a single drawing": r"What kind of thing is in the picture\?",
-    "kind of one of several": r"What kind of thing is the .*",
+    "kind of one of several": r"What kind of thing .*",
     "what is left, right, above, below": r"What is (left of|right of|above|below) .*",
     "what is where": r"What is .*",
     "where is what": r"Where .*",
-    "small or large": r"Is the .*",
+    "small or large": r"(Is|Are) the .*",
     "how many": r"How many .*",
 }
 

@@ -233,10 +233,12 @@ def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
     """Whether greedy decoding gives each picture's whole answer.
 
     It does where each token is the likeliest one after the right ones before it, so one forward
-    pass tells.
+    pass tells. A line break ends an answer as EOS does.
     """
     _, logits, labels, rows = read_words(pupil, lesson)
-    wrong = set(rows[logits.argmax(-1) != labels].tolist())
+    guesses, (line_break,) = logits.argmax(-1), pupil.inputs.text_ids("\n")
+    ended = (labels == pupil.inputs.eos_id) & (guesses == line_break)
+    wrong = set(rows[(guesses != labels) & ~ended].tolist())
     return [row not in wrong for row in range(len(lesson.turns))]
 
 

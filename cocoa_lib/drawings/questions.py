@@ -13,7 +13,7 @@ import numpy as np
 
 from .concepts import checksum, load_concepts
 from .scenes import POSITIONS, STYLES, Drawn, Scene, describe, make_scene, move
-from .words import COUNTS, is_counted, pluralise, say_place
+from .words import COUNTS, is_counted, pluralise, say_is, say_place
 
 RELATIONS = ("left of", "right of", "above", "below")
 UNSEEN_RELATION = "below"  # captions of the corpus know it, no contrastive pair asks for it
@@ -122,12 +122,14 @@ QUESTIONS: dict[str, Callable[..., set[str]]] = {
     r"What kind of thing is in the picture\?": lambda scene: {
         name_kind(get_only(scene.drawings).name)
     },
-    r"What kind of thing is the (.+)\?": lambda scene, name: {
+    r"What kind of thing (?:is|are) the (.+)\?": lambda scene, name: {
         name_kind(get_named(scene, name).name)
     },
     r"What is ((?:at|on|in) the .+)\?": lambda scene, place: {_at(scene, place).name},
-    r"Where is the (.+)\?": lambda scene, name: {say_place(get_named(scene, name).position)},
-    r"Is the (.+) small or large\?": lambda scene, name: {get_named(scene, name).size},
+    r"Where (?:is|are) the (.+)\?": lambda scene, name: {
+        say_place(get_named(scene, name).position)
+    },
+    r"(?:Is|Are) the (.+) small or large\?": lambda scene, name: {get_named(scene, name).size},
     r"How many (.+) are there\?": _count,
     r"What is (left of|right of|above|below) the (.+)\?": lambda scene, *words: {
         _compare(scene, *words).name
@@ -171,10 +173,11 @@ def list_questions(scene: Scene) -> list[str]:
             texts.append(text)
         if count > 1:
             continue
+        verb = say_is(one.name)
         texts += [
-            f"Where is the {one.name}?",
-            f"Is the {one.name} small or large?",
-            f"What kind of thing is the {one.name}?",
+            f"Where {verb} the {one.name}?",
+            f"{verb.capitalize()} the {one.name} small or large?",
+            f"What kind of thing {verb} the {one.name}?",
         ]
         related = [
             relation for relation in RELATIONS if len(find_related(scene, relation, one)) == 1

@@ -36,7 +36,7 @@ from .scenes import (
     is_clear,
     sample_scene,
 )
-from .words import COUNTS, is_counted, pluralise, say_place, with_article
+from .words import COUNTS, is_counted, pluralise, say_is, say_place, with_article
 
 TASKS = (
     Task("Naming", "classification", True, 430),
@@ -184,7 +184,7 @@ def make_places(source: Source) -> Example:
             return ask(f"What is {say_place(one.position)}?", scene), *label_sides(one.name, wrong)
         if sum(other.name == one.name for other in scene.drawings) == 1:
             wrong = [say_place(position) for position in POSITIONS]
-            question = ask(f"Where is the {one.name}?", scene)
+            question = ask(f"Where {say_is(one.name)} the {one.name}?", scene)
             return question, *label_sides(say_place(one.position), wrong)
 
 

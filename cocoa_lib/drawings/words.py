@@ -62,6 +62,11 @@ def say_count(name: str, count: int) -> str:
     return f"{COUNTS[count]} {pluralise(name)}"
 
 
+def say_is(name: str) -> str:
+    """ "is", or "are" of a name that is a plural already: "are" of "grapes", "is" of "bread"."""
+    return "are" if name.endswith("s") and not is_counted(name) else "is"
+
+
 def say_place(position: str) -> str:
     """ "at the top left", "on the left", "in the center" """
     word = {"center": "in", "left": "on", "right": "on"}.get(position, "at")
