@@ -86,7 +86,7 @@ class Schedule:
         Phase("crops", 900, 128, head=1, words=0),
         Phase("scenes", 400, 64, head=1, words=0),
         Phase("names", 300, 128, head=0.3, words=1, tower=0.1),
-        Phase("talk", 1600, 64, head=0.3, words=1, tower=0.25),
+        Phase("talk", 1500, 64, head=0.5, words=1, learning_rate=0.006, tower=0.1),
     )
 
     @property
