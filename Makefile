@@ -2,15 +2,14 @@
 # Needs Python 3.11 to 3.14, make and git; everything else is installed into .venv from requirements.lock.
 
 PROFILE ?= laptop
+# A folder or hub name of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; a data folder, MMEB, or your own pictures and texts.
+MODEL   ?=
 PAIRS   ?=
-# With PAIRS: names of columns where they are not the usual ones, the image folder, and skip for bad rows.
-IMAGE_COLUMN ?=
-TEXT_COLUMN  ?=
-CLASS_COLUMN ?=
-IMAGE_ROOT   ?=
-ON_BAD_ROW   ?=
+DATA    ?= $(PAIRS)
 # More seeds than the profile's, e.g. SEEDS="0 1 2": those that are there are not trained again.
-SEEDS        ?=
+SEEDS   ?=
+# Over the profile's and the arms' values, as YAML, e.g. CHANGES='{stage3: {steps: 500}}'.
+CHANGES ?=
 CORES   ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 # NVIDIA GPUs of this machine, or those of CUDA_VISIBLE_DEVICES: as many trainings and evaluations at a time, one on each.
 # Without any, CORES says how many.
@@ -29,32 +28,42 @@ STAMP := .venv/.installed
 ENV   = PATH="$(CURDIR)/.venv/bin:$$PATH" JUPYTER_PREFER_ENV_PATH=1 TOKENIZERS_PARALLELISM=false
 # Tests: no network, no display, no GPU (outputs and figures are those of a CPU), and one thread a worker.
 TESTENV = $(ENV) HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce backbone site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean check-arguments force
+.PHONY: help install reproduce experiment backbone site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@echo "make TARGET [PROFILE=smoke|laptop|long|many|pairs|gpu] [PAIRS=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
+	@echo "make TARGET [PROFILE=smoke|laptop|long|gpu|qwen2vl_2b|paper] [MODEL=...] [DATA=pairs.jsonl] [CORES=n] [PYTHON=python3.x]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
-reproduce: check-arguments $(STAMP) ## the whole road from the committed backbone: benchmark, three stages, evaluation, figures -> runs/PROFILE
-	@$(ENV) $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --keep-going --nolock $(SNAKEFLAGS) \
-		$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) \
-		--config profile=$(call quote,$(PROFILE)) $(if $(filter-out 0,$(GPUS)),gpus=$(GPUS)) $(if $(PAIRS),pairs=$(call quote,$(PAIRS))) \
-		$(if $(IMAGE_COLUMN),image_column=$(call quote,$(IMAGE_COLUMN))) $(if $(TEXT_COLUMN),text_column=$(call quote,$(TEXT_COLUMN))) \
-		$(if $(CLASS_COLUMN),class_column=$(call quote,$(CLASS_COLUMN))) $(if $(IMAGE_ROOT),image_root=$(call quote,$(IMAGE_ROOT))) \
-		$(if $(ON_BAD_ROW),on_bad_row=$(call quote,$(ON_BAD_ROW))) $(if $(SEEDS),seeds=$(call quote,$(SEEDS)))
+# Everything of a profile's grid; `make experiment` is the same with the CPU's and the checkout's state fixed.
+SNAKEMAKE = $(PY) -m snakemake --cores $(CORES) --rerun-incomplete --keep-incomplete --keep-going --nolock $(SNAKEFLAGS) \
+	$(if $(filter-out 0,$(GPUS)),--resources gpu=$(GPUS)) --config $(if $(filter-out 0,$(GPUS)),gpus=$(GPUS)) \
+	$(foreach name,model data seeds changes,$(if $(call given,$(name)),$(name)=$(call quote,$(call given,$(name)))))
+given = $($(shell echo $(1) | tr a-z A-Z))
 
-backbone: check-arguments $(STAMP) ## retrain the small causal backbone under data/
-	@$(ENV) $(PY) -m snakemake backbone --cores $(CORES) --rerun-incomplete --keep-incomplete --nolock $(SNAKEFLAGS) \
-		--config profile=$(call quote,$(PROFILE))
+reproduce: $(STAMP) ## the whole road from the committed backbone: data, arms, evaluation, notebooks -> runs/PROFILE
+	@$(ENV) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
 
-site: check-arguments $(STAMP) ## figures and tables of runs/PROFILE -> reports/PROFILE, its pages -> reports/site
-	@test -n "$$(find runs/$(call quote,$(PROFILE)) -name '*.ipynb' 2>/dev/null)" || \
-		{ echo "No executed notebooks in runs/$(PROFILE): run \`make reproduce PROFILE=$(PROFILE)\` first." >&2; exit 1; }
-	@$(ENV) $(PY) scripts/publish.py runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
+experiment: PROFILE = long
+experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computing as one with AVX2; resumes after a kill
+	@if [ -n "$$(git status --porcelain)" ]; then git status --short >&2; \
+		echo "make experiment needs a clean commit: commit or stash these changes, or use a worktree." >&2; exit 2; fi
+	@$(ENV) $(AVX2) $(PY) scripts/forecast.py $(call quote,$(PROFILE)) --cores $(CORES)
+	@$(ENV) $(AVX2) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
+
+backbone: $(STAMP) ## retrain the small causal backbone of PROFILE under data/
+	@out=$$($(ENV) $(PY) -m cocoa_lib.run prepare --profile=$(call quote,$(PROFILE)) --changes='{backbone: {seed: 1}}') && \
+		rm -rf data/backbone && cp -r "$$out" data/backbone
+
+# The notebooks of runs/PROFILE where it has executed ones, else those of notebooks/; REPORT: whose finding the front page states.
+REPORT ?= long
+site: $(STAMP) ## the notebooks and docs as pages that load nothing from elsewhere -> reports/site
+	@folder=runs/$(call quote,$(PROFILE))/notebooks; ls "$$folder"/*.ipynb >/dev/null 2>&1 || folder=notebooks; \
+		$(ENV) MPLBACKEND=Agg $(PY) scripts/build_site.py "$$folder" reports/$(call quote,$(REPORT))
 
 test: $(STAMP) lint ## ruff, the unit tests, and every notebook with its committed outputs
 	@$(TESTENV) $(PY) -m pytest -q -n $(CORES) --maxprocesses 4 tests --ignore tests/nightly --ignore tests/browser
@@ -75,10 +84,10 @@ bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
 	@OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) benchmarks/bench.py
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones
-	@$(TESTENV) $(PY) scripts/soak.py --minutes $(MINUTES)
+	@$(TESTENV) $(PY) scripts/nightly/soak.py --minutes $(MINUTES)
 
 soak-graph: $(STAMP) ## kill the whole graph at random moments, ROUNDS (10) times, and compare
-	@$(TESTENV) $(PY) scripts/soak_graph.py --rounds $(ROUNDS)
+	@$(TESTENV) $(PY) scripts/nightly/soak_graph.py --rounds $(ROUNDS)
 
 mutate: $(STAMP) ## break the method in one place at a time: does a test notice
 	@$(TESTENV) $(PY) scripts/nightly/mutate.py
@@ -135,15 +144,6 @@ $(STAMP): requirements.lock pyproject.toml
 	$(PY) -m pip install --disable-pip-version-check $$quiet -r requirements.lock; \
 	$(PY) -m pip install --disable-pip-version-check $$quiet --no-deps --no-build-isolation -e .; \
 	printf '%s\n' "$(CURDIR)" > $(STAMP)
-
-check-arguments:
-	@test -f notebooks/profiles/$(call quote,$(PROFILE)).yaml || { \
-		echo "Unknown PROFILE $(PROFILE). There are: $$(cd notebooks/profiles && ls *.yaml | sed 's/\.yaml$$//' | tr '\n' ' ')" >&2; \
-		exit 2; }
-	@! test $(call quote,$(PROFILE)) = paper || { \
-		echo "PROFILE paper is for real checkpoints and real data: run its stages by python -m cocoa_lib.run (README)." >&2; exit 2; }
-	@test -z $(call quote,$(PAIRS)) || test -e $(call quote,$(PAIRS)) || { \
-		echo "PAIRS: no such file or folder: $(PAIRS)" >&2; exit 2; }
 
 clean: ## remove runs/, caches and build products (keeps .venv, data/ and reports/)
 	rm -rf runs .snakemake .pytest_cache .ruff_cache .hypothesis .coverage build dist *.egg-info

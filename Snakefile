@@ -1,314 +1,119 @@
-"""The road as a graph: notebook -> artefact -> notebook, and the arms of the ablation.
+"""The grid of a profile: the data, one process an arm and seed, then the notebooks. `Run` says where everything lies.
 
-    snakemake --cores 2 --config profile=laptop [pairs=path/to/pairs.jsonl] [seeds='0 1 2']
+    snakemake --cores 2 --config profile=laptop [model=...] [data=...] [seeds='0 1 2'] [changes='{...}']
 
-Numbered notebooks run the main arm (`cocoa`, first seed) and make the figures; the other arms and seeds run the same
-library from the command line, one core each, in parallel. Snakemake deletes the outputs of a step before it runs it
-again, so a step's output is a marker, NAME.done: checkpoints and data know by themselves whether they are whole. A notebook
-or recipe that changed makes what depends on it stale; what is finished is not made again.
+A step's output is a marker, NAME.done: checkpoints, ranks and data know by themselves whether they are whole, and snakemake
+deletes the outputs of a step before it runs it again. Stages that several arms share are made first, once.
 """
 
-import json
-import os
-import re
-import shlex
-import sys
+import json, os, shlex, sys
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
-
 sys.path.insert(0, str(Path(workflow.basedir)))
-from cocoa_lib.data.pairs import source_hash
-from cocoa_lib.run.arms import read_arms
-from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.run import Run
 from cocoa_lib.store.files import locked
-from cocoa_lib.recipes import unknown_name
 
-PROFILE = config.get("profile", "laptop")
-PAIRS = config.get("pairs", "")
-PAIR_OPTIONS = {name: config[name] for name in ("image_column", "text_column", "class_column", "image_root", "on_bad_row") if config.get(name)}
-P = load_profile(PROFILE)
-NAME = PROFILE + ("-" + re.sub(r"[^\w.-]+", "_", Path(PAIRS).stem) if PAIRS else "")  # names folders, stands in commands
-RUN = f"runs/{NAME}"
-SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()] or P["seeds"]
-SEEDS_OF = {arm: SEEDS for arm in P["arms"]} | {arm: SEEDS[:3] for arm in P.get("sweeps", [])}  # of an arm
-for name in SEEDS_OF:
-    if name not in read_arms():
-        raise unknown_name(name, list(read_arms()), f"profile {PROFILE}, arms and sweeps")
-if lost := {"cocoa", "contrastive"} - set(SEEDS_OF):
-    raise WorkflowError(f"profile {PROFILE}: arms must hold {' and '.join(sorted(lost))}, which the notebooks need")
-ARMS = {name: arm for name, arm in read_arms().items() if name in SEEDS_OF}
-MAIN, SEED = "cocoa", SEEDS[0]
-DATA = f"{RUN}/benchmark"
-BACKBONE = "data/backbone"
+SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()]
+given = {name: str(config[name]) for name in ("profile", "model", "data") if config.get(name)}
+MAIN = Run(**given, seed=(SEEDS or [0])[0], changes=config.get("changes"))
+RUNS = [MAIN.other(arm=arm, seed=seed) for arm, n in MAIN.grid.items() for seed in SEEDS or range(n)]
+PLACE = str(MAIN.root)
+STAGES_AT = {str(run.folder(stage)): (run, stage) for run in reversed(RUNS) for stage in run.stages}
+USED = Counter(str(run.folder(stage)) for run in RUNS for stage in run.stages)
 PYTHON = shlex.quote(sys.executable)
-PAIRS_PARAMETER = f"pairs={shlex.quote(json.dumps({'path': PAIRS, **PAIR_OPTIONS}))}" if PAIRS else ""  # of notebook 00
-NOTEBOOK = f"{PYTHON} -m cocoa_lib.run.profiles notebooks/{{params.name}}.ipynb --profile {PROFILE} --out {{output.notebook}}"
+NOTEBOOKS = sorted(path.stem for path in Path("notebooks").glob("0*.ipynb"))
 
-if workflow.is_main_process and not workflow.output_settings.dryrun:  # `workflow.dryrun` is not set yet
+if workflow.is_main_process and not workflow.output_settings.dryrun:
     # Snakemake's own lock stays behind when it is killed, and the same command is then refused: `make` passes --nolock.
     ALONE = ExitStack()
-    ALONE.enter_context(locked(Path(RUN), WorkflowError))
+    ALONE.enter_context(locked(Path(PLACE), WorkflowError))
 
-# Several GPUs (`make` counts them): each step takes the first that no other step of this run has; `gpu` keeps them to one each.
+# Several GPUs (`make` counts them): each step takes the first that no other step has; `gpu` keeps them to one each.
 GPUS = int(config.get("gpus", 0))
 CARDS = [card for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card][:GPUS] or list(map(str, range(GPUS)))
-SLOT = f"for g in {shlex.join(CARDS)}; do exec 9> {RUN}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
-shell.prefix("export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{OMP_NUM_THREADS:-1}}; ")
+SLOT = f"for g in {shlex.join(CARDS)}; do exec 9> {PLACE}/.gpu$g; flock -n 9 && break; done; export CUDA_VISIBLE_DEVICES=$g; " if GPUS > 1 else ""
+OFFLINE = "" if MAIN.model else "HF_HUB_OFFLINE=1 "
+shell.prefix(f"export {OFFLINE}TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg OMP_NUM_THREADS=${{{{OMP_NUM_THREADS:-1}}}}; ")
 
+def shared_before(run, stage="stage4"):
+    """Marker of the last stage before this one that several runs share."""
+    shared = [folder for name in run.stages if name < stage and USED[folder := str(run.folder(name))] > 1]
+    return [f"{folder}.done" for folder in shared[-1:]]
 
-def recipe_of(*parts):
-    """What a notebook takes from the profile: if that changes, not if another arm is added, its step is stale."""
-    return json.dumps({part: P.get(part) for part in parts}, sort_keys=True)
+def command(run, step):
+    """The line that does a step, its output in a log whose end is shown when it fails."""
+    log = shlex.quote(f"{PLACE}/logs/{run.arm}-seed{run.seed}-{step}.log")
+    line = f"{PYTHON} -m cocoa_lib.run {step} {shlex.join(run.arguments())}"
+    return f"mkdir -p {shlex.quote(PLACE + '/logs')} && {line} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
 
+def run_of(wildcards):
+    return MAIN.other(arm=wildcards.arm, seed=int(wildcards.seed))
 
-def stage_dir(stage, arm, seed):
-    """Where an arm's checkpoint of a stage lies; arms that agree up to a stage share it."""
-    return f"{RUN}/seed{seed}/{stage}/{ARMS[arm].key(stage)}"
-
-
-def backbone_dir(arm):
-    """Where an arm's causal checkpoint lies: the committed one, or one of another shape that this run trains."""
-    changes = ARMS[arm].backbone
-    return f"{RUN}/backbones/" + "_".join(f"{name}{value}" for name, value in sorted(changes.items())) if changes else BACKBONE
-
-
-def parent_dir(stage, arm, seed):
-    """The checkpoint a stage starts from: the last stage before it that the arm has."""
-    order = ["stage1", "stage2", "stage3"]
-    for before in reversed(order[: order.index(stage)]):
-        if getattr(ARMS[arm], before) is not None:
-            return stage_dir(before, arm, seed)
-    return backbone_dir(arm)
-
-
-def done(folder):
-    """What marks a checkpoint as there: the committed backbone's own file, or the step's marker beside the folder."""
-    return f"{folder}/cocoa.json" if folder == BACKBONE else f"{folder}.done"
-
-
-STEPS = {}  # (stage, key, seed) -> the first arm that needs it
-for arm in ARMS:
-    for seed in SEEDS_OF[arm]:
-        for stage in ("stage1", "stage2", "stage3"):
-            if getattr(ARMS[arm], stage) is not None:
-                STEPS.setdefault((stage, ARMS[arm].key(stage), str(seed)), arm)
-
-
-def step_of(wildcards):
-    return STEPS[(wildcards.stage, wildcards.key, wildcards.seed)]
-
-
-def step_recipe(wildcards):
-    return json.dumps({**P[wildcards.stage], **getattr(ARMS[step_of(wildcards)], wildcards.stage)}, sort_keys=True)
-
+def stage_of(wildcards):
+    """(a run that has this stage, the stage)."""
+    return STAGES_AT["{}/seed{}/{}/{}".format(PLACE, wildcards.seed, wildcards.stage, wildcards.key)]
 
 wildcard_constraints:
-    stage="stage[123]",
-    seed=r"\d+",
-    key=r"\w+",
-
-
-SHAPES = {Path(backbone_dir(arm)).name: P["backbone"] | ARMS[arm].backbone for arm in ARMS if ARMS[arm].backbone}
-
-ruleorder: pretraining > stage
-ruleorder: contrastive > stage
-
+    seed=r"\d+", stage="stage[12]", arm=r"\w+",
 
 rule all:
     input:
-        f"{RUN}/notebooks/01_attention_masks.ipynb",
-        f"{RUN}/notebooks/04_mmeb_evaluation.ipynb",
-        f"{RUN}/notebooks/05_ablations.ipynb",
+        expand(f"{PLACE}/notebooks/{{notebook}}.ipynb", notebook=NOTEBOOKS),
 
-
-rule backbone:
-    """`make backbone`: notebook 00 trains the small causal model anew; it then replaces data/backbone."""
+rule data:
+    """The data, and a backbone of another shape where the run names one."""
     output:
-        f"{RUN}/backbone.done",
+        touch(f"{PLACE}/data.done"),
     params:
-        out=f"{RUN}/backbone",
+        values=json.dumps([MAIN.values.get(name) for name in ("benchmark", "pairs", "backbone", "causal")]),
+        line=command(MAIN, "prepare"),
     threads: workflow.cores
+    resources: gpu=1
     shell:
-        "rm -rf {params.out} && "
-        + NOTEBOOK.replace("{output.notebook}", "{RUN}/notebooks/00_backbone.ipynb").replace("{params.name}", "00_data_and_backbone")
-        + " --set data={RUN}/benchmark backbone_folder={params.out} retrain=true"
-        " && rm -rf {BACKBONE} && cp -r {params.out} {BACKBONE} && touch {output}"
+        SLOT + "{params.line}"
 
-
-rule shape:
-    """Notebook 00 trains a backbone of another shape for the arms that name one."""
+rule shared:
+    """A stage that several arms share."""
     input:
-        data=f"{DATA}.done",
+        f"{PLACE}/data.done",
+        lambda w: shared_before(*stage_of(w)),
     output:
-        done=touch(f"{RUN}/backbones/{{shape}}.done"),
-        notebook=f"{RUN}/backbones/{{shape}}.ipynb",
+        touch(f"{PLACE}/seed{{seed}}/{{stage}}/{{key}}.done"),
     params:
-        name="00_data_and_backbone",
-        out=f"{RUN}/backbones/{{shape}}",
-        backbone=lambda w: shlex.quote("backbone=" + json.dumps(SHAPES[w.shape])),
-    resources:
-        gpu=1,
+        recipe=lambda w: str(stage_of(w)[0].recipe(w.stage)),
+        line=lambda w: command(*stage_of(w)),
+    resources: gpu=1
     shell:
-        SLOT + NOTEBOOK + " --set data={DATA} backbone_folder={params.out} retrain=true {params.backbone} {PAIRS_PARAMETER}"
+        SLOT + "{params.line}"
 
-
-rule benchmark:
-    """Notebook 00: the data and the backbone, looked at."""
+rule run:
+    """One arm with one seed: what is missing of its stages, the evaluation, the probes."""
     input:
-        "notebooks/00_data_and_backbone.ipynb",
-        PAIRS or [],
+        f"{PLACE}/data.done",
+        lambda w: shared_before(run_of(w)),
     output:
-        done=touch(f"{DATA}.done"),
-        notebook=f"{RUN}/notebooks/00_data_and_backbone.ipynb",
+        touch(f"{PLACE}/seed{{seed}}/evaluate/{{arm}}.done"),
     params:
-        name="00_data_and_backbone",
-        recipe=recipe_of("benchmark", "backbone", "causal"),
-        pairs=PAIR_OPTIONS,
-        source=source_hash(Path(PAIRS)) if PAIRS else "",  # of a folder, what lies below it too
-    threads: workflow.cores
+        values=lambda w: json.dumps(run_of(w).values, sort_keys=True),
+        line=lambda w: command(run_of(w), "all"),
+    resources: gpu=1
     shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} {PAIRS_PARAMETER}"
+        SLOT + "{params.line}"
 
-
-rule masks:
-    """Notebook 01: attention layouts, explored and proved."""
+rule notebook:
+    """A notebook of the main arm, written aside and renamed when all its cells have run."""
     input:
-        "notebooks/01_attention_masks.ipynb",
+        lambda w: f"notebooks/{w.notebook}.ipynb",
+        lambda w: f"{PLACE}/data.done" if w.notebook.startswith("00") else [f"{PLACE}/seed{run.seed}/evaluate/{run.arm}.done" for run in RUNS],
     output:
-        notebook=f"{RUN}/notebooks/01_attention_masks.ipynb",
+        f"{PLACE}/notebooks/{{notebook}}.ipynb",
     params:
-        name="01_attention_masks",
+        names=shlex.join(MAIN.parameters()),
+        aside=lambda w: f"{PLACE}/notebooks/{w.notebook}.partial.ipynb",
+    resources: gpu=1
     shell:
-        NOTEBOOK + " --set figures={RUN}/figures"
-
-
-rule pretraining:
-    """Notebook 02: stages 1 and 2 of the main arm."""
-    input:
-        "notebooks/02_reconstruction_pretraining.ipynb",
-        data=f"{DATA}.done",
-        backbone=f"{BACKBONE}/cocoa.json",
-    output:
-        stage1=touch(f"{stage_dir('stage1', MAIN, SEED)}.done"),
-        stage2=touch(f"{stage_dir('stage2', MAIN, SEED)}.done"),
-        notebook=f"{RUN}/notebooks/02_reconstruction_pretraining.ipynb",
-    params:
-        name="02_reconstruction_pretraining",
-        recipe=recipe_of("stage1", "stage2"),
-        stage1_out=stage_dir("stage1", MAIN, SEED),
-        stage2_out=stage_dir("stage2", MAIN, SEED),
-    resources:
-        gpu=1,
-    shell:
-        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
-        " stage1_out={params.stage1_out} stage2_out={params.stage2_out}"
-
-
-rule contrastive:
-    """Notebook 03: stage 3 of the main arm."""
-    input:
-        "notebooks/03_contrastive_training.ipynb",
-        data=f"{DATA}.done",
-        parent=f"{stage_dir('stage2', MAIN, SEED)}.done",
-    output:
-        stage3=touch(f"{stage_dir('stage3', MAIN, SEED)}.done"),
-        notebook=f"{RUN}/notebooks/03_contrastive_training.ipynb",
-    params:
-        name="03_contrastive_training",
-        recipe=recipe_of("stage3"),
-        stage1_out=stage_dir("stage1", MAIN, SEED),
-        stage2_out=stage_dir("stage2", MAIN, SEED),
-        out=stage_dir("stage3", MAIN, SEED),
-    resources:
-        gpu=1,
-    shell:
-        SLOT + NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} backbone_folder={BACKBONE} seed={SEED}"
-        " stage1_out={params.stage1_out} stage2_out={params.stage2_out} stage3_out={params.out}"
-
-
-rule stage:
-    """One stage of another arm or seed, without a notebook."""
-    input:
-        data=f"{DATA}.done",
-        parent=lambda w: done(parent_dir(w.stage, step_of(w), w.seed)),
-    output:
-        touch(f"{RUN}/seed{{seed}}/{{stage}}/{{key}}.done"),
-    params:
-        parent=lambda w: parent_dir(w.stage, step_of(w), w.seed),
-        out=lambda w: f"{RUN}/seed{w.seed}/{w.stage}/{w.key}",
-        recipe=lambda w: shlex.quote(step_recipe(w)),
-    resources:
-        gpu=1,
-    log:
-        f"{RUN}/logs/{{stage}}-{{key}}-seed{{seed}}.log",
-    shell:
-        SLOT + "{PYTHON} -m cocoa_lib.run {wildcards.stage} --parent {params.parent} --data {DATA} --out {params.out}"
-        " --recipe {params.recipe} --seed {wildcards.seed} --allow-parent > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
-
-
-rule evaluate:
-    """All tasks of the benchmark with one checkpoint."""
-    input:
-        data=f"{DATA}.done",
-        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}.done",
-    output:
-        f"{RUN}/results/{{arm}}/seed{{seed}}/results.csv",
-    params:
-        model=lambda w: stage_dir("stage3", w.arm, w.seed),
-        out=f"{RUN}/results/{{arm}}/seed{{seed}}",
-    resources:
-        gpu=1,
-    log:
-        f"{RUN}/logs/evaluate-{{arm}}-seed{{seed}}.log",
-    shell:
-        SLOT + "{PYTHON} -m cocoa_lib.evaluate {params.model} --root {DATA} --out {params.out}"
-        " > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
-
-
-rule probe:
-    """What the state at EOS of one checkpoint holds; the labels are the scenes of the built-in benchmark."""
-    input:
-        data=f"{DATA}.done",
-        model=lambda w: f"{stage_dir('stage3', w.arm, w.seed)}.done",
-    output:
-        f"{RUN}/results/{{arm}}/seed{{seed}}/probe.csv",
-    params:
-        model=lambda w: stage_dir("stage3", w.arm, w.seed),
-    resources:
-        gpu=1,
-    log:
-        f"{RUN}/logs/probe-{{arm}}-seed{{seed}}.log",
-    shell:
-        SLOT + "{PYTHON} -m cocoa_lib.evaluate.probe {params.model} --data {DATA} --out {output} > {log} 2>&1 || (tail -20 {log} >&2; exit 1)"
-
-
-rule evaluation:
-    """Notebook 04: scores of the main arm by task and meta-task, beside the published table."""
-    input:
-        "notebooks/04_mmeb_evaluation.ipynb",
-        results=f"{RUN}/results/{MAIN}/seed{SEED}/results.csv",
-    output:
-        notebook=f"{RUN}/notebooks/04_mmeb_evaluation.ipynb",
-    params:
-        name="04_mmeb_evaluation",
-        model=stage_dir("stage3", MAIN, SEED),
-        results=f"{RUN}/results/{MAIN}/seed{SEED}",
-    shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures data={DATA} model={params.model} results={params.results}"
-
-
-rule ablations:
-    """Notebook 05: what each part is worth."""
-    input:
-        "notebooks/05_ablations.ipynb",
-        [f"{RUN}/results/{arm}/seed{seed}/results.csv" for arm in ARMS for seed in SEEDS_OF[arm]],
-        [] if PAIRS else [f"{RUN}/results/{arm}/seed{seed}/probe.csv" for arm in ARMS for seed in SEEDS_OF[arm]],
-        contrastive=f"{RUN}/notebooks/03_contrastive_training.ipynb",
-    output:
-        notebook=f"{RUN}/notebooks/05_ablations.ipynb",
-    params:
-        name="05_ablations",
-    shell:
-        NOTEBOOK + " --set figures_folder={RUN}/figures run={RUN} beside=''"
+        SLOT + "cd notebooks && {PYTHON} -m papermill {wildcards.notebook}.ipynb ../{params.aside} {params.names}"
+        " --no-progress-bar -k python3 && mv ../{params.aside} ../{output}"

@@ -17,10 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.context import ForkServerContext
 
-PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.reconstruction", "cocoa_lib.contrastive", "cocoa_lib.embedder"]
+PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.embedder", "cocoa_lib.reconstruction"]
 ALONE = ["input_side"]
 # The longest first.
-BESIDE = ["gradcache", "growth", "encode", "logits", "stages", "packing", "ranking", "attention"]
+BESIDE = ["gradcache", "growth", "logits", "stages", "packing", "ranking", "attention"]
 
 
 def forkserver() -> ForkServerContext:
@@ -32,7 +32,7 @@ def forkserver() -> ForkServerContext:
 
 def run(script: str) -> None:
     sys.argv = [script]  # called by itself, without arguments
-    # A forkserver's child starts its own processes by forkserver as well, and then `encode`'s workers import everything anew.
+    # A forkserver's child starts its own processes by forkserver as well, and then a loader's workers import everything anew.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     importlib.import_module(script).main()
 

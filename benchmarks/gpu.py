@@ -165,14 +165,14 @@ def unshown(measure: Callable[[], list[dict[str, Any]]], shown: set[str]) -> lis
 
 
 def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> list[dict[str, Any]]:
-    """`encode` of pictures in memory, bf16 weights on a GPU: preparing in 8 processes, copying and computing."""
+    """`encode` of pictures in memory, bf16 weights on a GPU: preparing, copying and computing in turn."""
     cuda, size = device != "cpu", pixels(side, tiny)
     model, inputs = model_of(tiny, device, 4096)
     module = Reconstruction(model, layout="bidirectional")
     embedder = CocoaEmbedder(EosEmbedding(model.to(torch.bfloat16 if cuda else torch.float32), inputs))
     number, batch = (4, 2) if tiny else (512 * 448**2 // side**2, max(1, 32 * 448**2 // side**2))
     items = (pictures(min(number, 32), size) * number)[:number]
-    seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch, workers=8 if cuda else 0)}, n)[""]
+    seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch)}, n)[""]
     cost = item_cost(module, make_recipe("stage3", {"bf16": cuda}), 0, size**2, 0.0)
     rates = [number * cost.forward / x / 1e12 for x in seconds]
     return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), preparing included", rates,

@@ -22,7 +22,6 @@ from cocoa_lib.backbone import open_backbone
 from cocoa_lib.contrastive import pair_features
 from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.data import corpus
-from cocoa_lib.embedder import CocoaEmbedder
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
@@ -98,7 +97,7 @@ def contrastive(data: Path) -> list[dict]:
     inputs, recipe = Inputs.load(BACKBONE, max_length=256), make_recipe("stage3", load_profile("laptop")["stage3"])
     rows, sizes = corpus.pairs(data)
     plan = index_plan(sizes, STEPS * recipe.batch_size, seed=0, block=recipe.same_task_block)
-    collate = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))
+    collate = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size))
     _, loss = contrastive_loss(inputs, recipe)
     return [waiting("stage3", 2, loss, rows.select(plan), collate, recipe.batch_size)]
 
@@ -110,17 +109,6 @@ def photographs(folder: Path, n: int = 16, size: tuple[int, int] = (2000, 1500),
         smooth = Image.fromarray(rng.integers(0, 255, (15, 20, 3), dtype=np.uint8)).resize(size)
         smooth.save(folder / f"{i}.{kind}", quality=90)
     return [{"text": "", "image": folder / f"{i}.{kind}"} for i in range(n)]
-
-
-def ahead(folder: Path) -> list[dict]:
-    """Reading by two processes beside the model, against reading and embedding in turn."""
-    embedder, rows = CocoaEmbedder.load(BACKBONE), photographs(folder)
-    sides = {str(n): lambda n=n: embedder.encode(rows, workers=n, batch_size=4) for n in (0, 2)}
-    vectors = {name: side() for name, side in sides.items()}
-    assert np.array_equal(vectors["0"], vectors["2"])
-    seconds = in_turn(sides, warm=True)
-    text = f"time, no workers / 2; {len(rows)} JPEG files of 3 megapixels"
-    return [record("encode, 2 workers, photographs", text, seconds["0"], seconds["2"])]
 
 
 def keeping(folder: Path) -> list[dict]:
@@ -178,7 +166,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "world"
         build(data, seed=0, n_pairs=160, n_queries=2, n_corpus=500)
-        records = [importing()] + stages(data) + contrastive(data) + keeping(Path(folder)) + ahead(Path(folder))
+        records = [importing()] + stages(data) + contrastive(data) + keeping(Path(folder))
     save("input_side", [*records, *mmeb_like(), gradcache_chunks()], "time and shares: n 5; padding is counted")
 
 

@@ -110,7 +110,8 @@ def contrastive(data: Path, inputs: Inputs, compiled: bool = False) -> Callable[
     recipe = make_recipe("stage3", load_profile(PROFILE)["stage3"])
     rows, sizes = corpus.pairs(data)
     plan = index_plan(sizes, recipe.batch_size, seed=0, block=recipe.same_task_block)
-    batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs))([rows[int(i)] for i in plan])
+    features = partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)
+    batch = SentenceTransformerDataCollator(features)([rows[int(i)] for i in plan])
     module, loss = contrastive_loss(inputs, recipe)
     if compiled:
         compile_layers(module.model)

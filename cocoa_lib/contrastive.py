@@ -1,22 +1,20 @@
-"""Stage 3: InfoNCE on the embedding at EOS, with GradCache, copies of the positive left out."""
+"""Stage 3: InfoNCE on the embedding at EOS, with GradCache and without copies of the positive."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from sentence_transformers.base.losses.gradcache import CachedLossMixin
 from sentence_transformers.util import all_gather, get_rank, get_world_size
-from torch import LongTensor, Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import BoolTensor, LongTensor, Tensor, nn
 
 from .inputs import Batch, Inputs
-from .packing import _pictures
+from .packing import sort_longest_first
 
 
 def info_nce(
@@ -25,48 +23,43 @@ def info_nce(
     positive: LongTensor,
     *,
     temperature: float,
-    exclude: Tensor | None = None,
+    exclude: BoolTensor | None = None,
 ) -> Tensor:
-    """InfoNCE in float32: -log softmax of the positive among all candidates, mean over queries. Scalar.
+    """InfoNCE: -log softmax of the positive among all candidates, mean over queries. Scalar,
+    float32.
 
-    queries (Q, H), candidates (N, H), both normalised here; positive (Q,) = column of each query's own candidate;
-    exclude (Q, N) bool = candidates that are no negatives (copies of the positive). Source: temperature 0.02 (script).
+    queries (Q, H), candidates (N, H), both normalised here; positive (Q,) = column of each query's
+    own candidate; exclude (Q, N) = candidates that are no negatives. Source: temperature 0.02
+    (script).
     """
-    scores = (
-        F.normalize(queries.float(), dim=-1)
-        @ F.normalize(candidates.float(), dim=-1).T
-        / temperature
+    queries, candidates = (
+        F.normalize(queries.float(), dim=-1),
+        F.normalize(candidates.float(), dim=-1),
     )
+    scores = queries @ candidates.T / temperature  # (Q, N)
     if exclude is not None:
         own = F.one_hot(positive, len(candidates)).bool()
         scores = scores.masked_fill(exclude & ~own, -torch.inf)
     return F.cross_entropy(scores, positive)
 
 
-def gathered(tensor: Tensor, with_grad: bool = False) -> Tensor:
-    """(n, ...) of every process, concatenated in rank order; the tensor itself where there is one process."""
+def gather_rows(tensor: Tensor, with_grad: bool = False) -> Tensor:
+    """(n, ...) of every process, in rank order; the tensor itself where there is one process."""
     return all_gather(tensor, with_grad=with_grad) if get_world_size() > 1 else tensor
 
 
 class CachedInfoNCE(CachedLossMixin, nn.Module):
-    """InfoNCE with sentence-transformers' GradCache, gathered over devices, copies of the positive left out.
+    """InfoNCE over all devices with sentence-transformers' GradCache.
 
-    On one process a batch of at most `mini_batch_size` rows is embedded once, with its graph, and nothing is cached. Loss and
-    gradients are the same; with two columns to the bit (three are added up in another order). On several processes DDP
-    takes only one forward pass a step where columns use other parameters (texts, no vision tower), so GradCache stays.
+    Columns: query, positive and, optionally, explicit negatives, as `pair_features` makes them.
+    Each may carry `key` (B,), one integer per distinct item. A candidate with the key of a query's
+    positive, or a positive of the same query in another row, is no negative. (The library's own
+    loss leaves duplicates to its batch sampler, which starves on tasks with a handful of labels.)
 
-    Several chunks are cut from each column's rows sorted by length, so that a text of 20 tokens is not computed at the width
-    of a picture of 600; the embeddings are put back into the batch's order before anything else sees them. Chunks stay equal
-    in rows, not in tokens: processes that share their weights must do the same number of forward passes.
-
-    GradCache embeds each chunk twice. The first, which is the longest, is embedded once: its graph is kept until its own backward
-    pass, which comes before any other chunk has a graph, so that there is still one at a time. (Ours; a batch of two chunks is
-    embedded one and a half times instead of twice.)
-
-    Columns: query, positive and, optionally, explicit negatives. Each column's features may carry `key` (B,), one
-    integer per distinct item: a candidate with the key of a query's positive, or a positive of the same query in
-    another row, is no negative. (The library's own loss leaves duplicates to its batch sampler, which starves on
-    tasks with a handful of labels.)
+    On one process a batch of at most `mini_batch_size` rows is embedded once, with its graph; loss
+    and gradients are the same. On several, DDP takes one forward pass a step where columns use
+    other parameters (texts, no vision tower), so GradCache stays. `chance` is the loss of a
+    collapsed model.
     """
 
     def __init__(
@@ -74,120 +67,72 @@ class CachedInfoNCE(CachedLossMixin, nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.temperature, self.mini_batch_size = model, temperature, mini_batch_size
-        self._order: list[LongTensor] | None = (
-            None  # rows of each column as they are embedded; None: as they are given
-        )
 
-    def forward(
-        self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None
-    ) -> Tensor:
-        sentence_features = list(sentence_features)
-        self._keys = [features.get("key") for features in sentence_features]
-        self._order = None
-        if len(sentence_features[0]["input_ids"]) > self.mini_batch_size:
-            self._order = [longest_first(column) for column in sentence_features]
-            sentence_features = [
-                column | {"order": order}
-                for column, order in zip(sentence_features, self._order, strict=True)
-            ]
-        elif get_world_size() == 1:
-            return self.calculate_loss(
-                [[self.model(dict(column))["sentence_embedding"]] for column in sentence_features]
-            )
-        return self.forward_cached(
-            [sentence_features[0] | {"first": []}, *sentence_features[1:]], labels
-        )
-
-    def embed_minibatch(
-        self, sentence_feature: dict[str, Tensor], begin: int, end: int, with_grad: bool, **settings
-    ):
-        """The library's, of rows `begin` to `end` of the order. Picked here: a sorted column would hold all pixels twice.
-
-        `first` of the column holds the embeddings of its first chunk, with their graph, from the first pass to the second."""
-        column = dict(sentence_feature)
-        order, first = column.pop("order", None), column.pop("first", None)
-        if with_grad and begin == 0 and first:
-            return first.pop(), None
-        keep = first is not None and begin == 0 and not with_grad
-        if order is not None:
-            column = take_rows(column, order[begin:end])
-            begin, end = 0, end - begin
-        # DDP adds up over processes once, after the last chunk
-        with (
-            self.model.no_sync()
-            if keep and isinstance(self.model, DistributedDataParallel)
-            else nullcontext()
-        ):
-            rows, random_state = super().embed_minibatch(
-                column, begin, end, with_grad=with_grad or keep, **settings
-            )
-        if keep:
-            first.append(rows)
-        return rows, random_state
+    def forward(self, sentence_features: Iterable[Batch], labels: Tensor | None = None) -> Tensor:
+        columns = list(sentence_features)
+        self.keys = [column.get("key") for column in columns]  # (B,) each
+        self.orders = [column.get("order") for column in columns]  # (B,) each
+        if len(columns[0]["input_ids"]) <= self.mini_batch_size and get_world_size() == 1:
+            embedded = [self.model(dict(column))["sentence_embedding"] for column in columns]
+            return self.calculate_loss([[rows] for rows in embedded])
+        return self.forward_cached(columns, labels)
 
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        embedded = [torch.cat(chunks) for chunks in reps]
-        if self._order is not None:
-            embedded = [
-                rows[order.argsort()] for rows, order in zip(embedded, self._order, strict=True)
-            ]
-        columns = [gathered(rows, with_grad=True) for rows in embedded]
-        local, total = sum(len(chunk) for chunk in reps[0]), len(columns[0])
-        mine = torch.arange(local, device=columns[0].device) + get_rank() * local
-        exclude = self._duplicates(mine, total)
+        """The loss of all columns, each a list of chunks (b, H); GradCache calls it."""
+        embedded = [torch.cat(chunks) for chunks in reps]  # (B, H) each
+        for i, order in enumerate(self.orders):
+            if order is not None:  # back into the order of the batch
+                embedded[i] = embedded[i][order.argsort()]
+        n = len(embedded[0])
+        queries, *others = [gather_rows(rows, with_grad=True) for rows in embedded]
+        mine = torch.arange(n, device=queries.device) + get_rank() * n  # this process's queries
+        exclude = self.find_copies(mine, len(queries))
+        candidates = torch.cat(others)  # (N, H), the positives first
         loss = info_nce(
-            columns[0][mine],
-            torch.cat(columns[1:]),
-            mine,
-            temperature=self.temperature,
-            exclude=exclude,
+            queries[mine], candidates, mine, temperature=self.temperature, exclude=exclude
         )
-        self.embeddings = columns[0].detach()
-        self.chance = _chance(len(columns[0]) * (len(columns) - 1), mine, exclude)
+        self.chance = chance_loss(len(candidates), mine, exclude)
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
 
-    def _duplicates(self, mine: LongTensor, total: int) -> Tensor | None:
-        """(local queries, all candidates) bool: the candidates that equal the query's positive, or answer its twin."""
-        if any(key is None for key in self._keys):
+    def find_copies(self, mine: LongTensor, total: int) -> BoolTensor | None:
+        """(Q, N): the candidates that equal the query's positive, or are a positive of its twin."""
+        if any(key is None for key in self.keys):
             return None
-        query, *candidates = [gathered(key) for key in self._keys]
+        query, *candidates = [gather_rows(key) for key in self.keys]
         same = candidates[0][mine][:, None] == torch.cat(candidates)[None, :]
         same[:, :total] |= query[mine][:, None] == query[None, :]
         return same
 
 
-def _chance(n_candidates: int, mine: LongTensor, exclude: Tensor | None) -> float:
-    """The loss when all embeddings are the same: mean log of the number of candidates, copies of the positive aside."""
+def chance_loss(n_candidates: int, mine: LongTensor, exclude: BoolTensor | None) -> float:
+    """The loss when all embeddings are the same: mean log of the candidates that are left."""
     if exclude is None:
         return math.log(n_candidates)
     own = exclude[torch.arange(len(mine), device=mine.device), mine]
     return float((n_candidates - exclude.sum(1) + own).float().log().mean())
 
 
-def longest_first(batch: Batch) -> LongTensor:
-    """(B,): the rows of a padded batch by their number of real tokens; what does not fit into memory then fails at once."""
-    return batch["attention_mask"].sum(1).argsort(descending=True, stable=True)
+def pair_features(items: list[dict[str, Any]], inputs: Inputs, mini_batch_size: int, **_) -> Batch:
+    """One column of (anchor, positive, negative?) items -> its features, with a `key` an item.
+
+    A column that GradCache cuts into several chunks has its longest rows first, and their `order`
+    (B,): a text of 20 tokens is then not computed at the width of a picture of 600. Chunks stay
+    equal in rows, not in tokens: processes that share weights must do the same number of forward
+    passes.
+    """
+    batch = inputs.collate(items)
+    if len(items) > mini_batch_size:
+        batch, order = sort_longest_first(batch)
+        batch["order"] = order
+    return batch | {"key": torch.tensor([make_key(item) for item in items])}
 
 
-def take_rows(batch: Batch, rows: LongTensor) -> Batch:
-    """These rows (n,) of a padded batch (B, L), in this order, with their pictures: (n, L)."""
-    pictures = _pictures(batch, rows.tolist())
-    return {name: values[rows] for name, values in batch.items() if name not in pictures} | pictures
-
-
-def pair_features(items: list[dict[str, Any]], inputs: Inputs, **_) -> Batch:
-    """One column of (anchor, positive, negative?) items -> its features, and the `key` of each item."""
-    return inputs.collate(items) | {"key": torch.tensor([item_key(item) for item in items])}
-
-
-def item_key(item: dict[str, Any]) -> int:
-    """A 63-bit key of an item's text and image path: equal items, equal keys."""
-    digest = hashlib.sha256(
-        f"{item.get('text') or ''}\0{item.get('image') or ''}".encode()
-    ).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+def make_key(item: dict[str, Any]) -> int:
+    """A 63-bit hash of an item's text and image path: equal items, equal hashes."""
+    content = f"{item.get('text') or ''}\0{item.get('image') or ''}"
+    return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1

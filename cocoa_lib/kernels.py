@@ -1,9 +1,10 @@
-"""Faster attention where the machine has it: compiled layers, FlexAttention, all pictures in one call."""
+"""Faster attention where the machine has it: compiled layers, FlexAttention, pictures at once."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +13,31 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 logger = logging.getLogger(__name__)
+# Shapes of a batch that are compiled; past torch's own limit of 8 the others would run unfused.
+COMPILED_SHAPES = 64
+# "flash": from such a name transformers' vision towers tell the function where each picture ends.
+PICTURES = "flash_pictures"
 
 
 def picture_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None = None, *,
-    cu_seq_lens_q: LongTensor, max_length_q: int, scaling: float | None = None, **others,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """A vision tower's attention, all pictures of a batch (or windows) in one call, each seeing itself alone.
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None = None,
+    *,
+    cu_seq_lens_q: LongTensor,
+    max_length_q: int,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attend to all pictures of a batch (or windows) in one call, each seeing itself alone.
 
-    q, k, v (1, heads, N, d), pictures one behind the other, from cu_seq_lens_q[i] to cu_seq_lens_q[i + 1], max_length_q the
-    longest -> (1, N, heads, d). Transformers' own SDPA path takes a call for each picture and layer, and on a GPU starting them
-    takes longer than they do. An attention function of transformers (ours); dropout is none, as in these towers. Float32,
-    and a CPU, have no kernel for different lengths: there each is a call of its own, as in transformers.
+    query, key, value (1, heads, N, d), pictures one behind the other, from cu_seq_lens_q[i] to
+    cu_seq_lens_q[i + 1], max_length_q the longest -> (1, N, heads, d). An attention function of
+    transformers (ours), without dropout, as these towers have none. Transformers' SDPA path takes a
+    call for each picture and layer; on a GPU, starting them takes longer than they do. Float32 and
+    a CPU have no kernel for different lengths: there each picture is a call of its own.
     """
     n, length = len(cu_seq_lens_q) - 1, query.shape[2]
     if length == n * max_length_q:  # all of one length: a batch
@@ -34,67 +48,78 @@ def picture_attention(
         ends = cu_seq_lens_q.to(torch.int32)
         out = varlen_attn(*rows, ends, ends, max_length_q, max_length_q, scale=scaling)
     else:
-        parts = zip(
-            *(x.split(cu_seq_lens_q.diff().tolist(), dim=2) for x in (query, key, value)),
-            strict=True,
-        )
-        out = torch.cat(
-            [F.scaled_dot_product_attention(*part, scale=scaling) for part in parts], dim=2
-        )[0].transpose(0, 1)
+        sizes = cu_seq_lens_q.diff().tolist()
+        parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+        each = [F.scaled_dot_product_attention(*part, scale=scaling) for part in parts]
+        out = torch.cat(each, dim=2)[0].transpose(0, 1)
     return out[None], None
 
 
-# Shapes of a batch that are compiled; past torch's own limit of 8 the others would run unfused, with a mere warning.
-COMPILED_SHAPES = 64
-# "flash": from such a name transformers' vision towers take a function that is told where each picture ends.
-PICTURES = "flash_pictures"
+AttentionInterface.register(PICTURES, picture_attention)
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """From now on the language model's layers run compiled, one program for all of them; the weights keep their names.
+    """Compile the language model's layers in place, one program for all; weights keep their names.
 
-    In place, so that gradient checkpointing, GradCache and an adapter go on as before. So do the vision tower's on a GPU,
-    where they attend to all pictures at once (float32 ones of different sizes are lists of numbers, which stop the
-    compiler); elsewhere they are left as they are. Needs a C++ compiler on a CPU, Triton on a GPU; torch says what is
-    missing. Under torch 2.13 (not 2.11 and 2.12) peft's DoRA stops the compiler in each layer, under gradient checkpointing
-    before it begins: from there on a warning says so.
+    Gradient checkpointing, GradCache and adapters go on as before. The vision tower's layers are
+    compiled too where it attends to all pictures at once (`use_picture_kernel`). Needs a C++
+    compiler on a CPU, Triton on a GPU. From torch 2.13 on peft's DoRA stops the compiler, which is
+    warned of.
     """
-    dora = any(
-        getattr(module, "use_dora", None) and any(module.use_dora.values())
-        for module in model.modules()
-    )
+    adapters = (getattr(module, "use_dora", None) for module in model.modules())
+    dora = any(used and any(used.values()) for used in adapters)
     if dora and torch.__version__ >= "2.13":
         logger.warning(
-            "torch_compile gains little or nothing with DoRA, whose code in peft stops the compiler; set dora: false"
+            "torch_compile gains little or nothing with DoRA, whose code in peft stops the "
+            "compiler; set dora: false"
         )
     torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     # An adapter's dropout, which GradCache draws twice, is drawn as it would be uncompiled.
     torch._inductor.config.fallback_random = True
-    torch._dynamo.config.optimize_ddp = (
-        False  # a layer is one program, not one for each of DDP's buckets
-    )
+    # A layer is one program, not one for each of DDP's buckets.
+    torch._dynamo.config.optimize_ddp = False
     visual = model.model.visual
     blocks = visual.blocks if visual.config._attn_implementation == PICTURES else ()
     for layer in (*model.model.language_model.layers, *blocks):
         layer.compile(dynamic=True, backend=backend)  # lengths differ from batch to batch
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def use_flex(text: nn.Module, trial: Callable[[], None]) -> None:
+    """Set FlexAttention on a language model, or SDPA with a warning where `trial` fails.
 
-
-def _flex_failure(trial: Callable[[], None]) -> str | None:
-    """Why FlexAttention cannot train here, or None: `trial` is a small forward and backward pass with it."""
+    `trial` is a small forward and backward pass. There is no backward pass on a CPU, and nothing at
+    all without a compiler.
+    """
+    text.config._attn_implementation = "flex_attention"
+    torch._dynamo.config.recompile_limit = COMPILED_SHAPES
     try:
         trial()
-    except Exception as error:  # whatever a compiler, a device or torch says: each means "not here"
-        return _first_line(error)
-    return None
+    except Exception as error:  # whatever a compiler, a device or torch says: "not here"
+        text.config._attn_implementation = "sdpa"
+        logger.warning(
+            "flex_attention is not available here (%s); using sdpa, which gives the same",
+            _first_line(error),
+        )
 
 
-def _pictures_failure(width: int, device: str = "cuda") -> str | None:
-    """Why this GPU cannot attend to pictures of different sizes in one call, with heads of `width`, or None: a small forward and
-    backward pass, in float32, which takes them singly, and in bf16."""
+def use_picture_kernel(visual: nn.Module) -> None:
+    """Let a vision tower on a GPU attend to all pictures at once, or warn why it does not."""
+    tower = visual.config  # Qwen2-VL's `hidden_size` is the text's, so its `embed_dim` comes first
+    width = getattr(tower, "embed_dim", tower.hidden_size) // tower.num_heads
+    if (fault := find_picture_fault(width)) is None:
+        tower._attn_implementation = PICTURES
+    else:
+        logger.warning(
+            "pictures are attended to one by one, which takes longer and gives the same: %s", fault
+        )
+
+
+def find_picture_fault(width: int, device: str = "cuda") -> str | None:
+    """Why `device` cannot attend to pictures of different sizes at once, with heads of `width`, or
+    None.
+
+    Compares a small forward and backward pass in bf16 with float32, which takes them singly.
+    """
     drawn, ends, found = torch.Generator().manual_seed(0), torch.tensor([0, 100, 300]), []
     values = [torch.randn(1, 2, 300, width, generator=drawn) for _ in range(4)]
     try:
@@ -108,9 +133,10 @@ def _pictures_failure(width: int, device: str = "cuda") -> str | None:
     except Exception as error:  # as for Flex
         return _first_line(error)
     wrong = [float((b - a).norm() / a.norm()) for a, b in zip(*found, strict=True)]
-    if not all(share < 0.02 for share in wrong):  # as NaN is not, either
+    if not all(share < 0.02 for share in wrong):  # NaN is not, either
         return f"its numbers are off by {100 * max(wrong):.0f} % or not finite"
     return None
 
 
-AttentionInterface.register(PICTURES, picture_attention)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,14 +1,15 @@
-"""Fewer tokens of padding are computed: several samples in one row, or rows alike in length together.
+"""Compute fewer padding tokens: several samples in one row, or rows of similar length together.
 
-Packing needs attention that can keep samples apart, which the dense and the Flex mask of every layout do (`sample_ids`). Each
-sample keeps the 3-D positions it has alone, so that loss and gradients are those of the padded batch (source: ours; the idea is
-sequence packing as of Krell et al., 2021, arXiv 2107.02027).
+Packing needs attention that keeps samples apart, which the masks of every layout do (`sample_ids`).
+Each sample keeps the 3-D positions it has alone, so loss and gradients are those of the padded
+batch (ours; the idea is sequence packing as of Krell et al., 2021, arXiv 2107.02027).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import LongTensor, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .corruption import IGNORE
 from .inputs import Batch
@@ -17,9 +18,10 @@ NO_SAMPLE = -1  # `sample_ids` of padding
 
 
 def pack(batch: Batch, position_ids: LongTensor) -> Batch:
-    """A padded batch (B, L) -> the same samples in fewer rows (R, L'), L' <= L; pictures are put in the order of their samples.
+    """Put the samples of a padded batch (B, L) into fewer rows (R, L'), L' <= L.
 
-    position_ids: (3, B, L). Adds `position_ids` (3, R, L') and `sample_ids` (R, L'), which sample a token belongs to.
+    position_ids: (3, B, L). Adds `position_ids` (3, R, L') and `sample_ids` (R, L'), the sample
+    that a token belongs to. Pictures come in the order of their samples.
     """
     real = batch["attention_mask"].bool()
     rows = _first_fit(real.sum(1).tolist())
@@ -27,8 +29,8 @@ def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     places = [
         torch.cat([real[i].nonzero().flatten() + i * real.shape[1] for i in row]) for row in rows
     ]
-    source = torch.nn.utils.rnn.pad_sequence(places, batch_first=True, padding_value=-1)
-    packed = batch | _pictures(batch, [sample for row in rows for sample in row])
+    source = pad_sequence(places, batch_first=True, padding_value=-1)  # (R, L')
+    packed = batch | _take_pictures(batch, [sample for row in rows for sample in row])
     for name in ("input_ids", "segment_ids", "attention_mask", "mm_token_type_ids", "labels"):
         if name in batch:
             packed[name] = _take(batch[name], source, IGNORE if name == "labels" else 0)
@@ -38,8 +40,19 @@ def pack(batch: Batch, position_ids: LongTensor) -> Batch:
     return packed
 
 
+def sort_longest_first(batch: Batch) -> tuple[Batch, LongTensor]:
+    """A padded batch (B, L) -> the same with its longest rows first, and their order (B,).
+
+    Row i of the result is row order[i] of the batch. What does not fit into memory fails at once.
+    """
+    order = batch["attention_mask"].sum(1).argsort(descending=True, stable=True)
+    pictures = _take_pictures(batch, order.tolist())
+    rows = {name: values[order] for name, values in batch.items() if name not in pictures}
+    return rows | pictures, order
+
+
 def _first_fit(lengths: list[int]) -> list[list[int]]:
-    """Samples by row, longest first, each into the first row with room; a row has room for the longest."""
+    """Samples by row, longest first, each into the first row with room for it."""
     rows: list[list[int]] = []
     free: list[int] = []
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -52,14 +65,13 @@ def _first_fit(lengths: list[int]) -> list[list[int]]:
     return rows
 
 
-def _pictures(batch: Batch, order: list[int]) -> Batch:
-    """What belongs to these samples' pictures, in their order: the model hands pixels out row by row."""
+def _take_pictures(batch: Batch, order: list[int]) -> Batch:
+    """What belongs to these samples' pictures, in their order, as the model hands them out."""
     if "pixel_values" not in batch:
         return {}
     grids = batch["image_grid_thw"]
-    of_sample = torch.arange(len(grids), device=grids.device).split(
-        batch["num_images_per_sample"].tolist()
-    )
+    numbers = torch.arange(len(grids), device=grids.device)
+    of_sample = numbers.split(batch["num_images_per_sample"].tolist())
     images = torch.cat([of_sample[sample] for sample in order])
     moved = {
         "image_grid_thw": grids[images],
@@ -69,8 +81,7 @@ def _pictures(batch: Batch, order: list[int]) -> Batch:
         if name in batch:
             each = grids.prod(-1) * len(batch[name]) // int(grids.prod(-1).sum())
             parts = batch[name].split(each.tolist())
-            none = batch[name][:0]  # a chunk of GradCache's may have none
-            moved[name] = torch.cat([none, *(parts[image] for image in images.tolist())])
+            moved[name] = torch.cat([parts[image] for image in images.tolist()])
     return moved
 
 

@@ -5,7 +5,8 @@
 
 A notebook is valid nbformat, has exactly one code cell tagged `parameters`, names the kernel `python3`, was run once
 from top to bottom (execution counts 1..n) without an error, holds no absolute path of somebody's machine, and is
-smaller than 3 MB. Prints one line a fault and exits 1 when there is one.
+smaller than 3 MB. It reads well: at most 14 code cells of at most 12 lines of at most 100 columns, fewer than its
+Markdown cells, none of which defines a class. Prints one line a fault and exits 1 when there is one.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 import nbformat
 
 MAX_BYTES = 3_000_000
+MAX_CELLS, MAX_LINES, MAX_COLUMNS = 14, 12, 100
 ROOT = Path(__file__).resolve().parent.parent
 # Where a path of a particular machine begins: not inside a web address or a longer path.
 START = r"(?:(?<![\w./:~-])|(?<=file://))"
@@ -62,6 +64,24 @@ def machine_path(text: str) -> str | None:
     return match.group(0) if match else None
 
 
+def check_style(cells: list) -> Iterator[str]:
+    """What makes a notebook hard to read, a sentence each."""
+    code = [cell.source for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    n_markdown = sum(cell.cell_type == "markdown" for cell in cells)
+    if len(code) > MAX_CELLS:
+        yield f"has {len(code)} code cells; at most {MAX_CELLS}"
+    if n_markdown <= len(code) > 1:
+        yield f"has {n_markdown} Markdown cells for {len(code)} code cells; text comes first"
+    for source in code:
+        start, lines = source.splitlines()[0][:40], source.splitlines()
+        if len(lines) > MAX_LINES:
+            yield f"a cell of {len(lines)} lines ({start!r}); at most {MAX_LINES}"
+        if (longest := max(map(len, lines))) > MAX_COLUMNS:
+            yield f"a line of {longest} columns in cell {start!r}; at most {MAX_COLUMNS}"
+        if re.search(r"^\s*class \w", source, re.MULTILINE):
+            yield f"a cell defines a class ({start!r}); it belongs into the library"
+
+
 def check(path: Path, max_bytes: int = MAX_BYTES) -> list[str]:
     """The faults of one notebook, each a sentence; an empty list when it is fit."""
     size = path.stat().st_size
@@ -105,7 +125,7 @@ def check(path: Path, max_bytes: int = MAX_BYTES) -> list[str]:
         faults.append(f"has {len(tagged['parameters'])} cells tagged 'parameters'; it takes one code cell")
     if tagged["injected-parameters"]:
         faults.append("has a cell tagged 'injected-parameters': it is papermill's output, not a source notebook")
-    return faults
+    return faults + list(check_style(notebook.cells))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,19 +1,23 @@
-"""Are the committed results the ones that were committed, do figures match their tables, does a smoke run repeat?
+"""Are the committed results as committed, do tables follow from ranks, does a smoke run repeat?
 
     python scripts/verify.py                 # check; exits with 1 and a list of what is wrong
-    python scripts/verify.py --write         # after new results: write the manifests and this machine's smoke run anew
-    python scripts/verify.py --without-run   # hashes, tables and figures alone: seconds
+    python scripts/verify.py --write         # after new results: write tables, manifests, smoke run
+    python scripts/verify.py --without-run   # hashes and tables alone: seconds
 
-reports/smoke_arm.json holds a smoke run of each kind of CPU. One with AVX-512 gives that of one without, to the bit, under
-`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`: PyTorch's kernels and oneDNN's are chosen apart (tried on AMD EPYC).
+MANIFEST.sha256 in reports/ and in data/ is in sha256sum's format: `sha256sum -c MANIFEST.sha256`.
+A table in README.md or docs/ between `<!-- reports/long: arm arm -->` and `<!-- end -->` is written
+from that report's ranks: the named arms in their order, or all.
 
-MANIFEST.sha256 in reports/ and in data/ is in the format of sha256sum: `cd reports && sha256sum -c MANIFEST.sha256`.
+reports/smoke_arm.json holds a smoke run of each kind of CPU. One with AVX-512 gives that of one
+without, to the bit, under `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`: PyTorch's kernels and
+oneDNN's are chosen apart (tried on AMD EPYC).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -23,157 +27,164 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cocoa_lib.embedder import CocoaEmbedder
-from cocoa_lib.evaluate import effects as analysis
-from cocoa_lib.evaluate.score import evaluate
-from cocoa_lib.evaluate.tasks import choose_tasks
-from cocoa_lib.recipes import make_recipe
-from cocoa_lib.run.arms import read_arms
-from cocoa_lib.run.profiles import load_profile
-from cocoa_lib.run.stage import run_stage
-from cocoa_lib.show import figures
+from cocoa_lib.data.tables import fingerprint
+from cocoa_lib.evaluate import read_ranks
+from cocoa_lib.evaluate.results import summarise
+from cocoa_lib.run import Run
 from cocoa_lib.store.checkpoint import provenance, read_meta
 from cocoa_lib.store.files import file_hash, write_json
-from cocoa_lib.world.build import build
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, SMOKE = "MANIFEST.sha256", "smoke_arm.json"
 ARM = "contrastive"  # one stage and the evaluation, from the committed backbone
+TABLE = re.compile(r"<!-- (reports/[\w-]+)(?:: ([\w ]+))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-def listing(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of all files below, but the manifest, in order. Hidden ones are work in progress."""
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    hidden = [name for name in paths if any(part.startswith(".") for part in Path(name).parts)]
-    return {name: file_hash(path) for name, path in paths.items() if name != MANIFEST and name not in hidden}
+def list_files(folder: Path) -> dict[str, str]:
+    """List relative path -> sha256 of all files below, but the manifest and hidden ones."""
+    paths = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): file_hash(path)
+        for name, path in paths.items()
+        if name.as_posix() != MANIFEST and not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def write_manifest(folder: Path) -> None:
-    lines = [f"{digest}  {name}\n" for name, digest in listing(folder).items()]
+    """Write the folder's MANIFEST.sha256."""
+    lines = [f"{digest}  {name}\n" for name, digest in list_files(folder).items()]
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def check_manifest(folder: Path) -> list[str]:
-    """What differs from the folder's manifest: altered, missing and unlisted files."""
+    """List what differs from the folder's manifest: altered, missing and unlisted files."""
     path = folder / MANIFEST
     if not path.is_file():
         return [f"{path}: no such file; `python scripts/verify.py --write` makes it"]
     lines = [line.split("  ", 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
     if any(len(line) != 2 for line in lines):
         return [f"{path}: not lines of hash and name; restore it from git"]
-    wanted, found = {name: digest for digest, name in lines}, listing(folder)
-    return [
-        f"{folder / name}: "
-        + ("missing" if name not in found else "not in the manifest" if name not in wanted else "altered")
-        for name in sorted(wanted.keys() | found.keys())
-        if wanted.get(name) != found.get(name)
-    ]
-
-
-def check_report(report: Path) -> list[str]:
-    """A report's summary, and its figures of the ablation, against its result tables; every figure with its words."""
-    from publish import summary
-
-    wrong = []
-    results = analysis.gather_results(report)
-    per_query = analysis.gather_ranks(report, results)
-    if (report / "summary.md").read_text(encoding="utf-8").strip() != summary(report):
-        wrong.append(f"{report / 'summary.md'}: not what the tables below results/ give; run scripts/publish.py again")
-    drawn = report / "figures"
-    for picture in sorted(drawn.glob("*.png")):
-        wrong += [
-            f"{picture}: no {suffix} beside it"
-            for suffix in (".svg", ".txt")
-            if not picture.with_suffix(suffix).is_file()
-        ]
-    if (drawn / "forest.txt").is_file():  # its words hold the numbers it draws
-        shown = [name for name, arm in read_arms().items() if arm.kind == "arm"]  # in the notebook's order
-        effects = analysis.paired_effects(per_query[per_query["arm"].isin(shown)], "contrastive").set_index("arm")
-        order = [name for name in shown if name in effects.index]
-        figure = figures.forest(effects.loc[order].reset_index(), baseline="contrastive")
-        if figure.alt != (drawn / "forest.txt").read_text(encoding="utf-8").strip():
-            wrong.append(f"{drawn / 'forest.png'}: its numbers are not those of the tables below {report / 'results'}")
+    wanted, found, wrong = {name: digest for digest, name in lines}, list_files(folder), []
+    for name in sorted(wanted.keys() | found.keys()):
+        if name not in found:
+            wrong.append(f"{folder / name}: missing")
+        elif name not in wanted:
+            wrong.append(f"{folder / name}: not in the manifest")
+        elif wanted[name] != found[name]:
+            wrong.append(f"{folder / name}: altered")
     return wrong
 
 
-def smoke_run(folder: Path) -> dict[str, Any]:
-    """One arm of the smoke profile: what it gives, and on what. On one thread, since more add up in another order."""
+def fill_tables(text: str, root: Path) -> str:
+    """Write the tables of a page anew, each from the ranks of its report."""
+
+    def fill(match: re.Match[str]) -> str:
+        head, rule, *rows = summarise(read_ranks(root / match[1])).splitlines()
+        by_arm = {row.split(" ")[1]: row for row in rows}
+        names = match[2].split() if match[2] else list(by_arm)
+        start = match[0].split("\n", 1)[0]
+        return "\n".join([start, head, rule, *(by_arm[name] for name in names), "<!-- end -->"])
+
+    return TABLE.sub(fill, text)
+
+
+def check_tables(root: Path, write: bool = False) -> list[str]:
+    """Check each report's summary.md, the tables of pages and the figures' companions."""
+    wrong = []
+    for ranks in sorted(root.glob("reports/*/ranks.parquet")):
+        summary, text = ranks.parent / "summary.md", summarise(read_ranks(ranks.parent))
+        if write:
+            summary.write_text(text, encoding="utf-8")
+        elif not summary.is_file() or summary.read_text(encoding="utf-8") != text:
+            wrong.append(f"{summary}: not what the ranks beside it give; run with --write")
+        for picture in sorted(ranks.parent.glob("figures/*.png")):
+            for suffix in (".svg", ".txt"):
+                if not picture.with_suffix(suffix).is_file():
+                    wrong.append(f"{picture}: no {suffix} beside it")
+    for page in sorted([*root.glob("*.md"), *root.glob("docs/*.md")]):
+        text = page.read_text(encoding="utf-8")
+        if (filled := fill_tables(text, root)) != text:
+            if write:
+                page.write_text(filled, encoding="utf-8")
+            else:
+                wrong.append(f"{page}: a table does not follow from its ranks; run with --write")
+    return wrong
+
+
+def run_smoke(folder: Path) -> dict[str, Any]:
+    """Run one arm of the smoke profile, on one thread: more add up in another order."""
     torch.set_num_threads(1)
-    profile, arm = load_profile("smoke"), read_arms()[ARM]
-    build(folder / "data", **profile["benchmark"])
-    out = run_stage(
-        "stage3", make_recipe("stage3", profile["stage3"] | arm.stage3), parent=ROOT / "data" / "backbone",
-        data=folder / "data", out=folder / "out", allow_parent=True, show_progress=False,
-    )  # fmt: skip
-    embedder, tasks = CocoaEmbedder.load(out), choose_tasks(["all"], str(folder / "data"))
-    _, per_query = evaluate(embedder, str(folder / "data"), tasks=tasks, show_progress=False)
+    run = Run(profile="smoke", arm=ARM, runs=folder)
+    ranks, out = run.evaluate(show_progress=False), run.folder("stage3")
     made = provenance()
     return {
         "arm": ARM,
-        "data": json.loads((folder / "data" / "manifest.json").read_text(encoding="utf-8"))["content_hash"],
+        "data": fingerprint(run.data),
         "loss": pd.read_csv(out / "log.csv")["loss"].tolist(),
-        "hits": int((per_query["rank"] == 1).sum()),
-        "queries": len(per_query),
+        "hits": int((ranks["rank"] == 1).sum()),
+        "queries": len(ranks),
         "weights_sha256": read_meta(out)["weights_sha256"],
-        "where": {
-            "versions": made["versions"],
-            "python": made["python"],
-            "machine": made["machine"],
-        },
+        "where": {name: made[name] for name in ("versions", "python", "machine")},
     }
 
 
 def compare_runs(found: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    """On a record's machine and versions every bit counts; elsewhere the loss to 1 % of the first (sums in another order)."""
-    wanted = next((record for record in records if record["where"] == found["where"]), records[0])
-    wrong = [f"smoke run: {name} is {found[name]}, was {wanted[name]}" for name in ("arm", "data", "queries")
-             if found[name] != wanted[name]]  # fmt: skip
-    if len(found["loss"]) != len(wanted["loss"]) or not np.allclose(found["loss"], wanted["loss"], rtol=1e-2):
-        wrong.append(f"smoke run: losses {found['loss']}, were {wanted['loss']}")
-    if found["where"] == wanted["where"] and found["weights_sha256"] != wanted["weights_sha256"]:
+    """List differences: on a record's machine and versions every bit counts, elsewhere the loss.
+
+    Elsewhere the loss may differ by 1 % from the first record's: sums are made in another order.
+    """
+    wanted = next((one for one in records if one["where"] == found["where"]), records[0])
+    wrong = [
+        f"smoke run: {name} is {found[name]}, was {wanted[name]}"
+        for name in ("arm", "data", "queries")
+        if found[name] != wanted[name]
+    ]
+    loss, old = found["loss"], wanted["loss"]
+    if len(loss) != len(old) or not np.allclose(loss, old, rtol=1e-2):
+        wrong.append(f"smoke run: losses {loss}, were {old}")
+    same_place = found["where"] == wanted["where"]
+    if same_place and found["weights_sha256"] != wanted["weights_sha256"]:
         wrong.append("smoke run: same machine and versions, but other weights than recorded")
     return wrong
 
 
 def verify(root: Path, run: bool = True) -> list[str]:
-    wrong = [complaint for name in ("reports", "data") for complaint in check_manifest(root / name)]
-    for results in sorted((root / "reports").glob("*/results")):
-        try:
-            wrong += check_report(results.parent)
-        except (ValueError, OSError) as error:
-            wrong.append(str(error))
+    """List all that is wrong."""
+    wrong = [line for name in ("reports", "data") for line in check_manifest(root / name)]
+    wrong += check_tables(root)
     record = root / "reports" / SMOKE
     if run and not record.is_file():
         wrong.append(f"{record}: no such file; `python scripts/verify.py --write` makes it")
     elif run:
         with tempfile.TemporaryDirectory() as folder:
-            wrong += compare_runs(smoke_run(Path(folder)), json.loads(record.read_text(encoding="utf-8")))
+            found = run_smoke(Path(folder))
+        wrong += compare_runs(found, json.loads(record.read_text(encoding="utf-8")))
     return wrong
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write manifests and record instead of checking")
-    parser.add_argument("--without-run", action="store_true", help="leave the smoke run out")
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Verify the committed results.")
+    parser.add_argument("--write", action="store_true", help="write tables and manifests anew")
+    parser.add_argument("--without-run", action="store_true", help="no smoke run")
     parser.add_argument("--root", type=Path, default=ROOT)
     args = parser.parse_args(argv)
-    if args.write:
-        if not args.without_run:
-            record = args.root / "reports" / SMOKE
-            records = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
-            with tempfile.TemporaryDirectory() as folder:
-                found = smoke_run(Path(folder))
-            others = [other for other in records if other["where"]["machine"] != found["where"]["machine"]]
-            write_json(record, [*others, found])
-        for name in ("reports", "data"):
-            write_manifest(args.root / name)
-        return 0
-    wrong = verify(args.root, run=not args.without_run)
-    print(
-        "\n".join(wrong)
-        or "reports/ and data/ are as committed" + ("" if args.without_run else ", and the smoke run repeats")
-    )
-    return int(bool(wrong))
+    if not args.write:
+        wrong = verify(args.root, run=not args.without_run)
+        print("\n".join(wrong) or "reports/, data/ and tables are as committed")
+        return int(bool(wrong))
+    check_tables(args.root, write=True)
+    if not args.without_run:
+        record = args.root / "reports" / SMOKE
+        records = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else []
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_smoke(Path(folder))
+        machine = found["where"]["machine"]
+        others = [one for one in records if one["where"]["machine"] != machine]
+        write_json(record, [*others, found])
+    for name in ("reports", "data"):
+        write_manifest(args.root / name)
+    return 0
 
 
 if __name__ == "__main__":

@@ -51,3 +51,11 @@ def picture():
         return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """A folder with a tiny `world`, a random model `init`, and the four stages from it (tiny_runs.py)."""
+    from tiny_runs import make_home
+
+    return make_home(tmp_path_factory.mktemp("home"))

@@ -1,7 +1,6 @@
 """The notebook check finds each fault that it promises to find, and nothing in a sound notebook."""
 
 import importlib.util
-import re
 from pathlib import Path
 
 import nbformat
@@ -22,6 +21,7 @@ def sound():
             v4.new_markdown_cell("# A claim"),
             v4.new_code_cell("seed = 0", execution_count=1, metadata={"tags": ["parameters"]}),
             v4.new_code_cell("1 + 2", execution_count=2, outputs=[result]),
+            *(v4.new_markdown_cell(text) for text in ("Its text", "More")),
         ],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
     )
@@ -163,14 +163,20 @@ def test_missing_path_is_an_error(tmp_path):
         check_notebooks.main([str(tmp_path / "nowhere")])
 
 
-def test_no_two_notebooks_save_a_figure_under_one_name():
-    """They share a folder: the later one would replace the earlier one's."""
-    owner: dict[str, str] = {}
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-        names = re.findall(
-            r'"(\w+)", figures(?:_folder)?\)|^    \("(\w+)", "stage\d"', "\n".join(cells), flags=re.MULTILINE
-        )
-        for name in {one or other for one, other in names}:
-            assert owner.setdefault(name, path.name) == path.name, name
-    assert {"stage1_words", "word_rate", "01_reachability"} <= set(owner)
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [("\n".join(["x = 1"] * 13), "a cell of 13 lines"), (f"x = {'1' * 97}", "a line of 101 columns"),
+     ("class A:\n    pass", "defines a class"), ("x = 1\nclassic = 2", None)],
+)  # fmt: skip
+def test_what_makes_a_notebook_hard_to_read(faults, source, fault):
+    notebook = sound()
+    notebook.cells[2].source = source
+    found = faults(notebook)
+    assert [each for each in found if fault in each] if fault else not found
+
+
+def test_code_without_text_and_too_many_cells(faults):
+    notebook = sound()
+    notebook.cells += [v4.new_code_cell("1", execution_count=3 + i) for i in range(13)]
+    found = "; ".join(faults(notebook))
+    assert "has 15 code cells" in found and "3 Markdown cells for 15 code cells" in found

@@ -20,7 +20,7 @@ BELOW = {
     "store": {"leaves", "method"},
     "data": {"leaves", "method", "store"},
     "world": {"leaves", "method", "store", "data"},
-    "evaluate": {"leaves", "method", "store", "data", "world"},
+    "evaluate": {"leaves", "method", "store", "data"},
     "run": {"leaves", "method", "store", "data", "world", "evaluate"},
     "show": {"leaves", "method", "store", "data", "world", "evaluate"},
 }

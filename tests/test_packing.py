@@ -15,24 +15,40 @@ from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.show.masks import segments
 
-SHAPES = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans(), st.booleans()), min_size=1, max_size=9)
+SHAPES = st.lists(
+    st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans(), st.booleans()),
+    min_size=1,
+    max_size=9,
+)
 
 
 def padded(shapes):
-    """(tokens in A, in B, padding on the left?, with a picture?) a sample -> a batch; each token is a number of its own."""
+    """(tokens in A, in B, padding left?, picture?) a sample -> a batch of distinct tokens."""
     length = max(a + b + 1 for a, b, *_ in shapes)
-    rows = [segments(a, b, **{"pad_left" if left else "pad_right": length - a - b - 1}) for a, b, left, _ in shapes]
+    rows = [
+        segments(a, b, **{"pad_left" if left else "pad_right": length - a - b - 1})
+        for a, b, left, _ in shapes
+    ]
     segment_ids = torch.cat(rows)
     real = segment_ids != PAD
     ids = torch.arange(1, real.numel() + 1).reshape(real.shape) * real
     images = torch.tensor([int(image) for *_, image in shapes])
     pixels = (segment_ids == A) & (images[:, None] == 1)
-    batch = {"input_ids": ids, "segment_ids": segment_ids, "attention_mask": real.long(), "labels": ids * 2,
-             "mm_token_type_ids": pixels.long()}  # fmt: skip
+    batch = {
+        "input_ids": ids,
+        "segment_ids": segment_ids,
+        "attention_mask": real.long(),
+        "labels": ids * 2,
+        "mm_token_type_ids": pixels.long(),
+    }
     if images.any():
         grids = torch.tensor([[1, 1, a] for a, *_, image in shapes if image])
-        batch |= {"pixel_values": ids[pixels][:, None], "image_grid_thw": grids, "num_images_per_sample": images,
-                  "hidden_cells": ids[pixels] % 2 == 0}  # fmt: skip
+        batch |= {
+            "pixel_values": ids[pixels][:, None],
+            "image_grid_thw": grids,
+            "num_images_per_sample": images,
+            "hidden_cells": ids[pixels] % 2 == 0,
+        }
     return batch, torch.stack([ids * 3, ids * 5, ids * 7])
 
 
@@ -42,19 +58,33 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     batch, positions = padded(shapes)
     packed = pack(batch, positions)
     real = packed["attention_mask"].bool()
-    assert packed["input_ids"].shape[0] <= len(shapes) and packed["input_ids"].shape[1] <= batch["input_ids"].shape[1]
-    assert sorted(packed["input_ids"][real].tolist()) == batch["input_ids"][batch["attention_mask"].bool()].tolist()
-    assert torch.equal(packed["position_ids"][:, real], packed["input_ids"][real] * torch.tensor([[3], [5], [7]]))
     assert (
-        torch.equal(packed["labels"][real], packed["input_ids"][real] * 2) and (packed["labels"][~real] == -100).all()
+        packed["input_ids"].shape[0] <= len(shapes)
+        and packed["input_ids"].shape[1] <= batch["input_ids"].shape[1]
     )
-    assert (packed["sample_ids"][~real] == NO_SAMPLE).all() and (packed["segment_ids"][~real] == PAD).all()
+    assert (
+        sorted(packed["input_ids"][real].tolist())
+        == batch["input_ids"][batch["attention_mask"].bool()].tolist()
+    )
+    assert torch.equal(
+        packed["position_ids"][:, real], packed["input_ids"][real] * torch.tensor([[3], [5], [7]])
+    )
+    assert (
+        torch.equal(packed["labels"][real], packed["input_ids"][real] * 2)
+        and (packed["labels"][~real] == -100).all()
+    )
+    assert (packed["sample_ids"][~real] == NO_SAMPLE).all() and (
+        packed["segment_ids"][~real] == PAD
+    ).all()
     mask = dense_mask(layout, packed["segment_ids"], packed["sample_ids"])[:, 0]
     alone = dense_mask(layout, batch["segment_ids"])[:, 0]
     for sample in range(len(shapes)):
         at = packed["sample_ids"] == sample
         row, inside = int(at.any(1).nonzero()), at[at.any(1)][0]
-        assert torch.equal(packed["input_ids"][at], batch["input_ids"][sample][batch["attention_mask"][sample].bool()])
+        assert torch.equal(
+            packed["input_ids"][at],
+            batch["input_ids"][sample][batch["attention_mask"][sample].bool()],
+        )
         keep = batch["attention_mask"][sample].bool()
         assert torch.equal(mask[row][inside][:, inside], alone[sample][keep][:, keep]), (
             "inside a sample nothing changes"
@@ -63,8 +93,10 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     assert mask.any(-1).all(), "no row of the mask is empty"
     if "pixel_values" not in batch:
         return
-    # A picture has as many cells as its sample has image tokens, and each cell is marked with the token it is for.
-    assert torch.equal(packed["pixel_values"][:, 0], packed["input_ids"][packed["mm_token_type_ids"] == 1])
+    # A picture has a cell for each image token of its sample, marked with that token.
+    assert torch.equal(
+        packed["pixel_values"][:, 0], packed["input_ids"][packed["mm_token_type_ids"] == 1]
+    )
     assert torch.equal(packed["hidden_cells"], packed["pixel_values"][:, 0] % 2 == 0)
 
 
@@ -76,7 +108,11 @@ def test_the_flex_mask_of_packed_rows_is_the_dense_one(shapes, layout):
     packed = pack(*padded(shapes))
     ids = packed["segment_ids"]
     made = create_mask(
-        block_mask(layout, ids, packed["sample_ids"]).mask_mod, len(ids), None, *[ids.shape[1]] * 2, device="cpu"
+        block_mask(layout, ids, packed["sample_ids"]).mask_mod,
+        len(ids),
+        None,
+        *[ids.shape[1]] * 2,
+        device="cpu",
     )
     assert torch.equal(made, dense_mask(layout, ids, packed["sample_ids"]))
 
@@ -85,23 +121,31 @@ def mixture(picture, n=9):
     """Texts of different lengths, two thirds with a picture, of different sizes."""
     words = "a large red circle at the top left of one small blue square".split()
     return [
-        {"text": "What is it?" * (i % 2 or i % 3 == 0), "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
-         "target": " ".join(words[: 2 + 2 * i % 11]), "draw": i}
+        {
+            "text": "What is it?" * (i % 2 or i % 3 == 0),
+            "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
+            "target": " ".join(words[: 2 + 2 * i % 11]),
+            "draw": i,
+        }
         for i in range(n)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage2 with pictures", "mlm"])
 def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage, implementation):
     model, inputs = small
-    values = {"stage2 with pictures": {"image_weight": 0.5}, "mlm": {"preset": "moca"}}.get(stage, {})
+    values = {"stage2 with pictures": {"image_weight": 0.5}, "mlm": {"preset": "moca"}}.get(
+        stage, {}
+    )
     recipe = make_recipe("stage1" if stage in ("stage1", "mlm") else "stage2", values)
     make = stage1_batch if stage in ("stage1", "mlm") else stage2_batch
     set_bidirectional(model, recipe.layout == "bidirectional")
     model.set_attn_implementation(implementation)
     torch.manual_seed(0)
-    module = Reconstruction(model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight)
+    module = Reconstruction(
+        model, layout=recipe.layout, objective=recipe.objective, image_weight=recipe.image_weight
+    )
     batch, seen = make(mixture(picture), inputs, recipe, 0), {}
     try:
         for packing in (False, True):
@@ -111,7 +155,11 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage,
             out["loss"].backward()
             seen[packing] = (
                 {name: float(value.detach()) for name, value in out.items()},
-                {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None},
+                {
+                    name: p.grad.clone()
+                    for name, p in module.named_parameters()
+                    if p.grad is not None
+                },
             )
     finally:
         model.set_attn_implementation("sdpa")
@@ -127,14 +175,18 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage,
 
 @torch.no_grad()
 def test_the_models_own_mode_is_kept_in_packed_rows(small, picture):
-    """Stage 1's layout is what the model is switched to; the plain 2-D mask would let samples see each other."""
+    """The plain 2-D mask would let the samples of a row see each other."""
     model, inputs = small
     for bidirectional in (False, True):
         set_bidirectional(model, bidirectional)
-        batch = inputs.collate([{"text": row["target"], "image": row["image"]} for row in mixture(picture)])
+        batch = inputs.collate(
+            [{"text": row["target"], "image": row["image"]} for row in mixture(picture)]
+        )
         packed = pack(batch, position_ids(model, batch))
         alone, together = hidden_states(model, batch), hidden_states(model, packed)
         for sample in range(len(alone)):
             expected = alone[sample][batch["attention_mask"][sample].bool()]
-            torch.testing.assert_close(together[packed["sample_ids"] == sample], expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                together[packed["sample_ids"] == sample], expected, rtol=1e-4, atol=1e-5
+            )
     set_bidirectional(model, False)

@@ -1,26 +1,29 @@
-"""A user's own pictures and texts: reading, splitting by concept, clear errors before anything is written."""
+"""A user's own pictures and texts: reading, splitting by concept, clear errors before any writing."""
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from PIL import Image
 
 from cocoa_lib.data import corpus
-from cocoa_lib.data.pairs import build_pairs, check_rows, concept, find_image_root, group_concepts
+from cocoa_lib.data.pairs import (
+    build_pairs,
+    find_concept,
+    find_image_root,
+    group_concepts,
+    read_table,
+)
 from cocoa_lib.data.tables import load_eval
 from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError
-from cocoa_lib.run.profiles import NOTEBOOKS, run_notebook
-from cocoa_lib.run.profiles import path as profiles_path
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "white", "grey", "black", "pink", "brown"]
+COLOURS = "red green blue yellow purple orange cyan white grey black pink brown".split()
 
 
 @pytest.fixture
@@ -30,75 +33,66 @@ def table(tmp_path):
     rows = []
     for i, colour in enumerate(COLOURS):
         for variant in ("man", "woman"):
-            name = f"{colour}-{variant}.png"
-            Image.new("RGB", (20 + i, 20), colour).resize((20 + i, 20 + (variant == "man"))).save(
-                tmp_path / "png" / name
-            )
-            rows.append(
-                {"file": name, "name": f"{colour} {variant}: large", "group": "warm" if i % 2 else "cold", "more": [1]}
-            )
-    path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return path, rows
+            size = (20 + i, 20 + (variant == "man"))
+            file = f"{colour}-{variant}.png"
+            Image.new("RGB", size, colour).save(tmp_path / "png" / file)
+            group = "warm" if i % 2 else "cold"
+            name = f"{colour} {variant}: large"
+            rows.append({"file": file, "name": name, "group": group, "more": [1]})
+    return rewrite(tmp_path / "pairs.jsonl", rows), rows
 
 
 def rewrite(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return path
 
 
-def test_lists_are_refused_a_number_is_a_text_and_a_class_may_come_later(table, tmp_path):
-    path, rows = table
-    rewrite(path, [rows[0] | {"name": ["a", "b"]}, *rows[1:]])
-    with pytest.raises(InputError, match="row 1: 'name' holds a list, not a text; write a row for each entry"):
-        build_pairs(path, tmp_path / "data", progress=False)
-    rows = [rows[0] | {"name": 0}, *rows[1:]]
-    del rows[0]["group"]
-    rewrite(path, rows)
-    made = build_pairs(path, tmp_path / "data", n_eval=3, progress=False)
-    assert made["used"] == 24 and made["columns"][2] == "group"
-
-
-def test_concepts_join_variants_and_equal_pictures():
-    assert concept("Waving Hand: dark skin tone") == "waving hand"
-    assert concept("woman runner") == concept("man runner") == "runner"
-    assert concept("man") == "man", "a text of variant words alone keeps its words"
-    rows = [{"_text": t, "_hash": h} for t, h in (("cat", "1"), ("dog", "2"), ("hound", "2"), ("cat: red", "3"))]
-    groups = group_concepts(rows)
-    assert groups[0] == groups[3] and groups[1] == groups[2] and groups[0] != groups[1]
+def build(path, root, **options):
+    return build_pairs(path, root, progress=False, **options)
 
 
 def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
-    path, rows = table
+    path, _ = table
     root = tmp_path / "data"
-    manifest = build_pairs(path, root, n_eval=3, progress=False)
-    assert manifest["used"] == 24 and manifest["image_root"] == "png", "the image folder is found below the table"
-    tasks = choose_tasks(["all"], str(root))
-    assert choose_tasks(["ClassSeen", "ClassSeen"], str(root)) == (tasks[2],), "its queries count once"
-    assert [task.name for task in tasks] == [
-        "TextToImageSeen", "ImageToTextSeen", "ClassSeen", "TextToImageUnseen", "ImageToTextUnseen", "ClassUnseen",
-    ]  # fmt: skip
-    unseen = {row["tgt_text"][0] for row in load_eval(str(root), "ImageToTextUnseen")}
-    seen = {row["tgt_text"][0] for row in load_eval(str(root), "ImageToTextSeen")}
+    manifest = build(path, root, n_eval=3)
+    assert manifest["used"] == 24 and manifest["image_root"] == "png", "found below the table"
+    tasks = choose_tasks(["all"], root)
+    names = [kind + part for part in ("Seen", "Unseen") for kind in ("TextToImage", "ImageToText")]
+    names = names[:2] + ["ClassSeen"] + names[2:] + ["ClassUnseen"]
+    assert [task.name for task in tasks] == names
+    assert choose_tasks(["ClassSeen", "ClassSeen"], root) == (tasks[2],), "its queries count once"
+    unseen = {row["tgt_text"][0] for row in load_eval(root, "ImageToTextUnseen")}
+    seen = {row["tgt_text"][0] for row in load_eval(root, "ImageToTextSeen")}
     assert len(seen) == len(unseen) == 2, "a fifth of 12 concepts; both have the same chance"
     training = {row["target"] for row in corpus.captions(root)}
-    assert seen <= training and not {concept(t) for t in unseen} & {concept(t) for t in training}
+    concepts = {find_concept(text) for text in training}
+    assert seen <= training and not {find_concept(text) for text in unseen} & concepts
     pairs, sizes = corpus.pairs(root)
     assert sizes == [len(training)] * 3 and set(pairs.column_names) == {"anchor", "positive"}
-    for row in load_eval(str(root), "TextToImageUnseen"):
+    for row in load_eval(root, "TextToImageUnseen"):
         assert len(set(row["tgt_img_path"])) == len(row["tgt_img_path"]) == 2
+
+
+def test_concepts_join_variants_and_equal_pictures():
+    assert find_concept("Waving Hand: dark skin tone") == "waving hand"
+    assert find_concept("woman runner") == find_concept("man runner") == "runner"
+    assert find_concept("man") == "man", "a text of variant words alone keeps its words"
+    names = (("cat", "1"), ("dog", "2"), ("hound", "2"), ("cat: red", "3"))
+    groups = group_concepts([{"text": text, "hash": key} for text, key in names])
+    assert groups[0] == groups[3] and groups[1] == groups[2] and groups[0] != groups[1]
 
 
 def test_a_second_call_does_nothing_and_other_settings_are_refused(table, tmp_path):
     path, _ = table
     root = tmp_path / "data"
-    first = build_pairs(path, root, progress=False)
+    first = build(path, root)
     stamp = (root / "manifest.json").stat().st_mtime_ns
-    assert build_pairs(path, root, progress=False) == first and (root / "manifest.json").stat().st_mtime_ns == stamp
+    assert build(path, root) == first and (root / "manifest.json").stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"other data \(seed 0, not 1\); delete the folder"):
-        build_pairs(path, root, seed=1, progress=False)
-    (root / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="unfinished build"):
-        build_pairs(path, root, progress=False)
+        build(path, root, seed=1)
+    shutil.copytree(path.parent / "png", tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other data \(image_root None, not .*other\)"):
+        build(path, root, image_root=tmp_path / "other")
 
 
 def test_csv_reads_the_same(table, tmp_path):
@@ -108,182 +102,139 @@ def test_csv_reads_the_same(table, tmp_path):
         writer = csv.DictWriter(file, ["file", "name"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    assert build_pairs(other, tmp_path / "data", progress=False)["used"] == 24
+    assert build(other, tmp_path / "data")["used"] == 24
 
 
 def test_bad_rows_stop_before_anything_is_written_and_are_all_named(table, tmp_path):
     path, rows = table
     rows[2]["file"] = "none.png"
     rows[5]["name"] = "  "
+    rows[8]["name"] = ["a", "b"]
     (path.parent / "png" / rows[7]["file"]).write_bytes(b"not a picture")
     rewrite(path, rows)
     root = tmp_path / "data"
     with pytest.raises(InputError) as error:
-        build_pairs(path, root, progress=False)
-    message = str(error.value)
-    assert "3 of 24 rows" in message and not root.exists()
-    for part in ("row 3", "none.png: no such image file", "row 6: empty 'name'", "row 8", "not a readable image"):
-        assert part in message
-    manifest = build_pairs(path, root, on_bad_row="skip", progress=False)
-    assert (manifest["used"], manifest["skipped"]) == (21, 3)
-    assert len((root / "skipped.txt").read_text().splitlines()) == 3
+        build(path, root)
+    assert "4 of 24 rows" in str(error.value) and not root.exists()
+    for part in (
+        "row 3",
+        "none.png: no such image file",
+        "row 6: empty 'name'",
+        "row 8",
+        "not a readable image",
+        "row 9: 'name' holds a list, not a text; write a row for each entry",
+    ):
+        assert part in str(error.value)
+    manifest = build(path, root, on_bad_row="skip")
+    assert (manifest["used"], manifest["skipped"]) == (20, 4)
+    assert len((root / "skipped.txt").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"text_column": "title"}, r"no column 'title' for the text; columns: file, name, group, more"),
+@pytest.mark.parametrize("rel", ["../../secret.png", "link.png", "folder/secret.png", "ABSOLUTE"])
+def test_a_users_table_cannot_fetch_from_elsewhere(tmp_path, rel):
+    images, private = tmp_path / "images", tmp_path / "private"
+    for folder in (images, private):
+        folder.mkdir()
+        Image.new("RGB", (8, 8)).save(folder / f"{'good' if folder == images else 'secret'}.png")
+    (images / "link.png").symlink_to(private / "secret.png")
+    (images / "folder").symlink_to(private)
+    rel = str(private / "secret.png") if rel == "ABSOLUTE" else rel
+    table = images / "pairs.csv"
+    table.write_text("image,text\n" + "good.png,a\n" * 11 + f"{rel},b\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"1 of 12 rows[^$]*row 12: path .*" + re.escape(rel)):
+        build(table, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_files_and_settings_say_what_is_known(table, tmp_path):
+    path, rows = table
+    for options, message in (
+        ({"text_column": "title"}, "no column 'title'; columns: file, name, group, more"),
         ({"on_bad_row": "ignore"}, "on_bad_row must be 'stop' or 'skip'"),
-    ],
-)
-def test_wrong_settings_say_what_is_known(table, tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        build_pairs(table[0], tmp_path / "data", progress=False, **change)
+    ):
+        with pytest.raises(InputError, match=message):
+            build(path, tmp_path / "data", **options)
+    for text, message in (
+        ('{"file": "a.png"}\nnonsense\n', "line 2: not a JSON object"),
+        ("[1]\n", "line 1: not a JSON object"),
+        ('{"a": 1}', "cannot tell image and text columns among a"),
+        ("\n".join(map(json.dumps, rows[:4])), "4 usable rows"),
+        ("", "no rows"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            build(path, tmp_path / "data")
+    path.write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(InputError, match="not a table in UTF-8"):
+        build(path, tmp_path / "data")
+    with pytest.raises(InputError, match="no such file; expected a .jsonl or .csv"):
+        build(tmp_path / "none.jsonl", tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_folder_of_named_folders(tmp_path, picture):
-    for kind, name in (("Fruit", "Red-Apple"), ("Fruit", "Pear"), ("Drink", "Oat_Milk"), ("Drink", "Tea")):
+    for kind, name in (
+        ("Fruit", "Red-Apple"),
+        ("Fruit", "Pear"),
+        ("Drink", "Oat_Milk"),
+        ("Drink", "Tea"),
+    ):
         (tmp_path / "in" / kind / name).mkdir(parents=True)
         for i in range(4):
             picture(seed=len(name) * 10 + i).save(tmp_path / "in" / kind / name / f"{i}.jpg")
-    manifest = build_pairs(tmp_path / "in", tmp_path / "data", progress=False)
-    assert manifest["used"] == 16
+    assert build(tmp_path / "in", tmp_path / "data")["used"] == 16
     texts = set(pd.read_parquet(tmp_path / "data" / "corpus" / "train.parquet")["answer"])
     assert texts < {"Red Apple", "Pear", "Oat Milk", "Tea"} and len(texts) == 2
-    for task in choose_tasks(["all"], str(tmp_path / "data")):
+    for task in choose_tasks(["all"], tmp_path / "data"):
         assert task.n_candidates == 2, "one candidate would always be right"
+    shutil.rmtree(tmp_path / "in" / "Drink" / "Tea")
+    with pytest.raises(InputError, match="3 concepts .*at least 2 are held out and 2 trained on"):
+        build(tmp_path / "in", tmp_path / "other")
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no pictures in named folders"):
-        build_pairs(tmp_path / "empty", tmp_path / "other", progress=False)
+        read_table(tmp_path / "empty")
 
 
-def test_too_few_concepts_are_said_before_anything_is_written(tmp_path, picture):
-    for name in ("Apple", "Pear", "Tea"):
-        (tmp_path / "in" / name).mkdir(parents=True)
-        for i in range(9):
-            picture(seed=len(name) * 10 + i).save(tmp_path / "in" / name / f"{i}.jpg")
-    with pytest.raises(InputError, match="3 concepts .*at least 2 are held out and 2 trained on"):
-        build_pairs(tmp_path / "in", tmp_path / "data", progress=False)
-    assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
-
-
-def test_a_class_may_be_0_and_blanks_are_none(table, tmp_path):
+def test_a_class_may_be_0_come_later_and_be_rare(table, tmp_path):
     path, rows = table
     for i, row in enumerate(rows):
         row["group"] = [0, 1, 2, " "][i // 2 % 4]  # both variants of a concept
-    rewrite(path, rows)
-    build_pairs(path, tmp_path / "data", n_eval=6, progress=False)
-    shown = [row for part in ("Seen", "Unseen") for row in load_eval(str(tmp_path / "data"), f"Class{part}")]
-    assert {text for row in shown for text in row["tgt_text"]} == {"0", "1", "2"}
-    assert {row["tgt_text"][0] for row in shown} == {"0", "1", "2"}
+    del rows[0]["group"]
+    rewrite(path, [rows[0] | {"name": 0}, *rows[1:]])
+    build(path, tmp_path / "data", n_eval=6)
+    parts = [load_eval(tmp_path / "data", f"Class{part}") for part in ("Seen", "Unseen")]
+    assert {text for rows in parts for row in rows for text in row["tgt_text"]} == {"0", "1", "2"}
     trained = pd.read_parquet(next((tmp_path / "data" / "train" / "Class").glob("*.parquet")))
     assert set(trained["pos_text"]) == {"0", "1", "2"}
-
-
-def test_a_class_that_few_rows_have(table, tmp_path):
-    path, rows = table
     for i, row in enumerate(rows):
         row["group"] = {0: "warm", 1: "cold"}.get(i, "")
     rewrite(path, rows)
-    build_pairs(path, tmp_path / "data", n_eval=2, progress=False)
-    assert len(choose_tasks(["all"], str(tmp_path / "data"))) < 6, "a part without such a row has no such task"
+    build(path, tmp_path / "rare", n_eval=2)
+    assert len(choose_tasks(["all"], tmp_path / "rare")) < 6, "a part without such a row"
 
 
-def test_the_folder_of_pictures_is_found_by_whole_names(table, tmp_path):
+def test_the_folder_of_pictures_is_found_by_whole_names(table):
     path, rows = table
-    (path.parent / "png" / "1red-man.png").write_bytes((path.parent / "png" / "red-man.png").read_bytes())
-    assert rows[0]["file"] == "red-man.png" and find_image_root(path, "red-man.png") == path.parent / "png"
-    assert find_image_root(path, "./red-man.png") == path.parent / "png"
+    shutil.copy(path.parent / "png" / "red-man.png", path.parent / "png" / "1red-man.png")
+    for name in ("red-man.png", "./red-man.png"):
+        assert find_image_root(path, [{"file": name}], "file") == path.parent / "png"
+    (path.parent / "images").mkdir()  # a folder named as MMEB-train's prefix is taken as it is
+    shutil.copy(path.parent / "png" / "red-man.png", path.parent / "images" / "red-man.png")
+    assert find_image_root(path, [{"file": "images/red-man.png"}], "file") == path.parent
+    rewrite(path, [row | {"file": f"png/{row['file']}"} for row in rows])
+    assert build(path, path.parent / "data")["used"] == 24
 
 
-def test_another_folder_of_pictures_is_another_setting(table, tmp_path):
-    path, _ = table
-    shutil.copytree(path.parent / "png", tmp_path / "other")
-    build_pairs(path, tmp_path / "data", image_root=path.parent / "png", progress=False)
-    for other in (tmp_path / "other", None):
-        with pytest.raises(ValueError, match=rf"other data \(image_root .*png, not {other}\)"):
-            build_pairs(path, tmp_path / "data", image_root=other, progress=False)
-
-
-def test_the_notebook_takes_a_relative_image_root_from_the_projects_root(monkeypatch):
-    """As `make reproduce IMAGE_ROOT=my/pictures` hands it over; the kernel runs in notebooks/."""
-    cells = json.loads((NOTEBOOKS / "00_data_and_backbone.ipynb").read_text(encoding="utf-8"))["cells"]
-    (source,) = ["".join(cell["source"]) for cell in cells if "build_pairs" in "".join(cell["source"])]
-    monkeypatch.chdir(NOTEBOOKS)
-    names = {
-        "pairs": {"path": "my/a.csv", "image_root": "my/pictures", "text_column": "t"},
-        "data": "d",
-        "path": profiles_path,
-    }
-    names["user_pairs"] = SimpleNamespace(build_pairs=lambda **given: given)
-    exec("\n".join(line for line in source.splitlines()[:2]), names)  # what it hands over, not what it shows of it
-    made = names["made"]
-    assert made == {"root": "d", "path": Path("../my/a.csv"), "image_root": Path("../my/pictures"), "text_column": "t"}
-
-
-def test_pictures_are_not_all_held_at_once(table):
-    path, rows = table
-    good, bad = check_rows(rows, "file", "name", path.parent / "png", False)
-    assert not bad and not any(isinstance(value, Image.Image) for row in good for value in row.values())
-
-
-def test_the_notebooks_run_on_few_pairs_of_ones_own(table, tmp_path):
-    """No scenes to probe, meta-tasks without tasks, fewer queries than the pictures of the built-in benchmark show."""
-    path, _ = table
-    build_pairs(path, tmp_path / "data", progress=False)
-    folders = {name: str(tmp_path / "run" / name) for name in ("stage1", "stage2", "stage3")}
-    common = {"data": str(tmp_path / "data"), "figures_folder": str(tmp_path / "figures")}
-    results = tmp_path / "run" / "results"
-    outs = {f"{stage}_out": folder for stage, folder in folders.items()}
-    for name, values in (
-        (
-            "02_reconstruction_pretraining",
-            common | {k: v for k, v in outs.items() if k != "stage3_out"} | {"n_probe": 4},
-        ),
-        ("03_contrastive_training", common | outs),
-        ("04_mmeb_evaluation", common | {"model": folders["stage3"], "results": str(results / "cocoa" / "seed0")}),
-        ("05_ablations", {"run": str(tmp_path / "run"), "n_boot": 100, "beside": ""}),
-    ):
-        if name == "04_mmeb_evaluation":  # another model's results lie there
-            (results / "cocoa" / "seed0").mkdir(parents=True)
-            (results / "cocoa" / "seed0" / "provenance.json").write_text('{"fingerprint": "another"}', encoding="utf-8")
-            (results / "cocoa" / "seed0" / "results.csv").write_text("stale", encoding="utf-8")
-        if name == "05_ablations":
-            assert "stale" not in (results / "cocoa" / "seed0" / "results.csv").read_text(encoding="utf-8")
-            shutil.copytree(results / "cocoa", results / "contrastive")
-        run_notebook(NOTEBOOKS / f"{name}.ipynb", tmp_path / f"{name}.ipynb", "smoke", values, progress=False)
-    assert "nan" not in (tmp_path / "figures" / "meta_tasks.txt").read_text()
-    assert not (tmp_path / "figures" / "probe_stages.png").exists()
-
-
-def test_the_grocery_photos_of_the_real_data(shared_data, tmp_path):
-    manifest = build_pairs(shared_data / "grocery" / "val", tmp_path / "data", max_side=64, progress=False)
+def test_the_real_data(shared_data, tmp_path):
+    """Photographs in folders, and the first 200 emoji: transparent, names with variants."""
+    manifest = build(shared_data / "grocery" / "val", tmp_path / "grocery", max_side=64)
     assert (manifest["used"], manifest["skipped"]) == (296, 0)
     assert {task[0] for task in manifest["tasks"]} >= {"TextToImageUnseen", "ClassSeen"}
-
-
-def test_wrong_files(table, tmp_path):
-    path, rows = table
-    with pytest.raises(InputError, match="no such file; PAIRS takes"):
-        build_pairs(tmp_path / "none.jsonl", tmp_path / "data", progress=False)
-    path.write_text('{"file": "a.png"}\nnonsense\n', encoding="utf-8")
-    with pytest.raises(InputError, match="line 2: not a JSON object"):
-        build_pairs(path, tmp_path / "data", progress=False)
-    rewrite(path, [{"a": 1}])
-    with pytest.raises(InputError, match="cannot tell image and text columns among a"):
-        build_pairs(path, tmp_path / "data", progress=False)
-    rewrite(path, rows[:4])
-    with pytest.raises(InputError, match="4 usable rows; at least 10"):
-        build_pairs(path, tmp_path / "data", progress=False)
-
-
-def test_the_emoji_of_the_real_data(shared_data, tmp_path):
-    """The first 200 real rows: transparent pictures, names with variants."""
-    lines = (shared_data / "emoji" / "emoji_pairs.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    lines = (shared_data / "emoji" / "emoji_pairs.jsonl").read_text(encoding="utf-8").splitlines()
     path = tmp_path / "some.jsonl"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    root = tmp_path / "data"
-    manifest = build_pairs(path, root, image_root=shared_data / "emoji" / "png" / "72", progress=False)
+    path.write_text("\n".join(lines[:200]), encoding="utf-8")
+    root = tmp_path / "emoji"
+    manifest = build(path, root, image_root=shared_data / "emoji" / "png" / "72")
     assert manifest["used"] == 200 and manifest["skipped"] == 0
     table = pd.read_parquet(root / "eval" / "ClassSeen" / "test-00000-of-00001.parquet")
     assert set(table["tgt_text"].iloc[0]) <= {"Smileys & Emotion", "People & Body"}

@@ -1,58 +1,122 @@
-"""What EOS holds: labels come from the scenes, probes find what is there and nothing where there is nothing."""
+"""What EOS holds: probes find what is there and nothing where there is nothing; geometry by hand."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from cocoa_lib.evaluate import probe
-from cocoa_lib.world.build import build, read_scenes
-from cocoa_lib.world.scenes import POSITIONS
+from cocoa_lib.data.tables import write_tables
+from cocoa_lib.evaluate.probe import (
+    alignment,
+    effective_rank,
+    fit_probe,
+    probe,
+    read_labels,
+    uniformity,
+)
+
+COLOURS, PLACES = ("red", "green", "blue"), ("left", "right")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("probe") / "world"
-    build(folder, seed=0, n_pairs=8, n_queries=4, n_corpus=400)
-    return folder
+    """A corpus whose pictures are names alone, with labels for each."""
+    root, labels = tmp_path_factory.mktemp("probe"), []
+    for split, n in (("train", 400), ("heldout", 200)):
+        rng = np.random.default_rng(n)
+        paths = [f"corpus/{split}/{i}.png" for i in range(n)]
+        labels += [(p, rng.choice(COLOURS), rng.choice(PLACES)) for p in paths]
+        rows = [(path, "caption", "", f"caption of {path}") for path in paths]
+        columns = ["image_path", "kind", "question", "answer"]
+        write_tables(root, {f"corpus/{split}": pd.DataFrame(rows, columns=columns)})
+    table = pd.DataFrame(labels, columns=["image_path", "colour", "place"])
+    write_tables(root, {"corpus/labels": table})
+    return root
 
 
 class Fake:
-    """An embedder that knows the scene of a picture, or that knows nothing."""
+    """An embedder that knows a label of a picture, or nothing."""
 
-    def __init__(self, data, knows: str | None) -> None:
-        self.scenes, self.images, self.knows = read_scenes(data), data / "images", knows
+    def __init__(self, data: Path, knows: str | None) -> None:
+        self.labels, self.images, self.knows = read_labels(data), data / "images", knows
         self.rng = np.random.default_rng(0)
 
     def encode(self, items, batch_size):
         vectors = self.rng.normal(size=(len(items), 24)).astype(np.float32)
         if self.knows and "image" in items[0]:
             for vector, item in zip(vectors, items, strict=True):
-                label = probe.content(self.scenes[item["image"].removeprefix(f"{self.images}/")])[self.knows]
-                vector[POSITIONS.index(label)] += 12
+                name = Path(item["image"]).relative_to(self.images).as_posix()
+                vector[COLOURS.index(self.labels.loc[name, self.knows])] += 12
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_content_is_of_the_first_object_in_reading_order():
-    last = {"kind": "7", "color": "red", "size": "small", "position": "bottom"}
-    first = {"kind": "star", "color": "cyan", "size": "large", "position": "top right"}
-    assert probe.content([last, first]) == {
-        "count": "2", "kind": "star", "color": "cyan", "size": "large", "position": "top right",
-    }  # fmt: skip
-
-
-def test_a_probe_reads_what_is_there_and_only_that(data):
-    table = probe.probe(Fake(data, "position"), data).set_index("measure")
-    assert table.loc["position", "value"] == 100
-    blind = probe.probe(Fake(data, None), data).set_index("measure")
-    for name in probe.CONTENT:
+def test_a_probe_reads_what_is_there_and_only_that(data, tmp_path):
+    table = probe(Fake(data, "colour"), data).set_index("measure")
+    assert list(table.columns) == ["value", "low", "high", "majority", "n"]
+    assert table.loc["colour", "value"] == 100 and table.loc["place", "value"] < 65
+    blind = probe(Fake(data, None), data).set_index("measure")
+    for name in ("colour", "place"):
         row = blind.loc[name]
-        assert row["low"] <= row["majority"] + 15 and row["value"] < row["majority"] + 25, (name, row["value"])
+        assert row["low"] <= row["majority"] + 15 and row["value"] < row["majority"] + 25
     assert blind.loc["effective_rank", "value"] > table.loc["effective_rank", "value"]
     assert pd.isna(table.loc["alignment", "low"]), "no interval is claimed for the geometry"
+    with pytest.raises(FileNotFoundError, match="labels.parquet"):
+        probe(Fake(data, None), tmp_path)
 
 
-def test_labels_need_scenes(data, tmp_path):
-    with pytest.raises(FileNotFoundError, match="scenes"):
-        probe.probe(Fake(data, None), tmp_path)
+def test_small_features_count_and_majority_comes_from_training():
+    rng = np.random.default_rng(0)
+    y = rng.choice(["red", "blue", "green"], p=[0.6, 0.2, 0.2], size=600)
+    noise = rng.normal(size=(600, 8)) * 1000
+    marked = noise.copy()
+    marked[:, 2], marked[:, 5] = (y == "red") * 1e-3, (y == "blue") * 1e-3
+    found = fit_probe(marked[:400], y[:400], marked[400:], y[400:])
+    assert found.value > 98 and found.n == 200
+    assert found.majority == pytest.approx(100 * np.mean(y[400:] == "red"))
+    nothing = fit_probe(noise[:400], y[:400], noise[400:], y[400:])
+    assert nothing.low < nothing.majority and nothing.value < nothing.majority + 5
+    x = np.array([[0.0], [0], [1], [0], [1], [1]])
+    found = fit_probe(x[:3], [0, 0, 1], x[3:], [0, 1, 1])
+    assert found.value == 100 and found.majority == pytest.approx(100 / 3)
+
+
+def test_wilson_interval_by_hand():
+    z, n, p = 1.959964, 10, 0.8
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    x, y = np.array([[0.0]] * 5 + [[1.0]] * 5), np.array([0] * 5 + [1] * 5)
+    found = fit_probe(x, y, x, np.where(np.arange(10) < 8, y, 1 - y))
+    assert [found.low, found.high] == pytest.approx([100 * (centre - half), 100 * (centre + half)])
+
+
+def test_effective_rank_counts_directions():
+    rng = np.random.default_rng(0)
+    assert effective_rank(np.tile(rng.normal(size=7), (50, 1))) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(np.eye(6)) == pytest.approx(6)
+    assert 15.5 < effective_rank(rng.normal(size=(4000, 16))) <= 16
+    # Singular values 3 and 1: shares 3/4 and 1/4.
+    by_hand = np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))
+    assert effective_rank(np.diag([3.0, 1.0])) == pytest.approx(by_hand)
+    common = 5 + rng.normal(size=(4000, 16))
+    assert effective_rank(common) < 8, "a large common direction is a collapse"
+
+
+def test_alignment_and_uniformity_by_hand():
+    x = np.array([[2.0, 0], [0, 3]])
+    assert alignment(x, 5 * x) == pytest.approx(0) and alignment(x, -x) == pytest.approx(4)
+    assert alignment(x, x[::-1]) == pytest.approx(2)
+    assert uniformity(x) == pytest.approx(-4)  # one pair, squared distance 2
+    three = np.array([[1.0, 0], [0, 1], [-1, 0]])  # squared distances 2, 2, 4
+    assert uniformity(three) == pytest.approx(np.log((2 * np.exp(-4) + np.exp(-8)) / 3))
+    assert uniformity(np.ones((1500, 3))) == pytest.approx(0)  # more than one block
+    for bad in (np.zeros((3, 2)), np.full((3, 2), np.nan), np.ones(3)):
+        for measure in (effective_rank, uniformity, lambda x: alignment(x, x)):
+            with pytest.raises(ValueError, match="zero|finite"):
+                measure(bad)
+    with pytest.raises(ValueError, match="equal shapes"):
+        alignment(np.ones((2, 3)), np.ones((1, 3)))
+    with pytest.raises(ValueError, match="two vectors"):
+        uniformity(np.ones((1, 3)))

@@ -1,17 +1,14 @@
-"""`make verify` finds what was altered, added or lost, and a summary or figure that its table does not give."""
+"""`make verify` finds what was altered, added or lost, and a table that its ranks do not give."""
 
 from __future__ import annotations
 
-import ast
 import copy
-import functools
-import importlib.util
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,16 +19,18 @@ import verify  # noqa: E402
 
 @pytest.fixture
 def tree(tmp_path):
-    """reports/ with one report and data/, as `--write` leaves them."""
-    report = tmp_path / "reports" / "long"
-    shutil.copytree(ROOT / "reports" / "long" / "results", report / "results")
-    shutil.copy(ROOT / "reports" / "long" / "summary.md", report)
-    (report / "figures").mkdir()
+    """reports/ with one report, data/ and a page with a table, as `--write` leaves them."""
+    report = tmp_path / "reports" / "laptop-emoji_pairs"
+    (report / "figures").mkdir(parents=True)
+    shutil.copy(ROOT / "reports" / "laptop-emoji_pairs" / "ranks.parquet", report)
     for suffix in (".png", ".svg", ".txt"):
-        shutil.copy(ROOT / "reports" / "long" / "figures" / f"forest{suffix}", report / "figures")
-    (tmp_path / "data" / "größe x").mkdir(parents=True)
-    (tmp_path / "data" / "größe x" / "a.csv").write_text("1\n")
+        (report / "figures" / f"forest{suffix}").write_text("x")
+    folder = tmp_path / "data" / "größe x"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text("1\n")
     (tmp_path / "data" / ".partial").write_text("half")
+    page = "Before.\n<!-- reports/laptop-emoji_pairs: cocoa contrastive -->\nold\n<!-- end -->\nAfter.\n"
+    (tmp_path / "README.md").write_text(page)
     assert verify.main(["--root", str(tmp_path), "--write", "--without-run"]) == 0
     return tmp_path
 
@@ -42,55 +41,61 @@ def check(tree) -> list[str]:
 
 def test_what_is_as_written_passes(tree, capsys):
     assert check(tree) == [] and verify.main(["--root", str(tree), "--without-run"]) == 0
-    assert "reports/ and data/ are as committed" in capsys.readouterr().out
-    assert len((tree / "data" / "MANIFEST.sha256").read_text(encoding="utf-8").splitlines()) == 1, (
-        "hidden files are not listed"
+    assert "as committed" in capsys.readouterr().out
+    manifest = (tree / "data" / "MANIFEST.sha256").read_text(encoding="utf-8")
+    assert len(manifest.splitlines()) == 1, "hidden files are not listed"
+    _, mark, head, _, cocoa, contrastive, end, last = (tree / "README.md").read_text().splitlines()
+    assert (mark, end, last) == (
+        "<!-- reports/laptop-emoji_pairs: cocoa contrastive -->",
+        "<!-- end -->",
+        "After.",
     )
+    assert head.startswith("| arm | seeds |") and cocoa.startswith("| cocoa | 2 | 26.3 | 1.7 |")
+    assert contrastive.startswith("| contrastive | 2 |")
 
 
 def test_altered_lost_and_added_files_are_named(tree, capsys):
     (tree / "data" / "größe x" / "a.csv").write_text("2\n")
-    (tree / "reports" / "long" / "figures" / "forest.svg").unlink()
+    (tree / "reports" / "laptop-emoji_pairs" / "figures" / "forest.svg").unlink()
     (tree / "reports" / "new.txt").write_text("")
-    found = check(tree)
-    assert found[:3] == ["reports/long/figures/forest.svg: missing", "reports/new.txt: not in the manifest",
-                         "data/größe x/a.csv: altered"]  # fmt: skip
-    assert "figures/forest.png: no .svg beside it" in found[3]
-    assert verify.main(["--root", str(tree), "--without-run"]) == 1 and "altered" in capsys.readouterr().out
+    assert check(tree) == [
+        "reports/laptop-emoji_pairs/figures/forest.svg: missing",
+        "reports/new.txt: not in the manifest",
+        "data/größe x/a.csv: altered",
+        "reports/laptop-emoji_pairs/figures/forest.png: no .svg beside it",
+    ]
+    assert verify.main(["--root", str(tree), "--without-run"]) == 1
+    assert "altered" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("old", "new"), [("cocoa -", "cocoa +")])
-def test_a_figure_that_does_not_match_its_table_fails(tree, old, new):
-    words = tree / "reports" / "long" / "figures" / "forest.txt"
-    assert old in words.read_text()
-    words.write_text(words.read_text().replace(old, new))
+def test_ranks_that_changed_under_their_tables_fail(tree):
+    path = tree / "reports" / "laptop-emoji_pairs" / "ranks.parquet"
+    ranks = pd.read_parquet(path)
+    ranks.loc[ranks["arm"] == "cocoa", "rank"] = 1
+    ranks.to_parquet(path)
     verify.write_manifest(tree / "reports")
-    (found,) = check(tree)
-    assert "forest.png: its numbers are not those of the tables" in found
+    summary, page = check(tree)
+    assert "summary.md: not what the ranks beside it give" in summary
+    assert "README.md: a table does not follow from its ranks" in page
 
 
-def test_a_table_that_changed_under_its_summary_fails(tree):
-    table = tree / "reports" / "long" / "results" / "cocoa" / "seed0" / "results.csv"
-    lines = table.read_text().splitlines()
-    cells = lines[1].split(",")
-    cells[lines[0].split(",").index("value")] = "99.0"
-    table.write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
-    verify.write_manifest(tree / "reports")
-    assert any("summary.md: not what the tables" in line for line in check(tree))
-
-
-def test_a_lost_table_or_manifest_is_said(tree):
-    (tree / "reports" / "long" / "results" / "cocoa" / "seed0" / "per_query.parquet").unlink()
+def test_a_lost_manifest_or_record_is_said(tree):
     (tree / "data" / "MANIFEST.sha256").write_text("nonsense\n")
-    found = "\n".join(check(tree))
-    assert "per_query.parquet: missing" in found and "MANIFEST.sha256: not lines of hash and name" in found
+    assert "MANIFEST.sha256: not lines of hash and name" in "\n".join(check(tree))
     (tree / "data" / "MANIFEST.sha256").unlink()
     assert "MANIFEST.sha256: no such file" in "\n".join(check(tree))
     assert "smoke_arm.json: no such file" in "\n".join(verify.verify(tree))
 
 
-RUN = {"arm": "contrastive", "data": "d", "loss": [3.0, 2.0], "hits": 3, "queries": 9, "weights_sha256": "w",
-       "where": {"machine": "m"}}  # fmt: skip
+RUN = {
+    "arm": "contrastive",
+    "data": "d",
+    "loss": [3.0, 2.0],
+    "hits": 3,
+    "queries": 9,
+    "weights_sha256": "w",
+    "where": {"machine": "m"},
+}
 
 
 @pytest.mark.parametrize(
@@ -117,58 +122,6 @@ def test_a_smoke_run_is_compared_by_bits_at_home_and_by_loss_elsewhere(change, w
 def test_writing_keeps_the_records_of_other_machines(tree, monkeypatch):
     other, path = RUN | {"where": {"machine": "o"}}, tree / "reports" / verify.SMOKE
     for found in (RUN, other, RUN | {"weights_sha256": "new"}):
-        monkeypatch.setattr(verify, "smoke_run", lambda folder, found=found: found)
+        monkeypatch.setattr(verify, "run_smoke", lambda folder, found=found: found)
         assert verify.main(["--root", str(tree), "--write"]) == 0
     assert json.loads(path.read_text(encoding="utf-8")) == [other, RUN | {"weights_sha256": "new"}]
-
-
-# --- docs/troubleshooting.md -------------------------------------------------------------------------------------------
-
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-QUOTED = [
-    (words, heading)
-    for heading in re.findall(r"^### (.*)", PAGE, re.MULTILINE)
-    for words in re.findall(r'"(.*?)"', heading)
-]
-LIBRARIES = {  # where a library's own words are looked up; a message of a driver or a server has no place
-    "No such kernel named python3": ("jupyter_client", "No such kernel named "),
-    "Torch not compiled with CUDA enabled": ("torch", "Torch not compiled with CUDA enabled"),
-    "We couldn't connect to 'https://huggingface.co'": ("transformers", "We couldn't connect to '"),
-    "Cannot access gated repo": ("huggingface_hub", "gated repo"),
-    "CUDA out of memory": ("torch", None),
-}
-
-
-@functools.cache
-def literals() -> str:
-    """All fixed text of the library, scripts and Makefile, as it reads when neighbouring strings are joined."""
-    texts = [(ROOT / "Makefile").read_text(encoding="utf-8")]
-    for path in (*ROOT.glob("cocoa_lib/*.py"), *ROOT.glob("scripts/*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
-                texts.append("".join(parts).replace("\0 ", "\0").replace("\0", " ... "))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(node.value)
-    return re.sub(r"\s+", " ", "\n".join(texts).replace("{META}", "cocoa.json"))
-
-
-@pytest.mark.parametrize(("words", "heading"), QUOTED, ids=lambda value: value[:40])
-def test_every_quoted_message_still_exists(words, heading):
-    if words in LIBRARIES:
-        module, part = LIBRARIES[words]
-        assert f"({module})" in heading
-        folder = Path(importlib.util.find_spec(module).origin).parent
-        assert part is None or any(
-            part in path.read_text(encoding="utf-8", errors="ignore") for path in folder.rglob("*.py")
-        )
-        return
-    for part in words.replace("cocoa.json", "...").split("..."):
-        assert re.sub(r"\s+", " ", part).strip(" ();:") in literals(), f"no message of ours says {part!r}"
-
-
-def test_the_page_covers_the_common_ones():
-    assert len(QUOTED) > 30
-    for topic in ("out of memory", "No such kernel", "CUDA enabled", "gated", "no such image file", "collapsed", "disk is full",
-                  "weights do not match", "another configuration", "allow_parent", "at work in this folder"):  # fmt: skip
-        assert any(topic in words for words, _ in QUOTED), topic

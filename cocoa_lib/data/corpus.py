@@ -1,16 +1,19 @@
-"""Rows for training, out of a data folder in MMEB's layout (the built-in benchmark, a user's pairs, MMEB-train).
+"""Rows for training, from a data folder in MMEB's layout: built-in world, a user's pairs, MMEB.
 
 DATA/train/<Subset>/original-*.parquet   contrastive pairs, MMEB-train's columns
 DATA/corpus/train.parquet                image_path, kind (caption | qa), question, answer
-DATA/images/...                          every path in a row is relative to this folder
+DATA/images/...                          what the paths in a row are relative to
 
-Tables are memory-mapped by `datasets`: however many rows there are, a process holds those that it looks at.
+MMEB has no corpus: captions are then the pairs of a picture with a text. Tables are memory-mapped
+by `datasets`: however many rows there are, a process holds those that it looks at.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,20 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
 from ..items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
-from .tables import CORPUS, below, blocks, check_columns, load_train, quiet, read_parquet
+from .tables import (
+    CORPUS,
+    check_columns,
+    hide_progress,
+    load_train,
+    read_parquet,
+    resolve_image,
+)
+
+CHECKED = ".checked"  # hashes of sets of pictures that were read once without complaint
 
 
 class Rows(Sequence):
-    """Rows of a memory-mapped table, each turned into what training takes when it is asked for. A slice gives a list of
-    rows, where `Dataset.with_transform` gives columns.
+    """Rows of a memory-mapped table, each converted when it is asked for; a slice gives a list.
 
     `convert` is a function of a module, so that workers which are not forked can have the rows too.
     """
@@ -46,60 +57,61 @@ class Rows(Sequence):
         return map(self.convert, self.table)
 
 
-def _corpus(data: Path, kind: str, split: str = "train") -> Rows:
-    path, images = data / "corpus" / f"{split}.parquet", data / "images"
+def _read_corpus(data: Path, kind: str, split: str) -> Rows:
+    path = data / "corpus" / f"{split}.parquet"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no such file; stages 1 and 2 read image_path, kind, question, answer from it"
-        )
-    table = read_parquet([path], split, str(path))
+        raise FileNotFoundError(f"{path}: no such file; it holds {', '.join(CORPUS)}")
+    table = read_parquet([path], str(path))
     check_columns(table, str(path), CORPUS)
-    _check_paths(table, str(path), ("image_path",), images)
-    return Rows(
-        _where(table, pc.equal(table.data.column("kind"), kind)),
-        partial(_corpus_row, images=images),
-    )
+    chosen = _select(table, pc.equal(table.data.column("kind"), kind))
+    return Rows(chosen, partial(_convert_corpus, images=data / "images"))
 
 
-def _corpus_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
-    return {
-        **_item(row["question"], row["image_path"], images, None),
-        "target": row["answer"] or "",
-    }
+def _convert_corpus(row: dict[str, Any], images: Path) -> dict[str, Any]:
+    item = _make_item(row["question"], row["image_path"], images)
+    return {**item, "image": item["image"] or None, "target": row["answer"] or ""}
 
 
-def _pairs_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
-    return {**_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
+def _convert_pair(row: dict[str, Any], images: Path) -> dict[str, Any]:
+    return {**_make_item(row["qry"], row["qry_image_path"], images), "target": row["pos_text"]}
 
 
-def _where(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
+def _make_item(text: str | None, image: str | None, images: Path) -> dict[str, Any]:
+    return {"text": text or "", "image": str(resolve_image(images, image)) if image else ""}
+
+
+def _select(table: Dataset, mask: pa.ChunkedArray) -> Dataset:
     return table.select(np.flatnonzero(pc.fill_null(mask, False)))
 
 
-def _check_paths(table: Dataset, where: str, columns: Sequence[str], images: Path) -> None:
-    """Raises InputError for an image path that leads out of the image folder."""
-    for start, block in blocks(table.select_columns(list(columns))):
-        for name in columns:
-            for row, path in enumerate(block[name].to_pylist(), start):
-                try:
-                    if path:
-                        below(images, path)
-                except ValueError as error:
-                    raise InputError(f"{where}, row {row}, column {name}: {error}") from None
+def _is_given(table: Dataset, column: str) -> pa.ChunkedArray:
+    return pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
 
 
 def captions(data: Path, split: str = "train") -> Rows:
-    """Image -> caption: {text: "", image, target}."""
-    return _corpus(data, "caption", split)
+    """Read image -> caption: {text: "", image, target}.
+
+    Without a corpus/: the training pairs of a picture with a text, {text: query, image, target}.
+    """
+    if split != "train" or (data / "corpus").is_dir():
+        return _read_corpus(data, "caption", split)
+    if not (found := _read_text_pairs(data, with_picture=True)):
+        raise InputError(f"{data}: no corpus/, and no training pair of a picture with a text")
+    columns = ["qry", "qry_image_path", "pos_text"]
+    tables = [rows.table.select_columns(columns) for rows in found.values()]
+    return Rows(concatenate_datasets(tables), partial(_convert_pair, images=data / "images"))
 
 
 def questions(data: Path, split: str = "train") -> Rows:
-    """Image + question -> answer: {text, image, target}."""
-    return _corpus(data, "qa", split)
+    """Read image + question -> answer: {text, image, target}."""
+    return _read_corpus(data, "qa", split)
 
 
 def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
-    """For next-token prediction: each scene twice, {image, turns} with its caption alone, and with all its questions."""
+    """List what next-token prediction reads: each scene twice, {image, turns}.
+
+    Once with its caption alone, once with all its questions.
+    """
     rows = [
         {"image": row["image"], "turns": [("", row["target"])]} for row in captions(data, split)
     ]
@@ -109,34 +121,66 @@ def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
     return rows + [{"image": image, "turns": turns} for image, turns in asked.items()]
 
 
-def check_images(paths: Iterable[str | None]) -> None:
-    """Raises InputError if picture files are missing, empty, unreadable or too large: before training starts, not at step
-    40,000, and then again at each resume.
+def subsets(data: Path) -> list[str]:
+    """List the names of the training subsets in the folder, sorted."""
+    folder = data / "train"
+    if not (names := sorted(path.name for path in folder.glob("[!.]*/"))):
+        raise FileNotFoundError(
+            f"{folder}: no training subsets; expected <Subset>/original-*.parquet"
+        )
+    return names
 
-    Only headers are read.
+
+def text_pairs(data: Path) -> dict[str, Rows]:
+    """Read query -> positive text of each subset that has any, for stage 2: {text, image, target}."""
+    return _read_text_pairs(data)
+
+
+def _read_text_pairs(data: Path, with_picture: bool = False) -> dict[str, Rows]:
+    found = {}
+    for name in subsets(data):
+        table = load_train(data, name)
+        chosen = pc.and_not(_is_given(table, "pos_text"), _is_given(table, "pos_image_path"))
+        if with_picture:
+            chosen = pc.and_(chosen, _is_given(table, "qry_image_path"))
+        found[name] = Rows(_select(table, chosen), partial(_convert_pair, images=data / "images"))
+    return {name: rows for name, rows in found.items() if len(rows)}
+
+
+def pairs(
+    data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False
+) -> tuple[Dataset, list[int]]:
+    """Read all contrastive pairs: (columns anchor, positive (, negative) of {text, image}; sizes).
+
+    The sizes are the rows of each subset, in the order of `subsets`.
     """
-    wanted = sorted({path for path in paths if path})
-    if lost := [path for path in wanted if not (os.path.isfile(path) and os.path.getsize(path))]:
-        raise InputError(
-            f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or empty, e.g. "
-            f"{', '.join(lost[:3])}; unpack the archive they belong to, or leave their rows out"
-        )
-    unusable = []
-    for path in wanted:
-        try:
-            image_size(path)
-        except InputError as error:
-            unusable.append(str(error))
-    if unusable:
-        raise InputError(
-            f"{len(unusable)} of the {len(wanted)} picture files that this run needs cannot be used: replace or shrink them, "
-            f"or leave their rows out, e.g.\n  " + "\n  ".join(unusable[:3])
-        )
+    columns = {"anchor": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
+    if hard_negatives:
+        columns["negative"] = ("neg_text", "neg_image_path")
+
+    def convert(table: dict[str, list[str]]) -> dict[str, list[dict[str, str]]]:
+        return {
+            side: [
+                _make_item(text, image, data / "images")
+                for text, image in zip(table[texts], table[pictures], strict=True)
+            ]
+            for side, (texts, pictures) in columns.items()
+        }
+
+    parts = []
+    for name in subsets(data):
+        table = load_train(data, name, n=max_per_subset, negatives=hard_negatives)
+        with hide_progress():  # the result is memory-mapped, like its source
+            parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
+    return concatenate_datasets(parts), [len(part) for part in parts]
 
 
 def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
-    """`check_images`, and raises InputError for an item {text, image} that no step could read: one that holds nothing, whose text
-    marks other than as many pictures as it has, or whose `target`, in stage 2, leaves nothing to restore."""
+    """Check the items {text, image} that a run will read, before it starts.
+
+    Raises InputError for an item that holds nothing, whose text marks other than as many pictures as
+    it has, or whose `target` leaves nothing to restore; and what `check_images` raises.
+    """
     paths: list[str] = []
     for item in items:
         text, images = item["text"] or "", item_images(item)
@@ -149,72 +193,51 @@ def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
             row = f"the row with text {text[:40]!r}, image {item['image'] or 'none'}"
             raise InputError(f"{data}: {error}; mend or leave out {row}") from None
         paths += images
-    check_images(paths)
+    check_images(paths, data)
 
 
-def subsets(data: Path) -> list[str]:
-    """Names of the training subsets in the folder, sorted."""
-    folder = data / "train"
-    names = (
-        sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    )
-    if not names:
-        raise FileNotFoundError(
-            f"{folder}: no training subsets; expected <Subset>/original-*.parquet"
+def check_images(paths: Iterable[str | None], data: Path | None = None) -> None:
+    """Check the headers of picture files; a set of them found good is not read again.
+
+    Sets that are good are remembered in DATA/.checked, by paths, sizes and times. Raises InputError
+    saying how many are missing, empty, unreadable or too large, and the first three.
+    """
+    wanted = sorted({path for path in paths if path})
+    if data is not None and wanted and not (data / "images").is_dir():
+        raise InputError(f"{data}: no folder images/, but rows name {len(wanted)} pictures")
+    seen, lost = hashlib.sha256(), []
+    for path in wanted:
+        try:
+            found = os.stat(path)
+        except OSError:
+            found = None
+        if found is None or not found.st_size:
+            lost.append(path)
+        else:
+            seen.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    if lost:
+        raise InputError(
+            f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or "
+            f"empty, e.g. {', '.join(lost[:3])}; unpack the archive they belong to, or leave their "
+            "rows out"
         )
-    return names
-
-
-def _pairs(data: Path, name: str, n: int | None, negatives: bool = False) -> Dataset:
-    table = load_train(str(data), name, n=n, negatives=negatives)
-    columns = ("qry_image_path", "pos_image_path", "neg_image_path")[: 2 + negatives]
-    _check_paths(table, f"{data}, {name}", columns, data / "images")
-    return table
-
-
-def _item(
-    text: str | None, image: str | None, images: Path, no_image: str | None = ""
-) -> dict[str, Any]:
-    return {"text": text or "", "image": str(images / image) if image else no_image}
-
-
-def text_pairs(data: Path) -> dict[str, Rows]:
-    """Query -> positive text of each subset whose positives are text, for stage 2: {text, image, target}."""
-    images, found = data / "images", {}
-    for name in subsets(data):
-        table = _pairs(data, name, None)
-        has_text, has_image = (
-            pc.fill_null(pc.greater(pc.binary_length(table.data.column(column)), 0), False)
-            for column in ("pos_text", "pos_image_path")
+    note, digest = data and data / CHECKED, seen.hexdigest()
+    if note and note.is_file() and digest in note.read_text(encoding="utf-8").split():
+        return
+    if unusable := [complaint for path in wanted if (complaint := _find_complaint(path))]:
+        raise InputError(
+            f"{len(unusable)} of the {len(wanted)} picture files that this run needs cannot be "
+            "used: replace or shrink them, or leave their rows out, e.g.\n  "
+            + "\n  ".join(unusable[:3])
         )
-        found[name] = Rows(
-            _where(table, pc.and_not(has_text, has_image)), partial(_pairs_row, images=images)
-        )
-    return {name: rows for name, rows in found.items() if len(rows)}
+    if note:
+        with suppress(OSError), note.open("a", encoding="utf-8") as file:  # or it is read-only
+            file.write(f"{digest}\n")
 
 
-def pairs(
-    data: Path, max_per_subset: int | None = None, *, hard_negatives: bool = False
-) -> tuple[Dataset, list[int]]:
-    """All contrastive pairs: a dataset with columns anchor, positive (, negative) of {text, image}; rows a subset."""
-    images, parts = data / "images", []
-    columns = {"anchor": ("qry", "qry_image_path"), "positive": ("pos_text", "pos_image_path")}
-    if hard_negatives:
-        columns["negative"] = ("neg_text", "neg_image_path")
-
-    def convert(table: dict[str, list[str]]) -> dict[str, list[dict[str, str]]]:
-        return {
-            side: [
-                _item(text, image, images)
-                for text, image in zip(table[texts], table[pictures], strict=True)
-            ]
-            for side, (texts, pictures) in columns.items()
-        }
-
-    for name in subsets(data):
-        table = _pairs(data, name, max_per_subset, hard_negatives)
-        with (
-            quiet()
-        ):  # the result is a file in the cache of `datasets`, memory-mapped like its source
-            parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
-    return concatenate_datasets(parts), [len(part) for part in parts]
+def _find_complaint(path: str) -> str:
+    try:
+        image_size(path)
+    except InputError as error:
+        return str(error)
+    return ""

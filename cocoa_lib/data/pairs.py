@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed; and the hashes that tell them apart."""
+"""A user's own pictures and texts -> a data folder in MMEB's layout, with concepts held out."""
 
 from __future__ import annotations
 
@@ -18,11 +18,77 @@ from tqdm.auto import tqdm
 
 from ..items import InputError, load_image
 from ..store.files import file_hash, write_json
-from .tables import CORPUS, EVAL, TRAIN, finished, write_tables
+from .tables import CORPUS, EVAL, TRAIN, read_finished, resolve_below, write_tables
+
+IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
+TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
+CLASS_COLUMNS = ("class", "label", "category", "group")
+# Words whose exchange makes a near-copy of a picture: variants by gender and age (ours).
+VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+SHARD = "00000-of-00001"
+
+
+def build_pairs(
+    path: str | Path,
+    root: str | Path,
+    *,
+    image_column: str | None = None,
+    text_column: str | None = None,
+    class_column: str | None = None,
+    image_root: str | Path | None = None,
+    on_bad_row: str = "stop",
+    n_eval: int = 300,
+    max_side: int = 512,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the data folder `root` from a .jsonl or .csv file or a folder; return its manifest.
+
+    `n_eval` concepts, at most a fifth of all but two at least, are held out as unseen; as many of
+    the others are evaluated as seen, so that both have the same chance; one row a concept, since
+    its variants have no single right answer. Pictures are stored as RGB PNG with sides of at most
+    `max_side`. on_bad_row: "stop" raises InputError listing the bad rows before anything is
+    written; "skip" leaves them out, counts and lists them in skipped.txt.
+    """
+    path, root = Path(path), Path(root)
+    if on_bad_row not in ("stop", "skip"):
+        raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
+    columns = [image_column, text_column, class_column]
+    settings = {
+        "source": path.name,
+        "source_sha256": source_hash(path),
+        "columns": columns,
+        "on_bad_row": on_bad_row,
+        "n_eval": n_eval,
+        "max_side": max_side,
+        "seed": seed,
+        **({"image_root": str(image_root)} if image_root else {}),
+    }
+    if (found := read_finished(root, {"settings": settings})) is not None:
+        return found
+    rows = read_table(path)
+    columns = choose_columns(rows, columns, path)
+    base = Path(image_root) if image_root else find_image_root(path, rows, columns[0])
+    good, bad = check_rows(rows, columns, base, progress)
+    if bad and on_bad_row == "stop":
+        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise InputError(
+            f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  "
+            + "\n  ".join(bad[:20])
+            + f"{more}\nMend them, or set on_bad_row=skip"
+        )
+    if len(good) < 10:
+        raise InputError(f"{path}: {len(good)} usable rows; training and holding out need 10")
+    facts = _write_folder(root, good, bad, settings)
+    names = {"image_root": base.name, "columns": columns, "rows": len(rows)}
+    manifest = {"generator": "pairs", "settings": settings, **names, **facts}
+    write_json(root / "manifest.json", manifest)
+    return manifest
 
 
 def source_hash(path: Path) -> str:
-    """sha256 of a table's bytes, or of the names and sizes below a folder; "" where there is nothing."""
+    """Hash a table's bytes, or the names and sizes below a folder, by sha256; "" for nothing."""
     if path.is_dir():
         listing = [
             f"{file.relative_to(path)}:{file.stat().st_size}"
@@ -33,154 +99,146 @@ def source_hash(path: Path) -> str:
     return file_hash(path) if path.is_file() else ""
 
 
-IMAGE_COLUMNS = ("image", "image_path", "file", "path", "filename", "file_name")
-TEXT_COLUMNS = ("text", "caption", "name", "title", "description")
-CLASS_COLUMNS = ("class", "label", "category", "group")
-# Words whose exchange makes a near-copy of a picture: variants by gender and age (ours, for emoji and people photos).
-VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
-
-
-def read_folders(path: Path) -> list[dict[str, Any]]:
-    """A folder of pictures sorted into folders: a picture's text is the name of its folder, its class the first one."""
-    rows = []
-    for file in sorted(path.rglob("*")):
-        parts = file.relative_to(path).parts
-        if file.suffix.lower() in PICTURES and len(parts) > 1:
-            text = parts[-2].replace("-", " ").replace("_", " ")
-            rows.append(
-                {"image": "/".join(parts), "text": text}
-                | ({"class": parts[0]} if len(parts) > 2 else {})
-            )
-    if not rows:
-        raise InputError(f"{path}: no pictures in named folders below it ({', '.join(PICTURES)})")
-    return rows
-
-
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL or CSV file, or of a folder. Raises InputError naming file and line for what is not a row."""
+    """Read the rows of a JSONL or CSV file, or of a folder of named folders of pictures.
+
+    Of a folder: a picture's text is the name of its folder, its class that of the first one. Raises
+    InputError naming file and line for what is not a row.
+    """
     if path.is_dir():
-        return read_folders(path)
-    if not path.is_file():
-        known = "a .jsonl or .csv file with an image path and a text a row, or a folder of named folders"
-        raise InputError(f"{path}: no such file; PAIRS takes {known}")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = (
-                list(csv.DictReader(file, restkey=""))
-                if path.suffix.lower() == ".csv"
-                else _json_rows(path, file)
-            )
-    except (UnicodeDecodeError, csv.Error) as error:
+        rows = _read_folders(path)
+    elif not path.is_file():
         raise InputError(
-            f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv"
-        ) from error
+            f"{path}: no such file; expected a .jsonl or .csv file with an image path and a text a "
+            "row, or a folder of named folders of pictures"
+        )
+    else:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                is_csv = path.suffix.lower() == ".csv"
+                rows = list(csv.DictReader(file, restkey="")) if is_csv else _read_json(path, file)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(
+                f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv"
+            ) from error
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
 
 
-def _json_rows(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
+def _read_folders(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted(path.rglob("*")):
+        parts = file.relative_to(path).parts
+        if file.suffix.lower() in PICTURES and len(parts) > 1:
+            text = parts[-2].replace("-", " ").replace("_", " ")
+            label = {"class": parts[0]} if len(parts) > 2 else {}
+            rows.append({"image": "/".join(parts), "text": text} | label)
+    if not rows:
+        raise InputError(f"{path}: no pictures in named folders below it ({', '.join(PICTURES)})")
+    return rows
+
+
+def _read_json(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError, RecursionError) as error:
                 raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
-            if not isinstance(row, dict):
-                raise InputError(
-                    f"{path}, line {number}: expected a JSON object, found {type(row).__name__}"
-                )
-            rows.append(row)
     return rows
 
 
-def pick_column(
-    rows: list[dict[str, Any]], wanted: str | None, known: tuple[str, ...], what: str, path: Path
-) -> str | None:
-    """The named column, or the first known one that the file has. Raises InputError listing the columns there are."""
+def choose_columns(
+    rows: list[dict[str, Any]], wanted: list[str | None], path: Path
+) -> list[str | None]:
+    """Choose the columns of image, text and class: the named ones, or the first usual ones.
+
+    Raises InputError listing the columns there are.
+    """
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    if wanted is not None:
-        if wanted not in columns:
-            raise InputError(
-                f"{path}: no column {wanted!r} for the {what}; columns: {', '.join(columns)}"
-            )
-        return wanted
-    return next((name for name in known if name in columns), None)
+    said = ", ".join(map(str, columns))
+    if lost := [name for name in wanted if name and name not in columns]:
+        raise InputError(f"{path}: no column {lost[0]!r}; columns: {said}")
+    usual = (IMAGE_COLUMNS, TEXT_COLUMNS, CLASS_COLUMNS)
+    chosen = [
+        name or next((one for one in known if one in columns), None)
+        for name, known in zip(wanted, usual, strict=True)
+    ]
+    if None in chosen[:2]:
+        raise InputError(f"{path}: cannot tell image and text columns among {said}; name them")
+    return chosen
 
 
-def find_image_root(path: Path, first_image: str) -> Path:
-    """Where relative image paths start: the table's folder, or the one folder below it that holds the first image."""
-    if path.is_dir() or os.path.isfile(path.parent / first_image):  # False for a name too long, too
-        return path if path.is_dir() else path.parent
-    parts = Path(first_image).parts
-    for found in sorted(path.parent.rglob("*")) if parts else ():
-        if found.parts[-len(parts) :] == parts:
-            return found.parents[len(parts) - 1]
+def find_image_root(path: Path, rows: list[dict[str, Any]], image_column: str) -> Path:
+    """Find where image paths start: the table's folder, or the one below it that holds a picture.
+
+    Tried with the first 20 rows, since some pictures may be missing.
+    """
+    if path.is_dir():
+        return path
+    names = [read_text(row, image_column) for row in rows[:20]]
+    if any(os.path.isfile(path.parent / name) for name in names):  # False for a name too long, too
+        return path.parent
+    for name in names:
+        parts = Path(name).parts
+        for found in sorted(path.parent.rglob("*")) if parts else ():
+            if found.parts[-len(parts) :] == parts and found.is_file():
+                return found.parents[len(parts) - 1]
     return path.parent
 
 
-def concept(text: str) -> str:
-    """A text without what only varies it: what follows a colon, gender and age words, case and spaces."""
-    return " ".join(VARIANT_WORDS.sub(" ", text.lower().split(":")[0]).split()) or text.lower()
-
-
-def _string(row: dict[str, Any], column: str | None) -> str:
-    """A row's text, path or class as a string, "" where it has none: 0 is one."""
+def read_text(row: dict[str, Any], column: str | None) -> str:
+    """Read a row's text, path or class as a string, "" where it has none: 0 is one."""
     value = row.get(column) if column else None
     return "" if value is None else str(value).strip()
 
 
 def check_rows(
-    rows: list[dict[str, Any]], image_column: str, text_column: str, root: Path, progress: bool
-):
-    """Every row read and every picture decoded: (good rows with `image` and `text`, complaints)."""
+    rows: list[dict[str, Any]], columns: list[str | None], root: Path, progress: bool
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Read every row and decode every picture: (good rows {text, class, path, hash}, complaints).
+
+    Pixels are not kept: there may be many.
+    """
     good, bad = [], []
-    for number, row in enumerate(
-        tqdm(rows, desc="check pairs", unit="row", disable=not progress), start=1
-    ):
+    bar = tqdm(rows, desc="check pairs", unit="row", disable=not progress)
+    for number, row in enumerate(bar, start=1):
         try:
-            good.append(row | _checked(row, image_column, text_column, root))
-        except InputError as error:
+            good.append(_check_row(row, columns, root))
+        except ValueError as error:
             bad.append(f"row {number}: {error}")
     return good, bad
 
 
-def _checked(
-    row: dict[str, Any], image_column: str, text_column: str, root: Path
-) -> dict[str, Any]:
-    """`_text`, `_path` and `_hash` of a row: not its pixels, of which there may be many. InputError for a bad row."""
-    for column in (text_column, image_column):
+def _check_row(row: dict[str, Any], columns: list[str | None], root: Path) -> dict[str, Any]:
+    for column in columns[:2]:
         if isinstance(row.get(column), (list, dict)):
-            raise InputError(
-                f"{column!r} holds a {type(row[column]).__name__}, not a text; write a row for each entry"
-            )
-    text, name = (_string(row, column) for column in (text_column, image_column))
+            kind = type(row[column]).__name__
+            raise InputError(f"{column!r} holds a {kind}, not a text; write a row for each entry")
+    name, text, label = (read_text(row, column) for column in columns)
     if not text:
-        raise InputError(f"empty {text_column!r} (image {name or 'none'})")
+        raise InputError(f"empty {columns[1]!r} (image {name or 'none'})")
     if not name:
-        raise InputError(f"empty {image_column!r} (text {text[:40]!r})")
-    if not os.path.realpath(root / name.replace("\0", "")).startswith(
-        os.path.join(os.path.realpath(root), "")
-    ):
-        raise InputError(
-            f"image path {name!r} leaves the image folder {root}; name another image_root"
-        )
-    try:
-        (text + name).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, as JSON can hold
-        raise InputError(f"not valid Unicode ({error.reason})") from None
-    image = load_image(root / name)
+        raise InputError(f"empty {columns[0]!r} (text {text[:40]!r})")
+    (text + name).encode()  # half of a surrogate pair, as JSON can hold, is a ValueError
+    path = resolve_below(root, name)
+    image = load_image(path)
     digest = hashlib.sha256(image.tobytes() + str(image.size).encode()).hexdigest()
-    return {"_text": text, "_path": root / name, "_hash": digest}
+    return {"text": text, "class": label, "path": path, "hash": digest}
+
+
+def find_concept(text: str) -> str:
+    """Reduce a text to its concept: no part after a colon, no gender and age words, lower case."""
+    return " ".join(VARIANT_WORDS.sub(" ", text.lower().split(":")[0]).split()) or text.lower()
 
 
 def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
-    """(N,) concept number a row: equal concepts, and pixel-equal pictures, share one (union of both relations)."""
+    """Number the concept of each row (N,): equal concepts and pixel-equal pictures share one."""
     parent = list(range(len(rows)))
 
-    def root(i: int) -> int:
+    def find_root(i: int) -> int:
         while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
@@ -188,96 +246,25 @@ def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
 
     first: dict[str, int] = {}
     for i, row in enumerate(rows):
-        for key in ("text:" + concept(row["_text"]), "image:" + row["_hash"]):
-            parent[root(i)] = root(first.setdefault(key, i))
-    return np.unique([root(i) for i in range(len(rows))], return_inverse=True)[1]
+        for key in ("text:" + find_concept(row["text"]), "image:" + row["hash"]):
+            parent[find_root(i)] = find_root(first.setdefault(key, i))
+    return np.unique([find_root(i) for i in range(len(rows))], return_inverse=True)[1]
 
 
-def build_pairs(
-    path: str | Path, root: str | Path, *, image_column: str | None = None, text_column: str | None = None,
-    class_column: str | None = None, image_root: str | Path | None = None, on_bad_row: str = "stop",
-    n_eval: int = 300, max_side: int = 512, seed: int = 0, progress: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the data folder `root` from the table `path`; returns its manifest.
+def split_concepts(
+    rows: list[dict[str, Any]], n_eval: int, seed: int
+) -> tuple[list[dict], list[dict], list[dict]]:
+    """Split into (seen, unseen, training): whole concepts are held out, one row each is evaluated.
 
-    `n_eval` concepts, at most a fifth of all but two at least, are held out as unseen; as many of the others are evaluated
-    as seen, so that both have the same chance; one row a concept, since its variants have no single right answer. Pictures
-    are stored as RGB PNG with sides of at most `max_side`. on_bad_row: "stop" (default) raises InputError listing the
-    bad rows before anything is written; "skip" leaves them out, counts and lists them in `skipped.txt`.
+    Raises InputError where there are too few concepts.
     """
-    path, root = Path(path), Path(root)
-    if on_bad_row not in ("stop", "skip"):
-        raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
-    settings = {"source": path.name, "source_sha256": source_hash(path),
-                "columns": [image_column, text_column, class_column], "on_bad_row": on_bad_row, "n_eval": n_eval,
-                "max_side": max_side, "seed": seed, **({"image_root": str(image_root)} if image_root else {})}  # fmt: skip
-    if (found := finished(root, {"settings": settings})) is not None:
-        return found
-
-    rows = read_table(path)
-    image_name = pick_column(rows, image_column, IMAGE_COLUMNS, "image path", path)
-    text_name = pick_column(rows, text_column, TEXT_COLUMNS, "text", path)
-    class_name = pick_column(rows, class_column, CLASS_COLUMNS, "class", path)
-    if image_name is None or text_name is None:
-        raise InputError(
-            f"{path}: cannot tell image and text columns among {', '.join(rows[0])}; name them"
-        )
-    names = (
-        str(row.get(image_name) or "") for row in rows[:20]
-    )  # of the first row whose picture is there
-    roots = ((find_image_root(path, name), name) for name in names)
-    base = (
-        Path(image_root)
-        if image_root
-        else next((root for root, name in roots if os.path.isfile(root / name)), path.parent)
-    )
-    good, bad = check_rows(rows, image_name, text_name, base, progress)
-    if bad and on_bad_row == "stop":
-        listing = "\n  ".join(bad[:20]) + (
-            f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
-        )
-        raise InputError(
-            f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  {listing}\nMend them, or set on_bad_row=skip"
-        )
-    if len(good) < 10:
-        raise InputError(
-            f"{path}: {len(good)} usable rows; at least 10 are needed to train and to hold some out"
-        )
-
-    seen, unseen, training = _split(good, n_eval, seed)
-    images = root / "images"
-    images.mkdir(parents=True)
-    for i, row in enumerate(good):
-        image = load_image(row["_path"])
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        row["_file"] = f"{i:06d}.png"
-        image.save(images / row["_file"])
-    tasks = _write_eval(root, {"Seen": seen, "Unseen": unseen}, good, class_name)
-    _write_training(root, training, unseen, class_name)
-    (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
-    # What `corpus.fingerprint` knows the data by: the split and what is stored, so the settings as well as the rows.
-    listing = json.dumps(
-        [[row["_hash"], row["_text"], _string(row, class_name)] for row in good] + [settings]
-    ).encode()
-    manifest = {
-        "generator": "pairs", "settings": settings, "image_root": base.name, "columns": [image_name, text_name, class_name],
-        "rows": len(rows), "used": len(good), "skipped": len(bad), "training": len(training),
-        "seen": len(seen), "unseen": len(unseen), "tasks": tasks, "content_hash": hashlib.sha256(listing).hexdigest(),
-    }  # fmt: skip
-    write_json(root / "manifest.json", manifest)
-    return manifest
-
-
-def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
-    """(seen, unseen, training): whole concepts are held out; one row a concept is evaluated, the first."""
     groups = group_concepts(rows)
-    rng = np.random.default_rng([seed, 3])
-    order = rng.permutation(groups.max() + 1)
+    order = np.random.default_rng([seed, 3]).permutation(groups.max() + 1)
     n_out = min(n_eval, max(2, len(order) // 5))
     if min(n_out, len(order) - n_out) < 2:  # one candidate is always right
         raise InputError(
-            f"{len(order)} concepts (texts without what follows a colon, gender and age): at least 2 are held out and 2 "
-            f"trained on; use more of them, or an n_eval of at least 2 (found {n_eval})"
+            f"{len(order)} concepts (texts without what follows a colon, gender and age): at least "
+            f"2 are held out and 2 trained on; use more, or an n_eval of at least 2 (found {n_eval})"
         )
     held_out = set(order[:n_out].tolist())
     first = {int(group): i for i, group in reversed(list(enumerate(groups)))}
@@ -287,61 +274,73 @@ def _split(rows: list[dict[str, Any]], n_eval: int, seed: int):
     return seen, unseen, training
 
 
-def _write_eval(
-    root: Path, parts: dict[str, list], rows: list[dict[str, Any]], class_name: str | None
-) -> list[list]:
-    tasks = []
-    classes = sorted({_string(row, class_name) for row in rows} - {""})
-    for name, part in parts.items():
-        files, texts, n, seen = (
-            [row["_file"] for row in part],
-            [row["_text"] for row in part],
-            len(part),
-            name == "Seen",
-        )
-        image_task = [
-            ("", files[i], [texts[i]] + texts[:i] + texts[i + 1 :], [""] * n) for i in range(n)
-        ]
-        text_task = [
-            (texts[i], "", [""] * n, [files[i]] + files[:i] + files[i + 1 :]) for i in range(n)
-        ]
-        tasks += [_eval_task(root, f"TextToImage{name}", "retrieval", seen, text_task)]
-        tasks += [_eval_task(root, f"ImageToText{name}", "retrieval", seen, image_task)]
-        if len(classes) > 1:
-            class_task = [
-                ("", row["_file"], [own, *(label for label in classes if label != own)], [""] * len(classes))
-                for row in part if (own := _string(row, class_name))
-            ]  # fmt: skip
-            tasks += (
-                [_eval_task(root, f"Class{name}", "classification", seen, class_task)]
-                if class_task
-                else []
-            )
-    return tasks
+def _write_folder(
+    root: Path, rows: list[dict[str, Any]], bad: list[str], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """Write pictures and tables; return the manifest's facts about them."""
+    seen, unseen, training = split_concepts(rows, settings["n_eval"], settings["seed"])
+    (root / "images").mkdir(parents=True)
+    for i, row in enumerate(rows):
+        image = load_image(row["path"])
+        image.thumbnail((settings["max_side"],) * 2, Image.Resampling.LANCZOS)
+        row["file"] = f"{i:06d}.png"
+        image.save(root / "images" / row["file"])
+    (root / "skipped.txt").write_text("\n".join(bad), encoding="utf-8")
+    classes = sorted({row["class"] for row in rows} - {""})
+    tables, tasks = _list_training(training, unseen), []
+    for name, part in {"Seen": seen, "Unseen": unseen}.items():
+        for task, meta_task, lines in _list_eval(part, classes):
+            tables[f"eval/{task}{name}/test-{SHARD}"] = pd.DataFrame(lines, columns=EVAL)
+            tasks.append([task + name, meta_task, name == "Seen", len(lines[0][2])])
+    write_tables(root, tables)
+    # What `fingerprint` knows the data by: the rows, and the settings that split them.
+    listing = [[row["hash"], row["text"], row["class"]] for row in rows] + [settings]
+    return {
+        "used": len(rows),
+        "skipped": len(bad),
+        "training": len(training),
+        "seen": len(seen),
+        "unseen": len(unseen),
+        "tasks": tasks,
+        "content_hash": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+    }
 
 
-def _eval_task(root: Path, name: str, meta_task: str, seen: bool, rows: list[tuple]) -> list:
-    write_tables(root, {f"eval/{name}/test-00000-of-00001": pd.DataFrame(rows, columns=EVAL)})
-    return [name, meta_task, seen, len(rows[0][2])]
+def _list_eval(part: list[dict], classes: list[str]) -> list[tuple[str, str, list[tuple]]]:
+    """List (task, meta-task, rows) for one part; the right candidate comes first."""
+
+    def move_first(values: list[str], i: int) -> list[str]:
+        return [values[i], *values[:i], *values[i + 1 :]]
+
+    files, texts = ([row[name] for row in part] for name in ("file", "text"))
+    none, no_files = [""] * len(part), [""] * len(classes)
+    find = [(text, "", none, move_first(files, i)) for i, text in enumerate(texts)]
+    name = [("", file, move_first(texts, i), none) for i, file in enumerate(files)]
+    sort = [
+        ("", row["file"], move_first(classes, classes.index(row["class"])), no_files)
+        for row in part
+        if row["class"]
+    ]
+    tasks = [("TextToImage", "retrieval", find), ("ImageToText", "retrieval", name)]
+    return tasks + [("Class", "classification", sort)] * bool(sort and len(classes) > 1)
 
 
-def _write_training(
-    root: Path, training: list[dict], unseen: list[dict], class_name: str | None
-) -> None:
-    labelled = [(row, own) for row in training if (own := _string(row, class_name))]
-    several = (
-        len({own for _, own in labelled}) > 1
-    )  # of one class there is nothing to tell apart, as in evaluation
+def _list_training(training: list[dict], unseen: list[dict]) -> dict[str, pd.DataFrame]:
+    """List the tables of training pairs and of the corpus."""
+    labelled = [row for row in training if row["class"]]
+    # Of one class there is nothing to tell apart, as in evaluation.
+    labelled = labelled if len({row["class"] for row in labelled}) > 1 else []
     subsets = {
-        "TextToImage": [(row["_text"], "", "", row["_file"], "", "") for row in training],
-        "ImageToText": [("", row["_file"], row["_text"], "", "", "") for row in training],
-        "Class": [("", row["_file"], own, "", "", "") for row, own in labelled if several],
+        "TextToImage": [(row["text"], "", "", row["file"], "", "") for row in training],
+        "ImageToText": [("", row["file"], row["text"], "", "", "") for row in training],
+        "Class": [("", row["file"], row["class"], "", "", "") for row in labelled],
     }
     tables = {
-        f"train/{name}/original-00000-of-00001": pd.DataFrame(rows, columns=TRAIN)
-        for name, rows in subsets.items() if rows
-    }  # fmt: skip
+        f"train/{name}/original-{SHARD}": pd.DataFrame(rows, columns=TRAIN)
+        for name, rows in subsets.items()
+        if rows
+    }
     for split, rows in (("train", training), ("heldout", unseen)):
-        lines = [(row["_file"], "caption", "", row["_text"]) for row in rows]
+        lines = [(row["file"], "caption", "", row["text"]) for row in rows]
         tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=CORPUS)
-    write_tables(root, tables)
+    return tables

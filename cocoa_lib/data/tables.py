@@ -1,4 +1,8 @@
-"""MMEB's tables: columns, tasks, rows read and checked, paths that stay below the image folder."""
+"""MMEB's tables: columns, rows read and checked, image paths that stay below the image folder.
+
+DATA/eval/<Task>/test-*.parquet, DATA/train/<Subset>/original-*.parquet, DATA/images/...
+Image paths are relative to DATA/images; a leading `images/`, as MMEB-train writes, is dropped.
+"""
 
 from __future__ import annotations
 
@@ -36,150 +40,95 @@ class Task:
     n_candidates: int  # a query, the right one among them
 
 
-def load_eval(
-    root: str,
-    task: str,
-    *,
-    revision: str | None = None,
-    n_candidates: int | None = None,
-    duplicates: str = "error",
-) -> datasets.Dataset:
-    """Rows of one task: qry_text, qry_img_path (str), tgt_text, tgt_img_path (lists of equal length, right one first).
+def load_eval(root: str | Path, task: str, *, n_candidates: int | None = None) -> datasets.Dataset:
+    """Load the rows of one task: the columns EVAL; the two lists are of equal length, right one first.
 
-    `root` is a hub name or a folder that holds <Task>/test-*.parquet, itself or under eval/. Every row is checked:
-    ValueError names file, row and column for a missing column, a wrong type, an item with neither text nor image, lists
-    of different lengths, a number of candidates other than `n_candidates`, and a copy of the right candidate among the
-    others (`duplicates="once"` lets it pass; `evaluate` then counts it once).
+    `root` holds <Task>/test-*.parquet, itself or under eval/. Raises FileNotFoundError for a task
+    that is not there, and ValueError naming file, row and column for a missing column, a wrong type,
+    an item with neither text nor image, lists of different lengths, and a number of candidates other
+    than `n_candidates`.
     """
-    rows, where = _load(root, "eval", task, "test", revision)
+    rows, where = _load(root, "eval", task, "test")
     check_columns(rows, where, texts=EVAL[:2], lists=EVAL[2:])
     table = rows.with_format("arrow")[:]
-    _check_filled(table, where, "qry_text", "qry_img_path")
-    lengths, texts, images = _flat_candidates(table, where)
-    wrong = (lengths == 0) | (lengths != (lengths if n_candidates is None else n_candidates))
-    _check(
-        wrong,
-        where,
-        "tgt_text",
-        lambda row: f"{lengths[row]} candidates, expected {n_candidates or 'at least 1'}",
+    _check_filled(table, where, *EVAL[:2])
+    lengths, texts, images = _flatten_candidates(table, where)
+    wanted = lengths if n_candidates is None else n_candidates
+    expected = n_candidates or "at least 1"
+    _check_rows(
+        (lengths == 0) | (lengths != wanted),
+        lambda row: f"{where}, row {row}, tgt_text: {lengths[row]} candidates, expected {expected}",
     )
-    row_of, first = np.repeat(np.arange(len(rows)), lengths), np.cumsum(lengths) - lengths
-
-    def check_candidates(bad: np.ndarray, message: str) -> None:
-        for at in np.flatnonzero(bad)[:1]:
-            place = f"{where}, row {row_of[at]}, column tgt_text/tgt_img_path"
-            raise ValueError(f"{place}: candidate {at - first[row_of[at]]} {message}")
-
-    check_candidates(_blank(texts) & _blank(images), "has neither text nor image")
-    codes, _ = _codes(texts, images)
-    copies = codes == np.repeat(codes[first], lengths)
-    copies[first] = False
-    if duplicates == "error":
-        check_candidates(
-            copies,
-            "is the same as the right one, candidate 0; mend the row or use duplicates='once'",
-        )
+    row_of = np.repeat(np.arange(len(rows)), lengths)
+    _check_rows(
+        _is_blank(texts) & _is_blank(images),
+        lambda at: f"{where}, row {row_of[at]}, tgt_text: a candidate with neither text nor image",
+    )
     return rows
 
 
 def load_train(
-    root: str, subset: str, *, n: int | None = None, negatives: bool = False
+    root: str | Path, subset: str, *, n: int | None = None, negatives: bool = False
 ) -> datasets.Dataset:
-    """The first `n` rows of a training subset: qry, qry_image_path, pos_text, pos_image_path (, neg_text, neg_image_path).
+    """Load the first `n` rows of a training subset: the columns TRAIN, the last two with `negatives`.
 
-    `root` is a hub name or a folder that holds <Subset>/original-*.parquet, itself or under train/; with `negatives` every row
-    must have one. Raises ValueError naming file, row and column.
+    `root` holds <Subset>/original-*.parquet, itself or under train/. With `negatives` every row must
+    have one. Raises FileNotFoundError, and ValueError naming file, row and column.
     """
-    rows, where = _load(root, "train", subset, "original", None)
+    rows, where = _load(root, "train", subset, "original")
     rows = rows.select(range(min(len(rows), n))) if n is not None else rows
-    sides = [
-        ("qry", "qry_image_path"),
-        ("pos_text", "pos_image_path"),
-        ("neg_text", "neg_image_path"),
-    ]
-    sides = sides[: 2 + negatives]
-    check_columns(rows, where, texts=[name for side in sides for name in side])
-    for start, table in blocks(rows):
-        for text, image in sides:
-            _check_filled(table, where, text, image, start)
+    columns = TRAIN if negatives else TRAIN[:4]
+    check_columns(rows, where, texts=columns)
+    for start, table in iterate_blocks(rows):
+        for side in range(0, len(columns), 2):
+            _check_filled(table, where, *columns[side : side + 2], start)
     return rows
 
 
-def blocks(rows: datasets.Dataset, size: int = 1 << 12) -> Iterator[tuple[int, pa.Table]]:
-    """(number of the first row, table) of `size` rows at a time: a check of a large file needs no more memory than these."""
-    for start in range(0, len(rows), size):
-        yield start, rows.with_format("arrow")[start : start + size]
-
-
-def _load(
-    root: str, part: str, name: str, split: str, revision: str | None
-) -> tuple[datasets.Dataset, str]:
-    """(rows, how messages call the file). The hub and a folder differ only in what the pattern starts with."""
-    if Path(root).is_dir():
-        folder = Path(root) / part if (Path(root) / part).is_dir() else Path(root)
-        files = sorted((folder / name).glob(f"{split}-*.parquet"))
-        where = str(files[0]) if len(files) == 1 else f"{folder / name}/{split}-*.parquet"
-        if not files:
-            here = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
-            raise FileNotFoundError(f"{where}: no such file; folders in {folder}: {here or 'none'}")
-    elif len(Path(root).parts) == 2 and not Path(root).is_absolute():
-        files = where = f"hf://datasets/{root}@{revision or 'main'}/{name}/{split}-*.parquet"
-    else:
+def _load(root: str | Path, part: str, name: str, split: str) -> tuple[datasets.Dataset, str]:
+    """Load one table: (rows, how messages call the file)."""
+    folder = Path(root) / part if (Path(root) / part).is_dir() else Path(root)
+    files = sorted((folder / name).glob(f"{split}-*.parquet"))
+    where = str(files[0]) if len(files) == 1 else f"{folder / name}/{split}-*.parquet"
+    if not files:
+        found = sorted(path.name for path in folder.glob("[!.]*/")) if folder.is_dir() else []
         raise FileNotFoundError(
-            f"{root}: no such folder, and not a hub name such as TIGER-Lab/MMEB-eval"
+            f"{where}: no such file; folders in {folder}: {', '.join(found) or 'none'}"
         )
-    return read_parquet(files, split, where), where
+    return read_parquet(files, where), where
 
 
-def read_parquet(files: str | Sequence[Path], split: str, where: str) -> datasets.Dataset:
-    """Parquet files, local or a pattern of the hub, as a memory-mapped table: `datasets` keeps it in its cache.
+def read_parquet(files: Sequence[Path], where: str) -> datasets.Dataset:
+    """Read local parquet files as one memory-mapped table; `datasets` keeps it in its cache.
 
     Raises ValueError naming `where` if they are damaged or hold no rows.
     """
-    import datasets
-
-    pattern, cache = files, None
-    if not isinstance(files, str):
-        # `datasets` takes paths for patterns, and its search does not follow a linked folder. It knows a file again by path
-        # and time; a cache for each content cannot give the rows of a file that was put in another's place.
-        pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
-        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / files_hash(files)[:16])
+    # `datasets` takes paths for patterns, and knows a file again by path and time: a cache for each
+    # content cannot give the rows of a file that was put in another's place.
+    pattern = [glob.escape(str(path.parent.resolve() / path.name)) for path in files]
+    cache = str(Path(datasets.config.HF_DATASETS_CACHE) / "cocoa" / files_hash(files)[:16])
     try:
-        with quiet():
-            # Not load_dataset: a README beside the files must have no say, and it asks the hub even for local files.
-            rows = datasets.Dataset.from_parquet({split: pattern}, split=split, cache_dir=cache)
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        pa.ArrowException,
-        OSError,
-        UnicodeDecodeError,
-    ) as error:
-        if isinstance(error, OSError) and isinstance(
-            pattern, str
-        ):  # the hub cannot be reached, or has no such file
-            raise
+        with hide_progress():
+            # Not load_dataset: a README beside the files must have no say, and it asks the hub.
+            rows = datasets.Dataset.from_parquet(pattern, cache_dir=cache)
+    except (datasets.exceptions.DatasetGenerationError, pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{where}: empty, or not readable as parquet ({error.__cause__ or error})"
         ) from error
     if not len(rows):
         raise ValueError(f"{where}: no rows")
-    for name, kind in rows.features.items():
-        if (
-            getattr(kind, "dtype", None) == "null"
-        ):  # a column without any value has no type of its own
-            rows = rows.cast_column(name, datasets.Value("string"))
-        elif (
-            getattr(getattr(kind, "feature", None), "dtype", None) == "null"
-        ):  # lists of nothing but nothing
-            rows = rows.cast_column(name, datasets.List(datasets.Value("string")))
+    text = datasets.Value("string")
+    for name, kind in rows.features.items():  # a column of nothing but nulls has no type of its own
+        if getattr(kind, "dtype", None) == "null":
+            rows = rows.cast_column(name, text)
+        elif getattr(getattr(kind, "feature", None), "dtype", None) == "null":
+            rows = rows.cast_column(name, datasets.List(text))
     return rows
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`: one a file, for milliseconds."""
-    import datasets
-
+def hide_progress() -> Iterator[None]:
+    """Hide the progress bars of `datasets`: one a file, for milliseconds."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -189,21 +138,19 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _check(
-    bad: np.ndarray, where: str, columns: str, message: Callable[[int], str], start: int = 0
-) -> None:
-    for row in np.flatnonzero(bad)[:1]:
-        raise ValueError(f"{where}, row {start + row}, column {columns}: {message(row)}")
+def iterate_blocks(rows: datasets.Dataset, size: int = 1 << 12) -> Iterator[tuple[int, pa.Table]]:
+    """Yield (number of the first row, table of `size` rows), to check a large file in little memory."""
+    for start in range(0, len(rows), size):
+        yield start, rows.with_format("arrow")[start : start + size]
 
 
 def check_columns(
     rows: datasets.Dataset, where: str, texts: Sequence[str], lists: Sequence[str] = ()
 ) -> None:
-    """Raises ValueError where a column is missing or does not hold strings, or lists of strings."""
+    """Raise ValueError where a column is missing or does not hold strings, or lists of strings."""
     if missing := [name for name in (*texts, *lists) if name not in rows.column_names]:
-        raise ValueError(
-            f"{where}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}"
-        )
+        found = ", ".join(rows.column_names)
+        raise ValueError(f"{where}: no column {', '.join(missing)}; found {found}")
     for name in (*texts, *lists):
         kind = rows.features[name]
         value = getattr(kind, "feature", None) if name in lists else kind
@@ -212,80 +159,129 @@ def check_columns(
             raise ValueError(f"{where}: column {name} must hold {wanted}, found {kind}")
 
 
+def _check_rows(bad: np.ndarray, say: Callable[[int], str]) -> None:
+    for row in np.flatnonzero(bad)[:1]:
+        raise ValueError(say(row))
+
+
 def _check_filled(table: pa.Table, where: str, text: str, image: str, start: int = 0) -> None:
-    bad = _blank(_strings(table, text)) & _blank(_strings(table, image))
-    _check(bad, where, f"{text}/{image}", lambda row: "neither text nor image", start)
+    _check_rows(
+        _is_blank(_read_strings(table, text)) & _is_blank(_read_strings(table, image)),
+        lambda row: f"{where}, row {start + row}, {text}/{image}: neither text nor image",
+    )
 
 
-def _blank(values: pa.Array) -> np.ndarray:
+def _is_blank(values: pa.Array) -> np.ndarray:
     return pc.equal(pc.utf8_trim_whitespace(values), "").to_numpy(zero_copy_only=False)
 
 
-def _strings(table: pa.Table, name: str) -> pa.Array:
+def _read_strings(table: pa.Table, name: str) -> pa.Array:
     return pc.fill_null(table[name].combine_chunks(), "")
 
 
-def _flat_candidates(table: pa.Table, where: str) -> tuple[np.ndarray, pa.Array, pa.Array]:
-    """Candidates a row (Q,), and the texts and image paths of all rows one after the other."""
-    columns = [table[name].combine_chunks() for name in ("tgt_text", "tgt_img_path")]
-    lengths, others = (
-        pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in columns
+def _flatten_candidates(table: pa.Table, where: str) -> tuple[np.ndarray, pa.Array, pa.Array]:
+    """Count the candidates of each row (Q,), and join the texts and image paths of all rows."""
+    columns = [table[name].combine_chunks() for name in EVAL[2:]]
+    texts, images = (pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in columns)
+    _check_rows(
+        texts != images,
+        lambda row: (
+            f"{where}, row {row}, tgt_text/tgt_img_path: "
+            f"lists of {texts[row]} and {images[row]} entries"
+        ),
     )
-    differ = lengths != others
-    _check(
-        differ,
-        where,
-        "tgt_text/tgt_img_path",
-        lambda row: f"lists of {lengths[row]} and {others[row]} entries",
-    )
-    return lengths, *(pc.fill_null(pc.list_flatten(column), "") for column in columns)
+    return texts, *(pc.fill_null(pc.list_flatten(column), "") for column in columns)
 
 
-def _codes(texts: pa.Array, images: pa.Array) -> tuple[np.ndarray, list[tuple[str, str]]]:
-    """A number for each distinct (text, image path), and these. The path alone would join WebQA's captions."""
+@dataclass(frozen=True)
+class EvalItems:
+    """What is encoded for a task: queries, then distinct candidates, as {text, image path or None}."""
+
+    items: list[dict[str, Any]]
+    queries: np.ndarray  # (Q,) row number of each query
+    candidates: list[np.ndarray]  # Q arrays of candidate numbers, the right one first, none twice
+    where: str
+
+    def place(self, i: int) -> str:
+        """Say where item `i` stands in the task's file."""
+        n = len(self.queries)
+        if i < n:
+            return f"{self.where}, row {self.queries[i]}, qry_img_path"
+        row = next(
+            row for row, own in zip(self.queries, self.candidates, strict=True) if i - n in own
+        )
+        return f"{self.where}, row {row}, tgt_img_path"
+
+
+def list_items(
+    rows: datasets.Dataset, chosen: np.ndarray, where: str, image_root: Path
+) -> EvalItems:
+    """List what is encoded for the `chosen` rows of a task.
+
+    Candidates are the same if both text and image path are: the path alone would join WebQA's
+    captions. Raises ValueError for a path that leaves `image_root`, and FileNotFoundError saying how
+    many pictures are missing and where the first is named.
+    """
+    table = rows.select(chosen).with_format("arrow")[:]
+    queries = zip(*(_read_strings(table, name).to_pylist() for name in EVAL[:2]), strict=True)
+    lengths, texts, images = _flatten_candidates(table, where)
+    # One number for each distinct (text, image path).
     text, image = pc.dictionary_encode(texts), pc.dictionary_encode(images)
     width = max(1, len(image.dictionary))
-    codes, distinct = pd.factorize(
-        text.indices.to_numpy().astype(np.int64) * width + image.indices.to_numpy()
-    )
+    pairs = text.indices.to_numpy().astype(np.int64) * width + image.indices.to_numpy()
+    codes, distinct = pd.factorize(pairs)
+    codes = codes.astype(np.int32)  # 36 tasks have 36 million
     texts, images = text.dictionary.to_pylist(), image.dictionary.to_pylist()
-    return codes, [(texts[pair // width], images[pair % width]) for pair in distinct]
+    named = [*queries, *((texts[pair // width], images[pair % width]) for pair in distinct)]
+    own = [pd.unique(part) for part in np.split(codes, np.cumsum(lengths)[:-1])]
+    found = EvalItems([], chosen, own, where)
+    missing = []
+    for i, (text, rel) in enumerate(named):
+        try:
+            path = resolve_image(image_root, rel) if rel else None
+        except ValueError as error:
+            raise ValueError(f"{found.place(i)}: {error}") from None
+        found.items.append({"text": text, "image": path})
+        if path and not path.is_file():
+            missing.append(i)
+    if missing:
+        first = named[missing[0]][1]
+        raise FileNotFoundError(
+            f"{len(missing)} pictures are not in {image_root}, first {first!r} "
+            f"({found.place(missing[0])}); unpack the archive they belong to"
+        )
+    return found
 
 
-def below(image_root: Path, rel: str) -> Path:
-    """Where a row's image path leads; whether a file is there shows when it is read.
+def resolve_below(folder: Path, rel: str) -> Path:
+    """Resolve a path below a folder; whether a file is there shows when it is read.
 
     Raises ValueError for a path that is absolute, has `..` or leaves the folder through a link.
     """
     plain = PureWindowsPath(rel)  # knows both separators and drive letters
     if plain.anchor or ".." in plain.parts or "\0" in rel:
-        raise ValueError(
-            f"image path {rel!r} is not a plain path below the image folder {image_root}"
-        )
-    path = Path(image_root) / rel
-    real = os.path.realpath(path) if path.is_symlink() else _real_folder(path.parent)
-    if not Path(real).is_relative_to(_real_folder(Path(image_root))):
-        raise ValueError(f"image path {rel!r} is a link that leaves the image folder {image_root}")
+        raise ValueError(f"path {rel!r} is not a plain path below {folder}")
+    path = Path(folder) / rel
+    real = os.path.realpath(path) if path.is_symlink() else _resolve_folder(path.parent)
+    if not Path(real).is_relative_to(_resolve_folder(Path(folder))):
+        raise ValueError(f"path {rel!r} is a link that leaves {folder}")
     return path
 
 
 @lru_cache(maxsize=4096)
-def _real_folder(folder: Path) -> str:
+def _resolve_folder(folder: Path) -> str:
     return os.path.realpath(folder)
 
 
 def resolve_image(image_root: Path, rel: str) -> Path:
-    """The file that a row's image path names. Raises what `below` raises, and FileNotFoundError where there is none."""
-    path = below(image_root, rel)
-    if not path.is_file():
-        raise FileNotFoundError(f"image {rel!r} not found in {image_root}")
-    return path
+    """Resolve a row's image path, without the `images/` that MMEB-train writes in front."""
+    return resolve_below(image_root, rel.removeprefix("images/"))
 
 
 def row_items(
     row: Mapping[str, Any], image_root: str | Path
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A row of `load_eval` as items to encode: (query, candidates). Raises what `resolve_image` raises."""
+    """Turn a row of `load_eval` into items: (query, candidates) of {text, image path or None}."""
     texts, names = [row["qry_text"], *row["tgt_text"]], [row["qry_img_path"], *row["tgt_img_path"]]
     paths = [str(resolve_image(Path(image_root), name)) if name else None for name in names]
     query, *candidates = [
@@ -295,22 +291,25 @@ def row_items(
 
 
 def read_manifest(root: str | Path) -> dict[str, Any]:
-    """A data folder's manifest.json. Raises ValueError naming the file if it is not a JSON object."""
+    """Read a data folder's manifest.json. Raises ValueError if it is not a JSON object."""
     return read_json(
         Path(root) / "manifest.json", ValueError, "the data folder is damaged, make it again"
     )
 
 
-def finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a data folder that holds what is `wanted`; None where nothing is. Raises ValueError for all else."""
+def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Read the manifest of a folder that holds what is `wanted`; None where nothing is.
+
+    Raises ValueError where the folder holds other data or an unfinished build.
+    """
     if (root / "manifest.json").is_file():
         found = read_manifest(root)
-        held, asked = _flat({key: found.get(key) for key in wanted}), _flat(wanted)
-        names = [name for name in asked | held if asked.get(name) != held.get(name)]
-        if names:
-            differs = "; ".join(f"{name} {held.get(name)}, not {asked.get(name)}" for name in names)
+        held, asked = _flatten({key: found.get(key) for key in wanted}), _flatten(wanted)
+        differ = [name for name in asked | held if asked.get(name) != held.get(name)]
+        if differ:
+            said = "; ".join(f"{name} {held.get(name)}, not {asked.get(name)}" for name in differ)
             raise ValueError(
-                f"{root}: holds other data ({differs:.500}); delete the folder or choose another one"
+                f"{root}: holds other data ({said:.500}); delete the folder or choose another one"
             )
         return found
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -320,14 +319,13 @@ def finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts of a manifest with its `settings` among them, so that one that differs is named alone."""
-    settings = facts.get("settings")
-    return {**facts, "settings": None, **settings} if isinstance(settings, dict) else dict(facts)
+def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a manifest's `settings` among its facts, so that one that differs is named alone."""
+    return {**facts, "settings": None, **(facts.get("settings") or {})}
 
 
 def write_tables(root: Path, tables: Mapping[str, pd.DataFrame]) -> None:
-    """name -> root/name.parquet."""
+    """Write each table as root/NAME.parquet."""
     for name, table in tables.items():
         path = root / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -335,19 +333,16 @@ def write_tables(root: Path, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def fingerprint(data: Path) -> str:
-    """What the data are, in one short string: the manifest's content hash, or one over all tables (pictures are not read)."""
-    manifest = data / "manifest.json"
-    if manifest.is_file():
+    """Say what the data are in one short string: the manifest's hash, or one over all tables."""
+    if (data / "manifest.json").is_file():
         found = read_manifest(data).get("content_hash")
         if not isinstance(found, str) or not found:
-            raise InputError(
-                f"{manifest}: no content_hash; the data folder is damaged, make it again"
-            )
+            raise InputError(f"{data}: no content_hash in manifest.json; make the folder again")
         return found
-    files = sorted(path for path in data.rglob("*.parquet"))
+    files = sorted(data.rglob("*.parquet"))
     if not files:
         raise FileNotFoundError(
-            f"{data}: no parquet files; expected train/<Subset>/original-*.parquet or corpus/train.parquet"
+            f"{data}: no parquet files; expected train/<Subset>/original-*.parquet"
         )
     listing = "".join(f"{path.relative_to(data)}:{file_hash(path)}" for path in files)
     return hashlib.sha256(listing.encode()).hexdigest()

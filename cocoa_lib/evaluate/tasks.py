@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ PUBLISHED = Path(__file__).resolve().parent.parent.parent / "data" / "published_
 
 
 def _tasks(meta_task: str, ind: str, ood: str) -> list[Task]:
-    """Names, or name:candidates where it is not 1000."""
+    """Parse names, or name:candidates where it is not 1000."""
     named = [(name, True) for name in ind.split()] + [(name, False) for name in ood.split()]
     split = [(*name.partition(":")[::2], known) for name, known in named]
     return [Task(name, meta_task, known, int(size or 1000)) for name, size, known in split]
@@ -39,20 +40,34 @@ TASKS: tuple[Task, ...] = (
 )
 
 
-def groups(tasks: Sequence[Task]) -> dict[str, list[str]]:
-    """Each of MMEB's averages and the names of the tasks that it is over, without weights: `overall` is over all tasks, not
-    over the four meta-tasks' means."""
+def group_tasks(tasks: Sequence[Task]) -> dict[str, list[str]]:
+    """Name the tasks behind each of MMEB's averages: the four meta-tasks, ind, ood, overall."""
     groups = {meta: [task.name for task in tasks if task.meta_task == meta] for meta in META_TASKS}
     groups["ind"] = [task.name for task in tasks if task.in_distribution]
     groups["ood"] = [task.name for task in tasks if not task.in_distribution]
     return {**groups, "overall": [task.name for task in tasks]}
 
 
-def published() -> pd.DataFrame:
-    """Published P@1: model, size, the four meta-tasks, ind, ood, overall, evaluator, source; recomputed, consistent.
+def averages(scores: Mapping[str, float], tasks: Sequence[Task] = TASKS) -> dict[str, float]:
+    """Average task scores as MMEB does: classification, vqa, retrieval, grounding, ind, ood, overall.
 
-    `recomputed` is the overall mean that follows from a row's own four means, `consistent` whether it is within 0.15 of
-    the printed one (rounding explains 0.1).
+    Unweighted means over the tasks that have a score; `overall` is over all tasks, not over the
+    four meta-task means. An average over no task is nan. Raises ValueError for an unknown task.
+    """
+    if unknown := sorted(set(scores) - {task.name for task in tasks}):
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {_list_names(tasks)}")
+    present = group_tasks([task for task in tasks if task.name in scores])
+    return {
+        group: math.fsum(scores[name] for name in names) / len(names) if names else math.nan
+        for group, names in present.items()
+    }
+
+
+def read_published() -> pd.DataFrame:
+    """Read published P@1: model, size, the averages, evaluator, source, recomputed, consistent.
+
+    `recomputed` is the overall mean that follows from a row's own four means; `consistent` says
+    whether it is within 0.15 of the printed one (rounding explains 0.1).
     """
     table = pd.read_csv(PUBLISHED)
     counts = [sum(task.meta_task == meta for task in TASKS) for meta in META_TASKS]
@@ -61,32 +76,38 @@ def published() -> pd.DataFrame:
     return table
 
 
-def compared() -> pd.DataFrame:
-    """Rows of `published` for a picture: the 3 B models that CoCoA is compared with, one each, with a `label`."""
-    table = published().assign(label=lambda t: t["model"] + " " + t["size"])
-    table = table[
-        table["model"].str.contains("CoCoA|MoCa|contrastive only") & (table["size"] == "3B")
-    ].drop_duplicates("label")
-    return table.sort_values("model", key=lambda model: model.str.startswith("MoCa"), kind="stable")
+def list_known(root: str | Path) -> tuple[Task, ...]:
+    """List the tasks that a data folder's manifest names, or else MMEB's 36.
 
-
-def choose_tasks(names: Sequence[str], root: str) -> tuple[Task, ...]:
-    """Task names -> tasks. "all": every task that `root` has by its manifest, else MMEB's 36.
-
-    Raises ValueError for an unknown name.
+    Raises ValueError for a manifest whose tasks are not tasks.
     """
-    path, known = Path(root) / "manifest.json", TASKS
-    manifest = read_manifest(root) if path.is_file() else {}
-    if "tasks" in manifest:
-        try:
-            known = tuple(Task(*fields) for fields in manifest["tasks"])
-            if not [META_TASKS.index(task.meta_task) for task in known]:
-                raise ValueError("none listed")
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: tasks: expected lists of name, meta-task, in-distribution, candidates ({error})"
-            ) from error
-    by_name = {task.name: task for task in known}
-    if unknown := sorted(set(names) - {"all", *by_name}):
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(by_name)}")
-    return known if "all" in names else tuple(by_name[name] for name in dict.fromkeys(names))
+    path = Path(root) / "manifest.json"
+    if not path.is_file() or "tasks" not in (manifest := read_manifest(root)):
+        return TASKS
+    try:
+        return tuple(Task(*fields) for fields in manifest["tasks"])
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: tasks: expected lists of name, meta-task, in-distribution, candidates; "
+            "make the data folder again"
+        ) from error
+
+
+def choose_tasks(names: Sequence[str], root: str | Path) -> tuple[Task, ...]:
+    """Turn task names into tasks of `list_known`; "all" is every one with a folder below `root`.
+
+    Raises ValueError for an unknown name, and for "all" where there is none.
+    """
+    known = list_known(root)
+    if unknown := sorted(set(names) - {"all", *(task.name for task in known)}):
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {_list_names(known)}")
+    if "all" not in names:
+        return tuple(task for task in known if task.name in names)
+    folder = Path(root) / "eval" if (Path(root) / "eval").is_dir() else Path(root)
+    if not (found := tuple(task for task in known if (folder / task.name).is_dir())):
+        raise ValueError(f"{folder}: no task's folder; expected some of {_list_names(known)}")
+    return found
+
+
+def _list_names(tasks: Sequence[Task]) -> str:
+    return ", ".join(task.name for task in tasks)

@@ -1,1 +1,5 @@
-"""Runs: stages, trainers, checkpoints, estimates."""
+"""What a run is (`Run`), and how it trains."""
+
+from .run import Run
+
+__all__ = ["Run"]

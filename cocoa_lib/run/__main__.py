@@ -1,90 +1,85 @@
-"""`python -m cocoa_lib.run STAGE`: one stage of training."""
+"""`python -m cocoa_lib.run STEP`: a stage, the evaluation, the probes, or all of a run.
+
+Also under `accelerate launch` and `torchrun`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
-import math
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-import torch
-from accelerate.utils import parse_flag_from_env
+import yaml
+from transformers.utils.logging import disable_progress_bar
 
-from ..recipes import Recipe, make_recipe
-from ..store.checkpoint import META
+from ..items import InputError
+from ..recipes import RecipeError
+from ..store.checkpoint import CheckpointError
+from .launch import MESSAGE
+from .profiles import STAGES
+from .resume import TrainingError
+from .run import Run
 from .sharding import join_processes
-from .stage import BUILDERS, run_stage
+
+logger = logging.getLogger(__name__)
+STEPS = ("prepare", *STAGES, "evaluate", "probe", "all")
 
 
-def print_estimate(stage: str, recipe: Recipe, source: str | Path, data: Path) -> None:
-    """What the stage will need here, on the main process: `estimate.report`, or in a line why there is none."""
-    from . import estimate
-
-    state = join_processes()
-    if not state.is_main_process:
-        return
-    n, sharded, memory = state.num_processes, parse_flag_from_env("ACCELERATE_USE_FSDP"), math.inf
-    if state.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(state.device).total_memory / 1e9
+def parse_changes(text: str) -> Any:
+    """Changes as JSON, or else as YAML, which takes 1e-3 for a text."""
     try:
-        item = estimate.measure(data)
-        lines = estimate.report(source, stage, recipe, item, memory, n, sharded=sharded)
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # no config.json, no pairs, an unreadable picture, another family of models
-        lines = [f"no estimate of memory and time: {str(error).splitlines()[0]}"]
-    else:
-        speed = f"{estimate.usual_utilisation(recipe):.0%} of {estimate.PEAK / 1e12:.0f} TFLOP/s"
-        lines = [
-            f"estimated for one of {n} device(s), hours at {speed}; an item: {item}",
-            estimate.HEAD,
-            *lines,
-        ]
-    print(*lines, sep="\n", flush=True)  # noqa: T201
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cocoa_lib.run", description=__doc__)
+    parser.add_argument("step", choices=STEPS, help="trains what it needs and is not there")
+    parser.add_argument("--profile", default="laptop", help="a file of notebooks/profiles")
+    parser.add_argument("--arm", default="cocoa", help="an arm of notebooks/arms.yaml")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default="", help="folder or hub name of a Qwen-VL")
+    parser.add_argument("--data", default="", help="folder, table, or MMEB")
+    parser.add_argument("--changes", default="{}", help="e.g. '{stage3: {steps: 500}}'")
+    parser.add_argument("--runs", help="where runs lie; default: runs/ of the repository")
+    return parser
+
+
+def do_step(run: Run, step: str) -> str:
+    """Do one step; return where it lies, or what it found. Progress: a bar on a terminal, else lines."""
+    show = sys.stderr.isatty() or logger.info
+    if step == "prepare":
+        run.prepare()
+        return str(run.backbone)
+    if step in STAGES:
+        return str(run.stage(step, show_progress=show))
+    if step in ("evaluate", "all"):
+        run.evaluate(show_progress=show)
+    if step == "probe" or (step == "all" and run.built_in):
+        run.probe()
+    return str(run.folder("evaluate"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cocoa_lib.run", description="Run one stage of CoCoA."
-    )
-    parser.add_argument("stage", choices=sorted(BUILDERS))
-    parser.add_argument(
-        "--parent", required=True, help="checkpoint folder or hub name to start from"
-    )
-    parser.add_argument("--data", required=True, help="folder of the benchmark or of MMEB-train")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--profile", help="take the recipe of notebooks/profiles/NAME.yaml")
-    parser.add_argument(
-        "--recipe", default="{}", help="recipe values as JSON, e.g. '{\"steps\": 200}'"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--allow-parent", action="store_true", help="accept a parent of another stage (ablations)"
-    )
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO)
-    from .profiles import load_profile
-
-    values = load_profile(args.profile).get(args.stage, {}) if args.profile else {}
-    recipe = make_recipe(args.stage, values | json.loads(args.recipe))
-    # Where memory and hours can run out: on a GPU, or with the profile of the real models; the small model needs no warning.
-    if (torch.cuda.is_available() or args.profile == "paper") and not (
-        Path(args.out) / META
-    ).is_file():
-        print_estimate(args.stage, recipe, args.parent, Path(args.data))
-    folder = run_stage(
-        args.stage,
-        recipe,
-        parent=args.parent,
-        data=args.data,
-        out=args.out,
-        seed=args.seed,
-        allow_parent=args.allow_parent,
-    )
-    print(folder)  # noqa: T201
+    """Do a step; a clear error is one line on stderr and exit status 1."""
+    given = vars(build_parser().parse_args(argv))
+    step, state = given.pop("step"), join_processes()
+    level = logging.INFO if state.is_main_process else logging.ERROR
+    logging.basicConfig(level=level, format="%(message)s")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+    try:
+        run = Run(**given | {"changes": parse_changes(given["changes"])})
+        found = do_step(run, step)
+    except (RecipeError, InputError, CheckpointError, TrainingError, yaml.YAMLError) as error:
+        said = " ".join(str(error).splitlines()) if state.num_processes > 1 else str(error)
+        sys.exit(MESSAGE + said)
+    if state.is_main_process:
+        print(found)  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 import logging
 
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 # The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2. These are Qwen2-VL's names;
 # Qwen2.5-VL's vision blocks have gate, up, down, Qwen3-VL's linear_fc1, linear_fc2. Patch mergers are left out in all.
-LORA_TARGETS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv", "fc1", "fc2", "linear_fc1",
-    "linear_fc2",
-)  # fmt: skip
+LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv fc1 fc2 linear_fc1 linear_fc2".split()
 
 
 def add_adapter(
     model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout: float = 0.1, dora: bool = True
-):
-    """LoRA / DoRA by peft on the published targets (script); returns (peft model, names of the matched modules).
+) -> tuple[PeftModel, list[str]]:
+    """LoRA or DoRA on the published targets (script), in place: (peft model, names of the matched modules).
 
-    `model` itself is changed in place, so it can still be used directly; peft's `merge_and_unload` undoes that with the
-    adapter's effect folded into the weights. Raises ValueError (by peft) when nothing matches.
+    peft's `merge_and_unload` folds the adapter into the weights. Raises ValueError (by peft) when nothing matches.
     """
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=dropout, use_dora=dora, target_modules=list(LORA_TARGETS),
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=dora,
+        target_modules=LORA_TARGETS,
         exclude_modules=r".*merger.*",
-    )  # fmt: skip
+    )
     wrapped = get_peft_model(model, config)
     matched = sorted(wrapped.base_model.targeted_module_names)
     logger.info("LoRA matched %d modules, e.g. %s", len(matched), matched[:3])

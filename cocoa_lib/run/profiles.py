@@ -1,16 +1,14 @@
-"""Profiles and notebooks: one YAML a profile, checked; papermill runs a notebook with what it declares.
+"""Profiles and arms: sizes and recipes a profile, what differs an arm.
 
-A profile (`notebooks/profiles/NAME.yaml`) has sections; a notebook's `parameters` cell declares which of them it takes
-(`stage1 = {...}`), with the smoke profile's values as defaults. Papermill only warns of unknown names, so names are
-checked here, stage recipes down to each value. The arms of the ablation are rows of `notebooks/arms.csv`.
+`notebooks/profiles/NAME.yaml` holds sections; `extends: OTHER` takes another profile's and changes some values.
+`notebooks/arms.yaml` holds, for each arm, a hypothesis and the values that differ; `stage1: off` leaves a stage out.
+A run's values are the profile's, then the arm's, then its `changes`.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,143 +18,135 @@ from ..recipes import RECIPES, RecipeError, make_recipe, unknown_name
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
-SECTIONS = tuple(
-    "benchmark backbone causal stage1 stage2 stage3 evaluation seeds arms sweeps pairs".split()
+PROFILES = NOTEBOOKS / "profiles"
+STAGES = ("stage1", "stage2", "stage3")
+SHAPE = dict.fromkeys(
+    "hidden_size layers heads vision_dim vision_layers patch_size vocab_size image_pixels "
+    "n_corpus seed".split(),
+    int,
 )
+# Sections beside the recipes, and the type of each value. `launch`: how several GPUs are used.
+SETTINGS: dict[str, dict[str, type]] = {
+    "benchmark": {"n_pairs": int, "n_queries": int, "n_corpus": int, "seed": int},
+    "pairs": {
+        **dict.fromkeys("image_column text_column class_column image_root on_bad_row".split(), str),
+        "n_eval": int,
+        "max_side": int,
+    },
+    "backbone": SHAPE,
+    "evaluation": {"n_queries": int, "batch_size": int, "dtype": str, "tasks": list},
+    "launch": {"processes": int, "config_file": str},
+}
+CHANGEABLE = (*SETTINGS, *RECIPES)
+SECTIONS = (*CHANGEABLE, "grid", "extends")
 
 
-def path(name: str | Path) -> Path:
-    """A path of a notebook's parameters: relative ones start at the repository's root, wherever the kernel runs."""
-    return Path(os.path.relpath(ROOT / name))
+@dataclass(frozen=True)
+class Arm:
+    """What differs from the profile: section -> values; False where a stage is left out."""
+
+    name: str
+    hypothesis: str
+    changes: dict[str, dict[str, Any] | bool] = field(default_factory=dict)
 
 
-def load_profile(name: str, folder: Path = NOTEBOOKS / "profiles") -> dict[str, Any]:
-    """Read and check a profile. Raises RecipeError naming the profile, section and value that is unknown or wrong."""
-    path = folder / f"{name}.yaml"
-    known = sorted(file.stem for file in folder.glob("*.yaml"))
-    if name not in known:
-        raise unknown_name(name, known, "profile")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds an object. Raises RecipeError naming the file."""
     try:
-        profile = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # no UTF-8, an impossible date, endless nesting
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(profile, dict):
-        raise RecipeError(f"{path}: expected sections, found {type(profile).__name__}")
-    for section, values in profile.items():
-        if section not in SECTIONS:
-            raise unknown_name(str(section), list(SECTIONS), str(path))
-        if section in RECIPES:
+    if not isinstance(found, dict):
+        raise RecipeError(f"{path}: expected names and values, found {type(found).__name__}")
+    return found
+
+
+def check_values(section: str, values: Any, where: str) -> None:
+    """Raise RecipeError for a section, name or type that is not known, saying what is."""
+    if section not in CHANGEABLE:
+        raise unknown_name(str(section), list(CHANGEABLE), where)
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{where}: {section} must be names and values, such as {{steps: 5}}; found {values!r:.60}"
+        )
+    if section in RECIPES:
+        try:
             make_recipe(section, values)
-    return profile
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+        return
+    for name, value in values.items():
+        if name not in SETTINGS[section]:
+            raise unknown_name(str(name), list(SETTINGS[section]), f"{where}: {section}")
+        if type(value) is not (kind := SETTINGS[section][name]):
+            raise RecipeError(
+                f"{where}: {section}.{name}: expected {kind.__name__}, found {value!r:.60}"
+            )
 
 
-def profile_of(run: Path) -> dict[str, Any]:
-    """The profile that a run or report folder is named after, NAME or NAME-PAIRS, the longest; {} where there is none."""
-    parts = run.name.split("-")
-    names = ("-".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next(
-        (
-            load_profile(name)
-            for name in names
-            if (NOTEBOOKS / "profiles" / f"{name}.yaml").is_file()
-        ),
-        {},
-    )
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Sections of several layers, a later one's values over an earlier one's; a stage that is off stays off."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            before = merged.get(section, {})
+            off = values is False or before is False
+            merged[section] = False if off else {**before, **values}
+    return merged
 
 
-def declared_parameters(notebook: Path) -> dict[str, str]:
-    """Name -> default, as written, of the notebook's `parameters` cell."""
-    import papermill
+def load_profile(name: str, folder: Path = PROFILES) -> dict[str, Any]:
+    """A profile's sections, those of the profile that it extends included; all values are checked.
 
-    found = papermill.inspect_notebook(str(notebook))
-    if not found:
-        raise RecipeError(f"{notebook}: no cell tagged 'parameters'")
-    return {name: entry["default"] for name, entry in found.items()}
-
-
-def notebook_parameters(
-    notebook: Path, profile: dict[str, Any], overrides: dict[str, Any]
-) -> dict[str, Any]:
-    """The profile's sections that the notebook declares, then the overrides. An override it does not declare is an error."""
-    declared = declared_parameters(notebook)
-    for name in overrides:
-        if name not in declared:
-            raise unknown_name(name, list(declared), str(notebook))
-    for stage in RECIPES:
-        if stage in overrides:
-            make_recipe(stage, overrides[stage])
-    return {name: value for name, value in profile.items() if name in declared} | overrides
-
-
-def run_notebook(
-    notebook: Path, out: Path, profile: str, overrides: dict[str, Any], *, progress: bool = True
-) -> Path:
-    """Execute `notebook` with a profile into `out`: written aside, renamed when all cells have run.
-
-    Papermill's partial notebook of a failed run stays beside as `NAME.partial.ipynb`, to be looked at.
+    Raises RecipeError naming the profile, section and value that is unknown or wrong.
     """
-    import papermill
-
-    parameters = notebook_parameters(notebook, load_profile(profile), overrides)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_suffix(".partial.ipynb")
-    papermill.execute_notebook(
-        str(notebook),
-        str(partial),
-        cwd=str(NOTEBOOKS),
-        parameters=parameters,
-        kernel_name="python3",
-        progress_bar=progress,
-        log_output=False,
-    )
-    tidy_notebook(partial)
-    os.replace(partial, out)
-    return out
-
-
-def tidy_notebook(notebook: Path) -> None:
-    """Drop what only a live kernel can show: progress bars left behind and the state of widgets."""
-    import nbformat
-
-    content = nbformat.read(notebook, as_version=4)
-    content.metadata.pop("widgets", None)
-    for cell in content.cells:
-        outputs = cell.get("outputs", [])
-        cell_outputs = [
-            o
-            for o in outputs
-            if not re.match(r"\s*\d+%\|", o.get("data", {}).get("text/plain", ""))
-        ]
-        if cell.cell_type == "code":
-            cell.outputs = cell_outputs
-    nbformat.write(content, notebook)
+    seen: list[str] = []
+    layers: list[dict[str, Any]] = []
+    while name:
+        known = sorted(file.stem for file in folder.glob("*.yaml"))
+        where = str(folder / f"{seen[-1]}.yaml") if seen else "profile"
+        if name not in known or name in seen:
+            raise unknown_name(str(name), [one for one in known if one not in seen], where)
+        seen.append(name)
+        path = folder / f"{name}.yaml"
+        layer = read_yaml(path)
+        name = layer.pop("extends", "")
+        for section, values in layer.items():
+            if section == "grid":
+                _check_grid(values, str(path))
+            else:
+                check_values(section, values, str(path))
+        layers.insert(0, layer)
+    grids = [layer.pop("grid") for layer in layers if "grid" in layer]
+    return merge(*layers) | {"grid": grids[-1] if grids else {}}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m cocoa_lib.run.profiles", description="Run a notebook with a profile."
-    )
-    parser.add_argument("notebook", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--profile", default="smoke")
-    parser.add_argument(
-        "--set",
-        nargs="*",
-        default=[],
-        metavar="NAME=VALUE",
-        help="override a parameter (YAML value)",
-    )
-    args = parser.parse_args(argv)
-    overrides = {}
-    for pair in args.set:
-        name, _, value = pair.partition("=")
-        overrides[name] = yaml.safe_load(value)
-    run_notebook(args.notebook, args.out, args.profile, overrides)
+def _check_grid(grid: Any, where: str) -> None:
+    """Arm -> number of seeds."""
+    if not isinstance(grid, dict):
+        raise RecipeError(f"{where}: grid must be arm: number of seeds, found {grid!r:.60}")
+    arms = read_arms()
+    for arm, seeds in grid.items():
+        if arm not in arms:
+            raise unknown_name(str(arm), list(arms), f"{where}: grid")
+        if type(seeds) is not int or seeds < 1:
+            raise RecipeError(
+                f"{where}: grid.{arm}: expected a number of seeds from 1, found {seeds!r}"
+            )
 
 
-if __name__ == "__main__":
-    main()
+def read_arms(path: Path = NOTEBOOKS / "arms.yaml") -> dict[str, Arm]:
+    """The arms by name; each changed value is checked. Raises RecipeError naming the arm and value."""
+    arms = {}
+    for name, values in read_yaml(path).items():
+        where = f"{path}, {name}"
+        if not re.fullmatch(r"[A-Za-z0-9_]+", str(name)):  # it names folders
+            raise RecipeError(f"{path}: an arm's name is letters, digits and _; found {name!r:.40}")
+        if not isinstance(values, dict) or not isinstance(values.get("hypothesis"), str):
+            raise RecipeError(f"{where}: expected a hypothesis in one sentence, and what differs")
+        changes = {section: part for section, part in values.items() if section != "hypothesis"}
+        for section, part in changes.items():
+            if not (part is False and section in ("stage1", "stage2")):
+                check_values(section, part, where)
+        arms[name] = Arm(name, values["hypothesis"], changes)
+    return arms

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from ..backbone import language_model
+from ..inputs import Batch
+from ..reconstruction import Reconstruction
 from .resume import TrainingError
 
 
@@ -48,7 +51,43 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
     if adapter is not None:
         # Else a text's first layer gets its gradients after all others, a picture's in its turn: two orders of exchange.
         model.enable_input_require_grads()
+    keep_in_step(trainer.model, model)
     return whole
+
+
+def keep_in_step(module: nn.Module, model: PreTrainedModel) -> None:
+    """Give every rank the gradients of a part that only another rank runs: zeros, in training.
+
+    Ranks that share weights exchange the gradients of the same ones, or they wait for each other for
+    ever. A batch of texts runs no vision tower, one without hidden cells no patch decoder. A decoder's
+    layers are gathered when it runs, so every rank runs it where one does.
+    """
+
+    def needed_elsewhere(here: bool) -> bool:
+        """True if another rank runs this part on its batch and this rank does not. Ranks ask together."""
+        anywhere = torch.tensor(int(here), device=model.device)
+        torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
+        return bool(anywhere) and not here
+
+    def add_tower(base: nn.Module, args: tuple, given: dict[str, Any], output: Any) -> Any:
+        if base.training and torch.is_grad_enabled() and needed_elsewhere("pixel_values" in given):
+            weights = (weight for weight in base.visual.parameters() if weight.requires_grad)
+            zero = 0.0 * sum(weight.sum() for weight in weights)
+            output.last_hidden_state = output.last_hidden_state + zero
+        return output
+
+    model.model.register_forward_hook(add_tower, with_kwargs=True)
+    if not isinstance(module, Reconstruction) or module.decoder is None:
+        return
+    image_loss = module.image_loss
+
+    def add_decoder(hidden: Tensor, batch: Batch) -> Tensor:
+        if not (module.training and needed_elsewhere("hidden_cells" in batch)):
+            return image_loss(hidden, batch)
+        zero = 0.0 * module.decoder(hidden, model, batch, module.layout).sum()
+        return zero if module.decoder.fill is None else zero + 0.0 * module.decoder.fill.sum()
+
+    module.image_loss = add_decoder
 
 
 def unshard(trainer: Trainer, whole: tuple | None) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.tensor import DTensor
@@ -15,25 +15,16 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..contrastive import gathered
+from ..contrastive import gather_rows
 from ..recipes import Recipe
-from .resume import COMPLETE, TrainingError, checkpoint_step
+from .resume import COMPLETE, TrainingError, list_checkpoints
 
 logger = logging.getLogger(__name__)
-COLLAPSED_STEPS = (
-    10  # so many steps in a row at the loss of identical embeddings are reported as a collapse
-)
+COLLAPSED_STEPS = 10  # so many in a row at the loss of identical embeddings are a collapse
 
 
 class PlainTrainer:
-    """Mixed into both trainers: rows in plan order, checkpoints of weights only (no pickled arguments), the loss
-    watched."""
-
-    def _get_train_sampler(self, *args):
-        return SequentialSampler(self.train_dataset)
-
-    def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **kwargs):
-        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
+    """Mixed into both trainers: checkpoints of weights without pickled arguments, and the loss watched."""
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
@@ -45,53 +36,32 @@ class PlainTrainer:
         save_model(self.accelerator.unwrap_model(self.model), str(folder / "model.safetensors"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder = Path(resume_from_checkpoint)
-        sharded = (folder / f"{FSDP_MODEL_NAME}_0").is_dir()
-        if sharded != self.is_fsdp_enabled:
-            raise TrainingError(
-                f"{folder} was written by a run that was {'' if sharded else 'not '}sharded (FSDP); go on with a launch file "
-                f"of the same kind, or delete {folder.parent}"
-            )
-        if sharded:
-            Trainer._load_from_checkpoint(
-                self, resume_from_checkpoint, model
-            )  # sentence-transformers' knows no shards
+        if self.is_fsdp_enabled:  # sentence-transformers' own knows no shards
+            Trainer._load_from_checkpoint(self, resume_from_checkpoint, model)
         else:
-            load_model(model or self.model, str(folder / "model.safetensors"))
+            load_model(model or self.model, f"{resume_from_checkpoint}/model.safetensors")
 
-    def checked(self, loss: torch.Tensor) -> torch.Tensor:
+    def check_loss(self, loss: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(loss):
             raise self.diverged(f"the loss is {float(loss.detach())}", self.state.global_step + 1)
         return loss
 
     def check_weights(self) -> None:
-        """Before anything is saved: a gradient that is not finite spoils the weights one step before the loss shows it."""
-        model = self.accelerator.unwrap_model(self.model)
-        whole = lambda values: values.full_tensor() if isinstance(values, DTensor) else values  # noqa: E731
-        if bad := [
-            name
-            for name, values in model.named_parameters()
-            if not torch.isfinite(whole(values)).all()
-        ]:
-            raise self.diverged(
-                f"{len(bad)} weights, the first is {bad[0]}, are not finite", self.state.global_step
-            )
+        """Raise TrainingError before weights that are not finite are saved: the loss shows them a step later."""
+        for name, values in self.accelerator.unwrap_model(self.model).named_parameters():
+            values = values.full_tensor() if isinstance(values, DTensor) else values
+            if not torch.isfinite(values).all():
+                raise self.diverged(f"the weights {name} are not finite", self.state.global_step)
 
     def diverged(self, what: str, step: int) -> TrainingError:
         """The error that names the step, its rows in the plan (`index_plan`), and what is left to go back to."""
-        size, work = (
-            self.args.per_device_train_batch_size * self.args.world_size,
-            Path(self.args.output_dir),
-        )
-        last = max(
-            (path.parent for path in work.glob(f"checkpoint-*/{COMPLETE}")),
-            key=checkpoint_step,
-            default="none",
-        )
+        work = Path(self.args.output_dir)
+        size = self.args.per_device_train_batch_size * self.args.world_size
+        whole = [path for path in list_checkpoints(work) if (path / COMPLETE).is_file()]
         return TrainingError(
-            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower max_grad_norm; then run into "
-            f"another folder, or delete {work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; "
-            f"last good checkpoint: {last}"
+            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower max_grad_norm; then delete "
+            f"{work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; last good checkpoint: "
+            f"{whole[0] if whole else 'none'}"
         )
 
 
@@ -109,51 +79,53 @@ class ReconstructionTrainer(PlainTrainer, Trainer):
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         outputs = model(**inputs)
         self.parts = {name: outputs[name] for name in ("text_loss", "image_loss")}
-        return self.checked(outputs["loss"])
+        return self.check_loss(outputs["loss"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {
-                name: float(gathered(value[None]).mean()) for name, value in self.parts.items()
+                name: float(gather_rows(part[None]).mean()) for name, part in self.parts.items()
             }
         super().log(logs, start_time)
 
 
 class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
-    """sentence-transformers' trainer on (anchor, positive, negative?) items; reports a collapse."""
+    """sentence-transformers' trainer on (anchor, positive, negative?) items, in plan order; reports a collapse."""
 
     steps_at_chance = 0
+
+    def get_batch_sampler(self, dataset, batch_size: int, drop_last: bool, **kwargs):
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     def add_model_card_callback(self, default_args_dict) -> None:
         """None: `cocoa.json` records the run, and the callback would embed widget examples before training."""
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        loss = self.checked(super().compute_loss(model, inputs))
+        loss = self.check_loss(super().compute_loss(model, inputs))
         if self.state.global_step >= self.args.warmup_steps:
             self.watch_collapse(float(loss.detach()))
         return loss
 
     def watch_collapse(self, loss: float) -> None:
-        """Warn, once, when the loss has stayed within 1 % of what identical embeddings give (ln of the candidates)."""
+        """Warn, once, when the loss stays within 1 % of that of identical embeddings (ln of the candidates)."""
         at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         if self.steps_at_chance == COLLAPSED_STEPS:
-            from ..evaluate.effects import effective_rank
-
-            rank = effective_rank(self.loss.embeddings.float().cpu().numpy())
             logger.warning(
-                "collapsed: for %d steps, up to step %d, the loss %.3f has been that of identical embeddings (ln of "
-                "the number of candidates, %.3f); the effective rank of this batch's embeddings is %.2f. Start again "
-                "with a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
-                COLLAPSED_STEPS, self.state.global_step + 1, loss, self.loss.chance, rank,
+                "collapsed: for %d steps, up to step %d, the loss %.3f is that of identical embeddings. Start again with "
+                "a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
+                COLLAPSED_STEPS, self.state.global_step + 1, loss,
             )  # fmt: skip
 
 
 class Bar(TrainerCallback):
-    """A progress bar with the loss: one line, where the trainers' own callbacks print or build a table."""
+    """Progress with the loss: a bar of one line, or a line every log row where `say` is given."""
+
+    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+        self.say = say
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        off = not state.is_local_process_zero
+        off = not state.is_local_process_zero or self.say is not None
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False
         )
@@ -164,6 +136,8 @@ class Bar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if logs and "loss" in logs:
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+            if self.say and state.is_world_process_zero:
+                self.say(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self.bar.close()
@@ -184,19 +158,18 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         use_cpu=not torch.accelerator.is_available(),
         seed=seed,
         save_steps=recipe.save_steps,
-        save_total_limit=None,  # `Watch` removes old ones: the trainer goes by file times, and a clock can jump
-        logging_steps=1,  # log.csv averages over recipe.logging_steps: so a resumed run logs what a whole one does
+        save_total_limit=None,  # `Watch` removes old ones, once the new one is whole
+        logging_steps=1,  # log.csv averages over recipe.logging_steps, in a resumed run as in a whole one
         disable_tqdm=True,  # `Bar` stands for theirs
-        report_to=[],
+        report_to=recipe.report_to,
+        train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_drop_last=True,
         dataloader_num_workers=recipe.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image; stage 3 uses no head
+        ddp_find_unused_parameters=True,  # a batch, or GradCache's last chunk, may have no image
     )
-    args.mixed_precision = (
-        "bf16" if recipe.bf16 else "no"
-    )  # the recipe's, which is recorded, and not the launcher's
+    args.mixed_precision = "bf16" if recipe.bf16 else "no"  # the recipe's, not the launcher's
     args._n_gpu = min(args.n_gpu, 1)  # DataParallel would cut pictures apart and multiply the batch
     share, rest = divmod(recipe.batch_size, args.world_size)
     if rest:
@@ -207,10 +180,10 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
     return args
 
 
-def averaged(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
+def average_log(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
     """One row a step -> one row for each `every` steps: mean losses, the last value of everything else.
 
-    Columns in a fixed order, since a resumed run has its first rows from a file that sorts them by name.
+    Columns in a fixed order: a resumed run has its first rows from a file that sorts them by name.
     """
     log = pd.DataFrame(rows)
     if log.empty:

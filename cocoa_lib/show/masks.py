@@ -1,27 +1,29 @@
-"""Masks as pictures and in words."""
+"""Masks in words, as depths, and as an explorer that needs no kernel."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
-from typing import Any
+from itertools import product
 
-import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
+from IPython.display import HTML
 from torch import BoolTensor, LongTensor
 
-from ..attention import EOS, LAYOUTS, PAD, SEGMENT_NAMES, A, B, dense_mask
-from .figures import COLOURS
-from .panel import _explorer, _slider
+from ..attention import EOS, LAYOUTS, PAD, SEGMENT_NAMES, A, B, block_mask, dense_mask
+from ..backbone import hidden_states, language_model
+from ..inputs import Batch, Inputs
+from .figures import COLOURS, LIGHT
+from .panel import page
 
 
 def reachability(mask: BoolTensor, layers: int) -> BoolTensor:
-    """What can have flowed where: (..., L, L) bool, [q, k] = after `layers` layers the state at q may depend on k.
+    """Compute what can have flowed where: [q, k] = the state at q may depend on token k.
 
-    The residual stream carries a token's own state, so reach starts as the identity and grows by one step of the
-    mask a layer. `layers` >= 0.
+    mask (..., L, L). A token's own state is carried along, so reach starts as the identity and grows by
+    one step of the mask a layer. layers >= 0.
     """
     eye = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device).expand(mask.shape)
     step = (mask | eye).float()
@@ -32,12 +34,12 @@ def reachability(mask: BoolTensor, layers: int) -> BoolTensor:
 
 
 def segments(n_a: int, n_b: int, *, pad_left: int = 0, pad_right: int = 0) -> LongTensor:
-    """Segment ids (1, L) of a row with `n_a` input tokens, one EOS and `n_b` tokens to reconstruct."""
+    """Make segment ids (1, L): `n_a` tokens of A, one EOS, `n_b` tokens of B, padding around them."""
     return torch.tensor([[PAD] * pad_left + [A] * n_a + [EOS] + [B] * n_b + [PAD] * pad_right])
 
 
-def token_names(segment_ids: LongTensor) -> list[str]:
-    """One row of segment ids (L,) -> readable names: A1, A2, EOS, B1, ...; padding is PAD."""
+def name_tokens(segment_ids: LongTensor) -> list[str]:
+    """Name the tokens of a row (L,): A1, A2, EOS, B1, ...; padding is PAD."""
     names, count = [], Counter()
     for segment in segment_ids.tolist():
         count[segment] += 1
@@ -45,32 +47,8 @@ def token_names(segment_ids: LongTensor) -> list[str]:
     return names
 
 
-def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers: int = 1) -> str:
-    """One cell of the mask in words: may `query` look at `key`, and if not, from which layer on can it know it."""
-    names = token_names(segment_ids)
-    mask = dense_mask(layout, segment_ids[None])[0, 0]
-    if mask[query, key]:
-        return f"{names[query]} may look at {names[key]}."
-    if segment_ids[key] == PAD:
-        return f"{names[query]} may not look at {names[key]}: padding is seen by nobody."
-    for depth in range(1, layers + 1):
-        if reachability(mask, depth)[query, key]:
-            between = (
-                (mask[query] & reachability(mask, depth - 1)[:, key]).nonzero().flatten().tolist()
-            )
-            through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
-            return f"{names[query]} may not look at {names[key]}; it can know it through {through} after {depth} layers."
-    return (
-        f"{names[query]} may not look at {names[key]}, and cannot know it within {layers} layer(s)."
-    )
-
-
-DIRECT, INDIRECT, NEVER = COLOURS[0], COLOURS[1], "#eeeeee"
-CELL = 14  # pixels a cell of a mask
-
-
-def layers_until_known(mask: BoolTensor, layers: int) -> np.ndarray:
-    """mask (L, L) -> (L, L) int: after how many layers a query can know a key, 1 = looks at it, 0 = not within `layers`.
+def count_layers(mask: BoolTensor, layers: int) -> np.ndarray:
+    """Count after how many layers a query can know a key: (L, L) int, 1 looks at it, 0 never.
 
     What a token knows of itself without looking does not count.
     """
@@ -80,101 +58,157 @@ def layers_until_known(mask: BoolTensor, layers: int) -> np.ndarray:
     return depth
 
 
-def _grid(
-    title: str, names: Sequence[str], depth: np.ndarray, words: Sequence[Sequence[str]], chosen: tuple[int, int],
-    shown: int,
-) -> str:  # fmt: skip
-    """One mask as SVG: depth (L, L) = layers until known, 0 = never; cells above `shown` stay empty; hover: words."""
-    n, left = len(names), 44
-    parts = []
-    for i, name in enumerate(names):
-        middle = left + i * CELL + CELL * 0.7
-        parts.append(f'<text x="{left - 4}" y="{middle:.0f}" text-anchor="end">{name}</text>')
-        parts.append(
-            f'<text transform="translate({middle:.0f},{left - 4}) rotate(-90)">{name}</text>'
+def panel_after(layout: str, segment_ids: LongTensor, layers: int) -> np.ndarray:
+    """Make a panel of `draw_masks`: (L, L) of 0 never, 1 looks at, 2 knows within `layers` layers."""
+    depth = count_layers(dense_mask(layout, segment_ids[None])[0, 0], layers)
+    return np.minimum(depth, 2)
+
+
+def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers: int) -> str:
+    """Say one cell in words: may `query` look at `key`, and if not, how can it know it."""
+    names, mask = name_tokens(segment_ids), dense_mask(layout, segment_ids[None])[0, 0]
+    q, k, depth = names[query], names[key], int(count_layers(mask, layers)[query, key])
+    if depth == 1:
+        return f"{q} looks at {k}."
+    if depth == 0:
+        return f"{q} does not look at {k}, and cannot know it within {layers} layers."
+    before = reachability(mask, depth - 1)[:, key]
+    between = (mask[query] & before).nonzero().flatten().tolist()
+    through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
+    return f"{q} does not look at {k}, but knows it through {through} after {depth} layers."
+
+
+def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
+    """Name the tokens of a batch of one: words, EOS, "picture" for each token of a picture."""
+    known = {inputs.eos_id: "EOS", inputs.image_pad_id: "picture"}
+    ids = batch["input_ids"][0].tolist()
+    return [known.get(i) or inputs.tokenizer.decode([i]).strip(" <|>\n") or "space" for i in ids]
+
+
+def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
+    """Count the pairs of tokens that each layout allows in a row (1, L): between A and B, and in all."""
+    ids, rows = segment_ids[0], []
+    for layout in LAYOUTS:
+        mask = dense_mask(layout, segment_ids)[0, 0]
+        rows.append(
+            {
+                "layout": layout,
+                "B looks at A": int(mask[ids == B][:, ids == A].sum()),
+                "A looks at B": int(mask[ids == A][:, ids == B].sum()),
+                "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
+                "share of all pairs": f"{mask.float().mean():.0%}",
+            }
         )
-    for q in range(n):
-        for k in range(n):
-            layers = int(depth[q, k])
-            colour = NEVER if not 0 < layers <= shown else DIRECT if layers == 1 else INDIRECT
-            parts.append(
-                f'<rect x="{left + k * CELL}" y="{left + q * CELL}" width="{CELL - 1}" height="{CELL - 1}" '
-                f'fill="{colour}"><title>{words[q][k]}</title></rect>'
-            )
-    q, k = chosen
-    parts.append(f'<rect x="{left + k * CELL - 1}" y="{left + q * CELL - 1}" width="{CELL + 1}" height="{CELL + 1}" '
-                 'fill="none" stroke="black" stroke-width="2.5" pointer-events="none"/>')  # fmt: skip
-    side = left + n * CELL + 2
-    svg = f'<svg role="img" aria-label="{title}" width="{side}" height="{side}" font-size="9" font-family="sans-serif">'
-    return f'<div style="margin-right:24px"><b>{title}</b><br>{svg}{"".join(parts)}</svg></div>'
+    return pd.DataFrame(rows).set_index("layout")
 
 
-def mask_html(layout: str, segment_ids: LongTensor, *, layers: int, query: int, key: int) -> str:
-    """A layout, who can know whom after `layers` layers, its cost, and one cell in words; segment_ids (L,)."""
-    mask = dense_mask(layout, segment_ids[None])[0, 0]
-    names, total = token_names(segment_ids), len(segment_ids) ** 2
-    depth = layers_until_known(mask, layers)
-    pairs = int(mask.sum())
-    words = [[f"{q} looks at {k}" if depth[i, j] == 1 else f"{q} does not know {k} by then" for j, k in enumerate(names)]
-             for i, q in enumerate(names)]  # fmt: skip
-    for q, k in np.argwhere(
-        depth > 1
-    ):  # only where there is more to say: a sentence for each cell would be slow
-        words[q][k] = describe(layout, segment_ids, q, k, layers)
-    sentence = describe(layout, segment_ids, query, key, layers)
-    plural = "s" * (layers != 1)
-    return (
-        f'<div style="display:flex;flex-wrap:wrap">{_grid("rows look at columns", names, depth, words, (query, key), 1)}'
-        f"{_grid(f'known after {layers} layer{plural}', names, depth, words, (query, key), layers)}</div>"
-        f'<p><span style="color:{DIRECT}">&#9632;</span> looks &nbsp; <span style="color:{INDIRECT}">&#9632;</span> '
-        f"knows through others &nbsp; <span>&#9633;</span> never. Hover a cell to read it.</p>"
-        f"<p>Cost: {pairs} of {len(names)} x {len(names)} = {total} pairs a layer and head, "
-        f'<b>{pairs / total:.0%}</b>.</p><p aria-live="polite"><b>{escape(sentence)}</b></p>'
-    )
+def choose_places(batch: Batch, inputs: Inputs, most: int = 4) -> list[int]:
+    """Choose tokens to change in a batch of one: up to `most` words of A and of B, and EOS."""
+    ids, segment = batch["input_ids"][0], batch["segment_ids"][0]
+    vision = torch.tensor([inputs.vision_start_id, inputs.image_pad_id, inputs.vision_end_id])
+    words = ~torch.isin(ids, vision)
+    parts = [((segment == block) & words).nonzero().flatten().tolist() for block in (A, EOS, B)]
+    return [place for part in parts for place in part[-most:]]
 
 
-def mask_explorer() -> widgets.VBox:
-    """Layout, sizes, padding and depth by hand: the mask, its reachability, its cost, and any cell in words."""
-    controls = {
-        "layout": widgets.Dropdown(
-            options=list(LAYOUTS), value="eos_bridged", description="layout"
-        ),
-        "n_a": _slider(4, 1, 10, "tokens of A"),
-        "n_b": _slider(4, 1, 10, "tokens of B"),
-        "padding": widgets.Dropdown(options=["right", "left"], description="padding side"),
-        "n_pad": _slider(0, 0, 4, "padding tokens"),
-        "layers": _slider(1, 1, 8, "layers"),
-        "query": widgets.Dropdown(description="query (row)"),
-        "key": widgets.Dropdown(description="key (column)"),
-    }
+@torch.no_grad()
+def measure_moves(
+    model, batch: Batch, layout: str, depth: int, places: Sequence[int], token: int
+) -> np.ndarray:
+    """Change one token and measure how far each state moves after `depth` layers: (places, L).
 
-    def row(n_a: int, n_b: int, padding: str, n_pad: int) -> LongTensor:
-        return segments(n_a, n_b, **{f"pad_{padding}": n_pad})[0]
+    batch: of one; token: the id that the token at each of `places` becomes, one place at a time.
+    """
+    text = language_model(model)
+    layers = text.layers
+    text.layers = layers[:depth]
+    try:
+        before = hidden_states(model, batch, layout)[0]
+        moves = []
+        for place in places:
+            ids = batch["input_ids"].clone()
+            ids[0, place] = token
+            after = hidden_states(model, {**batch, "input_ids": ids}, layout)[0]
+            moves.append((after - before).abs().amax(-1).numpy())
+    finally:
+        text.layers = layers
+    return np.stack(moves)
 
-    def rename(change: Any = None) -> None:
-        """The tokens to choose from follow the sizes; a chosen one that still exists stays chosen."""
-        names = token_names(
-            row(*(controls[name].value for name in ("n_a", "n_b", "padding", "n_pad")))
-        )
-        for name, start in (("query", "B1"), ("key", "A1")):
-            control = controls[name]
-            chosen = control.label if control.label in names else start
-            control.options = list(zip(names, range(len(names)), strict=True))
-            control.index = names.index(chosen)
 
-    rename()
-    for name in ("n_a", "n_b", "padding", "n_pad"):
-        controls[name].observe(rename, "value")
+def tabulate_moves(
+    moves: np.ndarray, segment_ids: LongTensor, places: Sequence[int]
+) -> pd.DataFrame:
+    """Tabulate the largest move of another token: a row a changed block, a column a block that moves."""
+    ids, table = segment_ids[0].numpy(), {}
+    moves = moves.copy()
+    moves[range(len(places)), list(places)] = 0
+    for changed in (A, EOS, B):
+        rows = moves[ids[list(places)] == changed]
+        table[f"{SEGMENT_NAMES[changed]} changes"] = {
+            SEGMENT_NAMES[block]: float(rows[:, ids == block].max(initial=0))
+            for block in (A, EOS, B)
+        }
+    return pd.DataFrame(table).T
 
-    def answer(
-        layout: str, n_a: int, n_b: int, padding: str, n_pad: int, layers: int, query: int, key: int
-    ):
-        ids = row(n_a, n_b, padding, n_pad)
-        last = len(ids) - 1  # while sizes change, a chosen place can be out of range for a moment
-        return {
-            "mask": mask_html(
-                layout, ids, layers=layers, query=min(query, last), key=min(key, last)
+
+def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Count the share of 128 x 128 blocks that FlexAttention computes, in percent.
+
+    parts: ratios A : B. Columns label, x (length), value, as `draw_curves` takes them.
+    """
+    rows = []
+    for (a, b), length in product(parts, lengths):
+        n_b = round((length - 1) * b / (a + b))
+        ids = segments(length - 1 - n_b, n_b)
+        rows += [
+            {
+                "label": f"{layout}, A : B = {a} : {b}",
+                "x": length,
+                "value": 100 - float(block_mask(layout, ids).sparsity()),
+            }
+            for layout in ("causal", "eos_bridged")
+        ]
+    return pd.DataFrame(rows)
+
+
+def tabulate_layouts() -> dict[str, dict[str, bool]]:
+    """Tabulate every layout: "query segment, key segment, order" -> may look.
+
+    A layout depends on the two segments and on the order of the two positions alone (-1: the key stands
+    before, 0: the same token, 1: behind), so this table is all that a page needs.
+    """
+    kinds = list(product((A, EOS, B), (A, EOS, B), (-1, 0, 1)))
+    one = [torch.tensor(column) for column in zip(*kinds, strict=True)]
+    return {
+        name: {
+            "".join(map(str, kind)): bool(seen)
+            for kind, seen in zip(
+                kinds, rule(one[0], one[1], torch.ones(27), 1 + one[2]), strict=True
             )
         }
+        for name, rule in LAYOUTS.items()
+    }
 
-    return _explorer(controls, answer, ["mask"])
+
+def explore_masks(layout: str = "eos_bridged", n_a: int = 4, n_b: int = 4, layers: int = 2) -> HTML:
+    """Make the mask explorer: layout, sizes, depth; the grids, the cost, and any cell in words.
+
+    It runs in the page, in Jupyter and without a kernel: the mask comes from `tabulate_layouts`.
+    """
+    options = "".join(f"<option{' selected' * (n == layout)}>{n}</option>" for n in LAYOUTS)
+    menus = f'<label>layout <select data-name="layout">{options}</select></label> '
+    sliders = (
+        ("n_a", "tokens of A", n_a, 10),
+        ("n_b", "tokens of B", n_b, 10),
+        ("layers", "layers", layers, 6),
+    )
+    for name, label, value, high in sliders:
+        menus += (
+            f'<label>{label} <input type="range" data-name="{name}" value="{value}" min="1" max="{high}">'
+            f"<output>{value}</output></label> "
+        )
+    ids = segments(n_a, n_b)[0]
+    first = f"<p>{describe(layout, ids, n_a + 1, 0, layers)}</p>"
+    data = {"rules": tabulate_layouts(), "colours": [LIGHT, COLOURS[0], COLOURS[1]]}
+    data |= {"segments": {"A": A, "EOS": EOS, "B": B}}
+    return HTML(page("mask", menus, first, data))

@@ -1,66 +1,155 @@
-"""What all explorers share: the panel of widgets and small pieces of HTML."""
+"""What the explorers share: a panel of widgets, the same without a kernel, pieces of HTML.
+
+An explorer is a function from the values of a few controls to HTML. `explore` makes it live in Jupyter,
+and lays precomputed cases beside it for pages without a kernel: `explorer.js` switches between them.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Sequence
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from IPython.display import HTML, display
 from PIL import Image
 
+from ..items import InputError, load_image
 
-def _explorer(
-    controls: dict[str, widgets.Widget], answer: Callable[..., dict[str, str]], names: Sequence[str]
-):
-    """Controls, an area for errors and one HTML area a name; `answer(**values)` gives each area's HTML."""
-    outputs = {
-        name: widgets.HTML(layout=widgets.Layout(width="auto", overflow="auto")) for name in names
-    }
-    error = widgets.HTML(layout=widgets.Layout(width="auto"))
+SCRIPT = Path(__file__).with_name("explorer.js").read_text(encoding="utf-8")
+Answer = Callable[..., str]
 
-    def update(**values: Any) -> None:
-        try:
-            answers, message = answer(**values), ""
-        except Exception as failure:  # whatever fails must be read here, not in a log
-            answers = dict.fromkeys(names, "")
-            message = f'<p role="alert"><b>Cannot show this:</b> {escape(str(failure) or type(failure).__name__)}</p>'
-        error.value = message
-        for name, html in answers.items():
-            outputs[name].value = html
 
-    strays = widgets.interactive_output(update, controls)  # holds only what a library prints
-    strays.layout = widgets.Layout(max_height="6em", overflow="auto")
-    for control in controls.values():
-        control.layout = widgets.Layout(width="300px")
-        if control.style.has_trait("description_width"):  # a button has none
-            control.style.description_width = "110px"
-    panel = widgets.HBox(
-        list(controls.values()), layout=widgets.Layout(flex_flow="row wrap", width="auto")
+class Explorer:
+    """A live panel that is an HTML page where there is no kernel: `controls`, `output`, `error`, `html`."""
+
+    def __init__(self, controls: Mapping[str, widgets.Widget], answer: Answer, html: str) -> None:
+        self.controls, self.html = dict(controls), html
+        wide = widgets.Layout(width="auto", overflow="auto")
+        self.output, self.error = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+
+        def update(**values: Any) -> None:
+            try:
+                self.output.value, self.error.value = answer(**values), ""
+            except Exception as failure:  # whatever fails must be read here, not in a log
+                said = escape(str(failure) or type(failure).__name__)
+                self.error.value = f'<p role="alert"><b>Cannot show this:</b> {said}</p>'
+                self.output.value = ""
+
+        strays = widgets.interactive_output(update, self.controls)  # what a library prints
+        strays.layout = widgets.Layout(max_height="6em", overflow="auto")
+        for control in self.controls.values():
+            control.layout = widgets.Layout(width="300px")
+            if control.style.has_trait("description_width"):
+                control.style.description_width = "110px"
+        row = widgets.HBox(
+            list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap")
+        )
+        self.box = widgets.VBox([row, self.error, self.output, strays], layout=wide)
+
+    def _ipython_display_(self) -> None:
+        """Display the live panel; a page without a kernel takes the HTML of the same output."""
+        display({**self.box._repr_mimebundle_(), "text/html": self.html}, raw=True)
+
+
+def explore(
+    controls: Mapping[str, widgets.Widget], answer: Answer, cases: Mapping[str, Mapping[str, Any]]
+) -> Explorer:
+    """Make an explorer of `answer(**values)`, which returns HTML.
+
+    cases: control -> {label: value} to precompute for pages without a kernel, all combinations of them;
+    other controls keep their first value.
+    """
+    start = {name: control.value for name, control in controls.items()}
+    found = {}
+    for labels in itertools.product(*cases.values()):
+        values = {name: cases[name][label] for name, label in zip(cases, labels, strict=True)}
+        found["\t".join(labels)] = answer(**{**start, **values})
+    return Explorer(controls, answer, still(cases, found))
+
+
+def still(cases: Mapping[str, Mapping[str, Any]], found: Mapping[str, str]) -> str:
+    """Write precomputed answers as a page part: a menu a control, the first answer shown.
+
+    found: the labels chosen, joined by tabs -> HTML.
+    """
+    menus = "".join(
+        f'<label>{escape(name.replace("_", " "))} <select data-name="{name}">'
+        + "".join(f"<option>{escape(label)}</option>" for label in options)
+        + "</select></label> "
+        for name, options in cases.items()
     )
-    box = widgets.VBox(
-        [panel, error, *outputs.values(), strays], layout=widgets.Layout(width="auto")
+    return page("cases", menus, next(iter(found.values())), found)
+
+
+def page(kind: str, menus: str, first: str, data: Any) -> str:
+    """Write a part of a page that `explorer.js` brings to life: menus, a first answer, data as JSON."""
+    held = json.dumps(data).replace("<", "\\u003c")  # text cannot end the block
+    return (
+        f'<div class="cocoa-explorer" data-kind="{kind}"><p class="menus" hidden>{menus}</p>'
+        f'<div class="answer">{first}</div><script type="application/json">{held}</script></div>'
+        f"<script>{SCRIPT}</script>"
     )
-    box.controls, box.outputs, box.error = controls, outputs, error
-    return box
 
 
-def _png_uri(image: Image.Image) -> str:
-    """A picture as an address that needs no other file."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+def show_html(html: str) -> HTML:
+    """Wrap pieces of HTML for a notebook: side by side, wrapping where the page is narrow."""
+    return HTML(f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{html}</div>')
 
 
-def _img(image: Image.Image, alt: str) -> str:
-    style = "width:112px;display:block;image-rendering:pixelated"
-    return f'<img src="{_png_uri(image)}" alt="{escape(alt)}" style="{style}">'
+def picture_uri(image: Image.Image) -> str:
+    """Write a picture as an address that needs no other file: PNG where small, else JPEG."""
+    file, kind = io.BytesIO(), "PNG" if max(image.size) <= 128 else "JPEG"
+    image.convert("RGB").save(file, kind)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _slider(value: float, low: float, high: float, name: str, step: float = 1) -> widgets.Widget:
+def img(image: Image.Image, alt: str, width: int = 112) -> str:
+    """Write a picture as an <img>, `width` pixels wide, its pixels kept where it is enlarged."""
+    look = "pixelated" if image.width <= width else "auto"
+    style = f"width:{width}px;max-width:100%;display:block;image-rendering:{look}"
+    return f'<img src="{picture_uri(image)}" alt="{escape(alt)}" style="{style}">'
+
+
+@lru_cache(maxsize=512)
+def thumbnail(path: str, alt: str, width: int = 112) -> str:
+    """Write a picture file as a small <img>. Raises InputError for an unreadable file."""
+    image = load_image(path)
+    image.thumbnail((width, width))
+    return img(image, alt, width)
+
+
+def figure(html: str, caption: str) -> str:
+    """Write a captioned part, for `show_html`."""
+    return (
+        f'<figure style="margin:4px 12px 4px 0">{html}<figcaption>{caption}</figcaption></figure>'
+    )
+
+
+def slider(value: float, low: float, high: float, name: str, step: float = 1) -> widgets.Widget:
+    """Make a slider that answers when it is let go; of whole numbers where `step` is 1."""
     kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
     return kind(
         value=value, min=low, max=high, step=step, description=name, continuous_update=False
     )
+
+
+def menu(options: Mapping[str, Any] | Sequence, name: str) -> widgets.Dropdown:
+    """Make a menu of options, or of label -> value."""
+    pairs = list(options.items()) if isinstance(options, Mapping) else list(options)
+    return widgets.Dropdown(options=pairs, description=name)
+
+
+def read_upload(files: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Open the picture of a FileUpload's value. Raises InputError that names the user's file."""
+    stream = io.BytesIO(files[0]["content"])
+    try:
+        return load_image(stream)
+    except InputError as error:
+        raise InputError(str(error).replace(str(stream), str(files[0]["name"]))) from None

@@ -1,94 +1,195 @@
-"""Explorer: what a model restores of a picture and its caption."""
+"""What a model restores of a picture and its text: side by side, and as an explorer."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..evaluate.restore import reconstruct, restored_words
+from ..corruption import IGNORE, patch_noise
+from ..evaluate.restore import cell_errors, count_right, reconstruct, restored_words
 from ..inputs import Batch, Inputs
+from ..recipes import Stage1Recipe, Stage2Recipe
+from ..reconstruction import load_decoder
 from .figures import COLOURS
-from .panel import _explorer, _img, _slider
+from .panel import Explorer, explore, figure, img, menu, show_html, slider
+
+GREY = Image.new("RGB", (64, 64), "grey")
 
 
-def cells_image(pixels: Tensor, grid: Tensor, inputs: Inputs) -> np.ndarray:
-    """Patches (patches, D), as the processor orders them, and grid (3,) of the first picture -> (H, W, 3) uint8."""
+def cells_image(pixels: Tensor, grid: Tensor, inputs: Inputs) -> Image.Image:
+    """Turn patches (patches, D) back into the first picture; grid (3,) as the processor gives it."""
     processor = inputs.image_processor
     m, p = processor.merge_size, processor.patch_size
     t, h, w = grid.tolist()
-    patches = (
-        pixels[: t * h * w].float().reshape(t, h // m, w // m, m, m, 3, -1, p, p)[0, ..., 0, :, :]
-    )  # frame 0
-    image = patches.permute(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, 3)
+    patches = pixels[: t * h * w].float().reshape(t, h // m, w // m, m, m, 3, -1, p, p)
+    image = patches[0, ..., 0, :, :].permute(0, 2, 5, 1, 3, 6, 4).reshape(h * p, w * p, 3)
     image = image * torch.tensor(processor.image_std) + torch.tensor(processor.image_mean)
-    return (image.clamp(0, 1) * 255).round().byte().numpy()
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().numpy().astype(np.uint8))
 
 
-def reconstruction_html(
-    batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs
-) -> str:
-    """Hidden words in place, each with what was predicted, and the first picture: original, seen, predicted."""
-    words, right = [], 0
+def words_html(batch: Batch, predicted: Sequence[int], inputs: Inputs) -> str:
+    """Write a text with its hidden tokens as restored: green if right, else crossed, then the truth."""
+    parts, right = [], 0
     for text, truth in restored_words(batch, predicted, inputs):
         if truth is None:
-            words.append(escape(text))
+            parts.append(escape(text))
             continue
         right += (hit := text == truth)
-        colour, mark = (COLOURS[2], "&#10003;") if hit else (COLOURS[5], "&#10007;")
-        was = "" if hit else f" <small>(was &ldquo;{escape(truth)}&rdquo;)</small>"
-        words.append(
-            f'<span style="border-bottom:3px solid {colour}"><b>{escape(text)}</b>{mark}{was}</span>'
-        )
-    pictures = ""
-    for title, each in patches.items():
-        image = Image.fromarray(cells_image(each, batch["image_grid_thw"][0], inputs))
-        pictures += f'<figure style="margin:4px">{_img(image, title)}<figcaption>{title}</figcaption></figure>'
+        line = f"border-bottom:3px solid {COLOURS[2] if hit else COLOURS[5]}"
+        was = "" if hit else f" <small>({escape(truth.strip() or truth)})</small>"
+        mark = "&#10003;" if hit else "&#10007;"
+        parts.append(f'<span style="{line}">{escape(text)}{mark}{was}</span>')
     return (
-        f'<div style="display:flex;flex-wrap:wrap">{pictures}</div><p style="white-space:pre-wrap">{"".join(words)}</p>'
-        f"<p>{right} of {len(predicted)} hidden tokens come back (&#10003;); in brackets: what stood there.</p>"
+        f'<p style="white-space:pre-wrap;max-width:200px;overflow-wrap:anywhere">{"".join(parts)}</p>'
+        f"<p><b>{right} of {len(predicted)}</b> hidden tokens are right</p>"
     )
 
 
-def reconstruction_explorer(
-    model, inputs: Inputs, rows: Sequence[dict[str, Any]], decoder: nn.Module | None = None, *,
-    layout: str = "bidirectional", objective: str = "mntp", fill: Tensor | None = None,
-) -> widgets.VBox:  # fmt: skip
-    """Choose a sample and how much of it to hide, or type another caption for it: see what comes back.
+def three_pictures(rows: Sequence[Mapping[str, Any]], i: int) -> dict[str, Any]:
+    """Choose row i's own picture, the next row's, and a plain grey one."""
+    wrong = rows[(i + 1) % len(rows)]["image"]
+    return {"right picture": rows[i]["image"], "wrong picture": wrong, "grey picture": GREY}
 
-    rows: {text, image, target}; decoder: the `PatchDecoder` trained with the model, or None to show words only.
+
+def measure_door(
+    models: Mapping[str, Any], inputs: Inputs, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> pd.DataFrame:
+    """Measure how much of a hidden text comes back with the right, a wrong and a grey picture.
+
+    models: name -> model; how: what `reconstruct` takes, with a layout of stage 2. Columns task (the
+    model), label (the picture), value, low, high: percent of the hidden tokens, 95 % bootstrap over rows.
     """
-    stage1 = layout == "bidirectional"
-    samples = [(f"{i + 1}: {str(row['target'])[:40]}", i) for i, row in enumerate(rows)]
+    draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
+    pictures = [three_pictures(rows, i) for i in range(len(rows))]
+    found = []
+    for name, model in models.items():
+        for label in pictures[0]:
+            counts = count_right(model, inputs, rows, [each[label] for each in pictures], **how)
+            right, hidden = counts[draws].sum(1).T
+            low, high = np.percentile(100 * right / hidden, [2.5, 97.5])
+            value = 100 * counts[:, 0].sum() / counts[:, 1].sum()
+            found.append({"task": name, "label": label, "value": value, "low": low, "high": high})
+    return pd.DataFrame(found)
+
+
+def compare_html(
+    model, inputs: Inputs, row: Mapping[str, Any], pictures: Mapping[str, Any], **how: Any
+) -> str:
+    """Restore a row's text once with each picture and show the results side by side.
+
+    row: {text, image, target}; how: what `reconstruct` takes.
+    """
+    parts = []
+    for title, picture in pictures.items():
+        batch, predicted, _ = reconstruct(model, inputs, {**row, "image": picture}, **how)
+        seen = ""
+        if "pixel_values" in batch:
+            seen = img(
+                cells_image(batch["pixel_values"], batch["image_grid_thw"][0], inputs), title
+            )
+        parts.append(figure(seen + words_html(batch, predicted, inputs), f"<b>{title}</b>"))
+    return show_html("".join(parts)).data
+
+
+def restored_html(
+    batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs
+) -> str:
+    """Show what `reconstruct` found: the picture as it is, as seen and as restored, then the text."""
+    pictures = (
+        figure(img(cells_image(each, batch["image_grid_thw"][0], inputs), title), title)
+        for title, each in patches.items()
+    )
+    return show_html("".join(pictures) + words_html(batch, predicted, inputs)).data
+
+
+def stage1_settings(
+    folder: str | Path, model, inputs: Inputs, recipe: Stage1Recipe, seed: int
+) -> dict[str, Any]:
+    """Collect what `reconstruct` needs to hide and restore as a finished stage 1 did."""
+    how = {"text_rate": recipe.text_mask_rate, "objective": recipe.objective}
+    if recipe.image_weight == 0:
+        return how
+    decoder = load_decoder(folder, model)
+    processor = inputs.image_processor
+    size = 3 * processor.temporal_patch_size * processor.patch_size**2
+    fills = {"noise": patch_noise(size, seed=seed), "zero": torch.zeros(size)}
+    fill = fills.get(recipe.patch_fill, getattr(decoder, "fill", None))
+    return {**how, "patch_rate": recipe.patch_mask_rate, "decoder": decoder, "fill": fill}
+
+
+def stage2_settings(recipe: Stage2Recipe) -> dict[str, Any]:
+    """Collect what `reconstruct` needs to ask EOS as a stage 2 did, always through the bottleneck."""
+    layout = recipe.layout if recipe.layout.startswith("eos") else "eos_bridged"
+    return {"text_rate": recipe.text_mask_rate, "objective": recipe.objective, "layout": layout}
+
+
+def restore_all(
+    model, inputs: Inputs, rows: Sequence[Mapping[str, Any]], **how: Any
+) -> list[tuple[Batch, list[int], dict[str, Tensor]]]:
+    """Restore every row with a draw of its own: what `reconstruct` returns, a row."""
+    return [reconstruct(model, inputs, dict(row), draw=i, **how) for i, row in enumerate(rows)]
+
+
+def summarise_stage1(
+    found: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], inputs: Inputs
+) -> str:
+    """Say in Markdown how many hidden tokens and how much of hidden cells came back.
+
+    found: what `reconstruct` returned. Baselines: always the commonest token, the average patch.
+    """
+    pairs = [
+        pair
+        for batch, guesses, _ in found
+        for pair in zip(batch["labels"][batch["labels"] != IGNORE].tolist(), guesses, strict=True)
+    ]
+    right = 100 * np.mean([truth == guess for truth, guess in pairs])
+    most = 100 * Counter(truth for truth, _ in pairs).most_common(1)[0][1] / len(pairs)
+    said = (
+        f"Of {len(pairs)} hidden tokens **{right:.0f} %** come back; the commonest token alone would "
+        f"be right for {most:.0f} %."
+    )
+    if any("hidden cells predicted" in patches for *_, patches in found):
+        error, average = cell_errors(found, inputs.image_processor.merge_size)
+        said += (
+            f" Squared error on hidden cells: **{error:.3f}** by the decoder, {average:.3f} by the "
+            "average patch of these pictures."
+        )
+    return said
+
+
+def explore_restored(model, inputs: Inputs, rows: Sequence[dict[str, Any]], **how: Any) -> Explorer:
+    """Choose a text and how much of it to hide, or type one: see what comes back.
+
+    rows: {text, image, target}. In stage 1's layout (the default) cells are hidden too and the picture
+    is restored; in stage 2's the text is restored with the right, a wrong and a grey picture.
+    """
+    stage1 = how.get("layout", "bidirectional") == "bidirectional"
+    samples = {f"{i + 1}: {row['target'][:40]}": i for i, row in enumerate(rows)}
+    rates = {"20 %": 0.2, "50 %": 0.5, "70 %": 0.7}
     controls = {
-        "sample": widgets.Dropdown(options=samples, description="sample"),
-        "text_rate": _slider(0.2 if stage1 else 0.7, 0.0, 1.0, "words hidden", 0.05),
-        "patch_rate": _slider(0.5 if stage1 else 0.0, 0.0, 1.0, "cells hidden", 0.05),
-        "draw": _slider(0, 0, 20, "draw"),
+        "text": menu(samples, "text"),
+        "hidden": slider(0.2 if stage1 else 0.7, 0.0, 1.0, "words hidden", 0.05),
         "words": widgets.Text(
-            placeholder="your own caption", description="or type", continuous_update=False
+            placeholder="your own text", description="or type", continuous_update=False
         ),
     }
-    controls["patch_rate"].disabled = not stage1  # stage 2 hides no cells
 
-    def answer(sample: int, words: str, **how: Any) -> dict[str, str]:
-        row = {**rows[sample], "target": words.strip() or rows[sample]["target"]}
-        found = reconstruct(
-            model,
-            inputs,
-            row,
-            layout=layout,
-            objective=objective,
-            decoder=decoder,
-            fill=fill,
-            **how,
-        )
-        return {"reconstruction": reconstruction_html(*found, inputs)}
+    def answer(text: int, hidden: float, words: str) -> str:
+        row = {**rows[text], "target": words.strip() or rows[text]["target"]}
+        if not stage1:
+            pictures = three_pictures(rows, text)
+            return compare_html(model, inputs, row, pictures, **{**how, "text_rate": hidden})
+        found = reconstruct(model, inputs, row, **{**how, "text_rate": hidden})
+        return restored_html(*found, inputs)
 
-    return _explorer(controls, answer, ["reconstruction"])
+    return explore(controls, answer, {"text": dict(list(samples.items())[:4]), "hidden": rates})

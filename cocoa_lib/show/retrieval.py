@@ -1,97 +1,171 @@
-"""Explorer: retrieval by typed text or uploaded picture."""
+"""Queries, candidates and what is found: cards, ranked lists, and an explorer to search by hand."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+import numpy as np
+import pandas as pd
 
-from ..data.tables import row_items
-from ..items import item_images, load_image
+from ..data.tables import EvalItems, Task, list_items, load_eval
+from ..embedder import CocoaEmbedder
+from ..items import PLACEHOLDER, item_images
 from .figures import COLOURS
-from .panel import _explorer, _img, _slider
+from .panel import Explorer, explore, img, menu, read_upload, show_html, slider, thumbnail
+
+Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
+RIGHT = f"3px solid {COLOURS[2]}"
+CARD = "margin:4px;padding:4px;width:112px;box-sizing:border-box;overflow-wrap:anywhere;font-size:12px;border:"
 
 
-@lru_cache(maxsize=512)
-def _thumbnail(path: str, alt: str) -> str:
-    image = load_image(path)
-    image.thumbnail((112, 112))
-    return _img(image, alt)
+def words_of(item: Item, most: int = 160) -> str:
+    """Give an item's text without the marks for pictures, shortened to `most` characters."""
+    text = " ".join(PLACEHOLDER.sub(" ", item.get("text") or "").split())
+    return text if len(text) <= most else text[: most - 4].rstrip() + " ..."
 
 
-def _card(item: Mapping[str, Any], title: str, alt: str, border: str) -> str:
-    images = "".join(_thumbnail(str(image), alt) for image in item_images(dict(item)))
-    return (
-        f'<div style="border:{border};margin:4px;padding:4px;width:130px;overflow-wrap:anywhere">'
-        f"<b>{title}</b>{images}<div>{escape(str(item.get('text') or ''))}</div></div>"
+def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
+    """Show an item: title, its pictures, its text."""
+    images = "".join(
+        thumbnail(str(image), title, 100)
+        if isinstance(image, (str, Path))
+        else img(image, title, 100)
+        for image in item_images(dict(item))
     )
+    return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
 
 
-def candidates_html(query: Mapping[str, Any], candidates: Sequence[Mapping[str, Any]]) -> str:
-    """A query and its candidates in the order given, the first one marked as right, as self-contained HTML."""
-    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
-    for place, candidate in enumerate(candidates, start=1):
-        mark, border = (
-            (" &#10003; right", f"3px solid {COLOURS[2]}") if place == 1 else ("", "1px solid #ccc")
+def pairs_html(pairs: Iterable[tuple[Item, Item]]) -> str:
+    """Show pairs: each query with its target below it."""
+    return show_html(
+        "".join(
+            f"<div>{card(query, 'query', '1px dashed grey')}{card(target, 'target')}</div>"
+            for query, target in pairs
         )
-        cards.append(_card(candidate, f"{place}.{mark}", f"picture of candidate {place}", border))
-    return f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
+    ).data
 
 
-def retrieval_html(
-    query: Mapping[str, Any],
-    candidates: Sequence[Mapping[str, Any]],
+def candidates_html(query: Item, candidates: Sequence[Item]) -> str:
+    """Show a query and its candidates in the order given; the first is the right one."""
+    cards = [card(query, "query", "1px dashed grey")]
+    for i, item in enumerate(candidates):
+        cards.append(card(item, "right", RIGHT) if i == 0 else card(item, f"wrong {i}"))
+    return show_html("".join(cards)).data
+
+
+def ranked_html(
+    query: Item,
+    candidates: Sequence[Item],
     scores: Sequence[float],
-    right: int,
+    *,
+    right: int | None = None,
     k: int = 5,
 ) -> str:
-    """A query and its `k` best candidates as self-contained HTML, the right one marked, and added if it ranks lower.
+    """Show a query and its `k` best candidates; the right one is marked, and added if it ranks lower.
 
-    query, candidates: {"text", "image": path or None}; scores: one a candidate; right: its index. A tie counts against
-    the right one, as in `mmeb.rank`. Raises ValueError where lengths differ, InputError for an unreadable picture.
+    scores: one a candidate; right: index of the right one, if known. A tie counts against it. Raises
+    ValueError where lengths differ, InputError for an unreadable picture.
     """
-    if len(scores) != len(candidates) or not 0 <= right < len(candidates):
-        raise ValueError(
-            f"{len(candidates)} candidates, {len(scores)} scores, right one at {right}: they do not fit"
-        )
+    if len(scores) != len(candidates):
+        raise ValueError(f"{len(candidates)} candidates but {len(scores)} scores")
     order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i == right))
-    rank = order.index(right) + 1
-    cards = [_card(query, "query", "the query's picture", "1px dashed grey")]
+    cards = [card(query, "query", "1px dashed grey")]
     for place, i in enumerate(order, start=1):
         if place <= k or i == right:
-            mark, border = (
-                (" &#10003; right", f"3px solid {COLOURS[2]}")
-                if i == right
-                else ("", "1px solid #ccc")
-            )
-            title = f"{place}. {float(scores[i]):.3f}{mark}"
-            cards.append(_card(candidates[i], title, f"picture of candidate {place}", border))
-    return (
-        f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{"".join(cards)}</div>'
-        f"<p>The right candidate ranks <b>{rank}</b> of {len(candidates)}.</p>"
+            border = RIGHT if i == right else "1px solid #ccc"
+            mark = " &#10003; right" * (i == right)
+            cards.append(card(candidates[i], f"{place}. {float(scores[i]):.2f}{mark}", border))
+    found = (
+        ""
+        if right is None
+        else (f"<p>The right one ranks <b>{order.index(right) + 1}</b> of {len(candidates)}.</p>")
     )
+    return show_html("".join(cards)).data + found
 
 
-def retrieval_explorer(
-    task_rows: Mapping[str, Sequence[Mapping[str, Any]]], scores: Mapping[str, Sequence[Sequence[float]]],
-    image_root: str | Path, k: int = 5,
-) -> widgets.VBox:  # fmt: skip
-    """Choose a task and a query: see its best candidates. MMEB's rows (`mmeb.load_eval`), and one score a candidate."""
-    last = {task: max(0, len(rows) - 1) for task, rows in task_rows.items()}
-    task = widgets.Dropdown(options=list(task_rows), description="task")
-    query = _slider(0, 0, last[task.value], "query")
-    task.observe(lambda change: setattr(query, "max", last[change["new"]]), "value")
+def read_task(data: Path, task: Task, n: int) -> EvalItems:
+    """Read the first `n` queries of a task and all their candidates, each distinct one once."""
+    rows = load_eval(data, task.name)
+    return list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
 
-    def answer(task: str, query: int, k: int) -> dict[str, str]:
-        items = row_items(task_rows[task][query], image_root)
-        return {
-            "retrieval": retrieval_html(*items, scores[task][query], 0, k)
-        }  # MMEB: the right one comes first
 
-    return _explorer(
-        {"task": task, "query": query, "k": _slider(k, 1, 10, "candidates")}, answer, ["retrieval"]
-    )
+def list_collection(
+    data: Path, task: Task, n: int
+) -> tuple[list[tuple[Item, int | None]], list[Item]]:
+    """Read a task as a collection to search: queries with the index of their right item, and items.
+
+    At most `n` items: the right ones of the queries first, then others.
+    """
+    found = read_task(data, task, min(n, 20))
+    own = [index[0] for index in found.candidates]
+    others = (i for index in found.candidates for i in index[1:])
+    chosen = list(dict.fromkeys([*own, *others]))[:n]
+    n_queries = len(found.queries)
+    queries = [(found.items[i], chosen.index(own[i])) for i in range(n_queries)]
+    return queries, [found.items[n_queries + i] for i in chosen]
+
+
+def find_confusions(
+    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task], *, n: int = 200, most: int = 8
+) -> tuple[Task, pd.DataFrame, list[tuple[Item, list[Item], np.ndarray]]]:
+    """Find what is taken for what, in the task with the fewest candidates a query of its kind.
+
+    Returns the task, a table of truth (rows) against choice for the `most` frequent answers, and
+    the queries that go wrong: (query, candidates, scores), the right candidate first.
+    """
+    task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
+    found = read_task(data, task, n)
+    vectors = embedder.encode(found.items)
+    items, n_queries, pairs, wrong = found.items[len(found.queries) :], len(found.queries), [], []
+    names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
+    for i, index in enumerate(found.candidates):
+        scores = vectors[n_queries + index] @ vectors[i]
+        pairs.append((names[index[0]], names[index[scores.argmax()]]))
+        if scores.argmax():
+            wrong.append((found.items[i], [items[j] for j in index], scores))
+    table = pd.DataFrame(pairs, columns=["truth", "choice"])
+    frequent = table["truth"].value_counts().index[:most].tolist()
+    table = pd.crosstab(table["truth"], table["choice"]).reindex(index=frequent, columns=frequent)
+    table = table.rename_axis(index="truth", columns="choice")
+    return task, table.fillna(0), wrong
+
+
+def explore_retrieval(
+    encode: Callable[[list[dict]], np.ndarray],
+    queries: Sequence[tuple[Item, int | None]],
+    items: Sequence[Item],
+) -> Explorer:
+    """Search `items` by one of `queries`, by a typed text or by an uploaded picture.
+
+    encode: items -> unit vectors (N, H), as `CocoaEmbedder.encode`; queries: (item, index of its right
+    item or None). The items are encoded once, here.
+    """
+    vectors = encode([dict(item) for item in items])
+    labels = {
+        f"{i + 1}: {words_of(query, 36) or 'a picture'}": i for i, (query, _) in enumerate(queries)
+    }
+    controls = {
+        "query": menu(labels, "query"),
+        "words": widgets.Text(
+            placeholder="your own text", description="or type", continuous_update=False
+        ),
+        "upload": widgets.FileUpload(accept="image/*", description="or upload a picture"),
+        "k": slider(5, 1, 10, "show"),
+    }
+
+    @lru_cache(maxsize=64)
+    def score(i: int) -> np.ndarray:
+        return vectors @ encode([dict(queries[i][0])])[0]
+
+    def answer(query: int, words: str, upload: Sequence, k: int) -> str:
+        if not upload and not words.strip():
+            return ranked_html(queries[query][0], items, score(query), right=queries[query][1], k=k)
+        own = {"text": words.strip(), "image": read_upload(upload) if upload else None}
+        return ranked_html(own, items, vectors @ encode([own])[0], k=k)
+
+    return explore(controls, answer, {"query": dict(list(labels.items())[:8])})

@@ -1,8 +1,9 @@
 """A checkpoint: a standard Hugging Face folder plus `cocoa.json`, whole or not there at all.
 
-`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the hashes of the weights
-and of the other files that are read back. A folder is written aside and renamed, so a half-written one is never taken for
-a whole one; files are checked against their hashes when a folder is opened.
+`cocoa.json` names stage, layout, EOS token, pooling, recipe, seed, parent (path and hash) and the
+hashes of the weights and of the other files that are read back. A folder is written aside and
+renamed, so a half-written one is never taken for a whole one; files are compared with their hashes
+when a folder is opened.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..inputs import Inputs
+from ..reconstruction import DECODER
 from .files import file_hash, files_hash, read_json, sync, write_json, write_whole
 
 META = "cocoa.json"
-DECODER = "image_decoder.safetensors"
 CARD = "README.md"
-# What is read back from `cocoa.json`: every checkpoint has the first three, the others where they say something.
+# Read back from `cocoa.json`: every checkpoint has the first three.
 REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
 OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict, "files_sha256": dict}
+PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy")
 
 
 class CheckpointError(RuntimeError):
@@ -35,9 +38,11 @@ class CheckpointError(RuntimeError):
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, in name order. Raises CheckpointError if there are none."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """Hash a folder's safetensors files, in name order, by sha256.
+
+    Raises CheckpointError if there are none.
+    """
+    if not (files := sorted(folder.glob("*.safetensors"))):
         raise CheckpointError(
             f"{folder}: no .safetensors file; the checkpoint is missing or incomplete"
         )
@@ -45,41 +50,40 @@ def weights_hash(folder: Path) -> str:
 
 
 def read_note(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint. Raises CheckpointError if it is damaged."""
     return read_json(path, CheckpointError, "the checkpoint is damaged, train it again")
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, commit and machine: what a result needs to say where it came from. The kind of CPU, since the same seed gives
-    other numbers on another: sums are made in another order, and training carries that on."""
+    """Say where a result comes from: commit, versions, python, machine.
 
-    def git(*args: str) -> str:
-        here = Path(__file__).parent
-        command = ["git", *args]  # whichever git the user has; all arguments stand below
-        try:
-            done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
-        except OSError:  # no git, as in many images for GPUs: no reason to lose a finished run
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    versions = {
-        name: version(name)
-        for name in ("torch", "transformers", "sentence-transformers", "peft", "numpy")
-    }
-    import torch  # here: not all that read a checkpoint need it
-
+    With the kind of CPU: the same seed gives other numbers on another, where sums are made in
+    another order.
+    """
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     commit = "unknown"
-    if git(
-        "ls-files", Path(__file__).name
-    ):  # else a repository that this package is merely installed below
-        changes = git("status", "--porcelain", "--untracked-files=no")
-        commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+    if _run_git("ls-files", Path(__file__).name):  # or this package lies in another repository
+        changes = _run_git("status", "--porcelain", "--untracked-files=no")
+        commit = _run_git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     return {
         "commit": commit,
-        "versions": versions,
+        "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}{gpu}",
+        "machine": f"{os.cpu_count()} cores, {cpu}{gpu}",
     }
+
+
+def _run_git(*arguments: str) -> str:
+    """Run git in this folder; "" where there is no git or no repository."""
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(  # noqa: S603
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def save_checkpoint(
@@ -90,17 +94,14 @@ def save_checkpoint(
     extra: dict[str, str] | None = None,
     decoder: nn.Module | None = None,
 ) -> Path:
-    """Model, tokenizer, image processor, `cocoa.json` and extra text files, written beside and renamed to `folder`.
+    """Write model, tokenizer, image processor, `cocoa.json` and extra texts aside; rename to `folder`.
 
-    `decoder`: stage 1's image decoder, kept in DECODER so that reconstructions can be looked at; no later stage needs it.
-
-    Raises CheckpointError if `folder` already holds something.
+    `decoder`: stage 1's image decoder, kept so that reconstructions can be looked at; no later
+    stage needs it. Raises CheckpointError if `folder` already holds something.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"{folder}: already holds files; a checkpoint is never written over, choose another folder"
-        )
+        raise CheckpointError(f"{folder}: holds files, and nothing is overwritten; choose another")
     aside = folder.parent / f".{folder.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -110,15 +111,12 @@ def save_checkpoint(
         save_model(decoder, str(aside / DECODER))
     for name, text in (extra or {}).items():
         (aside / name).write_text(text, encoding="utf-8")
-    settings = {"eos_token": inputs.eos_token, "max_length": inputs.max_length}
-    files = {
-        path.name: file_hash(path) for path in sorted(aside.glob("*.json"))
-    }  # model, tokenizer, image processor
     meta = {
         **meta,
-        **settings,
+        "eos_token": inputs.eos_token,
+        "max_length": inputs.max_length,
         "weights_sha256": weights_hash(aside),
-        "files_sha256": files,
+        "files_sha256": {path.name: file_hash(path) for path in sorted(aside.glob("*.json"))},
         **provenance(),
     }
     write_json(aside / META, meta)
@@ -132,27 +130,28 @@ def save_checkpoint(
 
 
 def model_card(meta: dict[str, Any], scores: str = "") -> str:
-    """README.md of an embedder, from its `cocoa.json`: how to open it, how it was made, how good it is."""
+    """Write an embedder's README.md from its `cocoa.json`: how to open it, how it was made, scores."""
     run = meta.get("run", {})
+
+    def join(facts: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {value}" for name, value in facts.items())
+
     facts = {
         "stage, attention, pooling": ", ".join(
             str(meta.get(name)) for name in ("stage", "layout", "pooling")
         ),
-        "prompt": f"`{meta['prompt']}`" if "prompt" in meta else None,
+        "prompt": f"`{meta['prompt']}`" if "prompt" in meta else "",
         "parent": meta.get("parent"),
         "weights of the parent, sha256": run.get("parent_sha256"),
         "training data, sha256": run.get("data"),
         "weights, sha256": meta["weights_sha256"],
         "seed": run.get("seed"),
-        "recipe": ", ".join(f"{name} {value}" for name, value in run.get("recipe", {}).items()),
+        "recipe": join(run.get("recipe", {})),
         "code": meta.get("commit"),
-        "versions": ", ".join(
-            f"{name} {value}" for name, value in meta.get("versions", {}).items()
-        ),
+        "versions": join(meta.get("versions", {})),
     }
-    made = "\n".join(
-        f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")
-    )
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
+    made = "\n".join(f"- {name}: {value}" for name, value in known.items())
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -179,14 +178,14 @@ model = sentence_transformer(FOLDER)  # the same as SentenceTransformer(FOLDER, 
 
 
 def add_scores(folder: str | Path, scores: str) -> None:
-    """Put scores (Markdown) into a checkpoint's model card, in place of those that it had. The card is made anew."""
+    """Write a checkpoint's model card anew, with these scores (Markdown) in place of its own."""
     folder = Path(folder)
     card = model_card(read_meta(folder, check=False), scores)
     write_whole(folder / CARD, lambda aside: aside.write_text(card, encoding="utf-8"))
 
 
 def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
-    """`cocoa.json` of a checkpoint; with `check`, weights and other files are compared with their recorded hashes.
+    """Read a checkpoint's `cocoa.json`; with `check`, compare all files with their hashes.
 
     Raises CheckpointError saying what is missing or altered.
     """
@@ -199,15 +198,19 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     meta = read_note(path)
     for name, kind in (REQUIRED | OPTIONAL).items():
         if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
+            wanted = "an object" if kind is dict else f"of type {kind.__name__}"
             raise CheckpointError(
-                f"{path}: {name} must be {'an object' if kind is dict else f'of type {kind.__name__}'}, found "
-                f"{meta.get(name)!r:.80}; the checkpoint was altered or damaged, train it again"
+                f"{path}: {name} must be {wanted}, found {meta.get(name)!r:.80}; the checkpoint was "
+                "altered or damaged, train it again"
             )
-    if check and weights_hash(folder) != meta.get("weights_sha256"):
+    if not check:
+        return meta
+    if weights_hash(folder) != meta["weights_sha256"]:
         raise CheckpointError(
-            f"{folder}: the weights do not match {META}; the file was altered or damaged, train it again"
+            f"{folder}: the weights do not match {META}; the file was altered or damaged, train it "
+            "again"
         )
-    for name, digest in meta.get("files_sha256", {}).items() if check else ():
+    for name, digest in meta.get("files_sha256", {}).items():
         if not (path := folder / Path(name).name).is_file():
             raise CheckpointError(
                 f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again"
@@ -219,8 +222,7 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
     return meta
 
 
-def load_inputs(folder: str | Path, meta: dict[str, Any], **settings) -> Inputs:
-    """The processor exactly as it was in training: EOS token and max_length come from `cocoa.json`."""
-    return Inputs.load(
-        folder, **{"eos_token": meta["eos_token"], "max_length": meta["max_length"], **settings}
-    )
+def load_inputs(folder: str | Path, meta: dict[str, Any], **settings: Any) -> Inputs:
+    """Load the processor as it was in training: EOS token and max_length come from `cocoa.json`."""
+    trained = {name: meta[name] for name in ("eos_token", "max_length")}
+    return Inputs.load(folder, **(trained | settings))

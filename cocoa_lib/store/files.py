@@ -1,11 +1,9 @@
-"""Files that are whole or not there: written aside, flushed to the disk, renamed; and the hashes that tell them apart."""
+"""Files that are whole or not there, their hashes, and a lock on a folder."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,21 +11,22 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-logger = logging.getLogger(__name__)
+from filelock import FileLock, Timeout
 
 
 def file_hash(path: Path) -> str:
+    """Hash a file's bytes by sha256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_hash(paths: Iterable[Path]) -> str:
-    """sha256 over the hashes of files, in the order given."""
+    """Hash the hashes of files, in the order given, by sha256."""
     return hashlib.sha256("".join(map(file_hash, paths)).encode()).hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the disk, not only the system, hold this file, or the names in this folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +35,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(aside)`, then rename: the file is whole or not there."""
+    """Call `write(aside)`, flush, rename to `path`: the file is whole or not there."""
     aside = path.with_name(f".{path.name}.{uuid4().hex[:8]}")
     write(aside)
     sync(aside)
@@ -45,12 +44,13 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
+    """Write JSON by `write_whole`; what JSON has no type for is written as text."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises `error` naming the file and what to do."""
+    """Read a JSON object. Raises `error` naming the file and what to do."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as reason:
@@ -62,35 +62,26 @@ def read_json(path: Path, error: type[Exception], remedy: str) -> dict[str, Any]
 
 @contextmanager
 def locked(folder: Path, error: type[Exception] = RuntimeError) -> Iterator[None]:
-    """The folder is this process's alone while the block lasts; made if it is not there.
+    """Keep a folder for this process while the block lasts; make it if it is not there.
 
-    A lock of the kernel's: it ends with the process, however that ends, so a killed run leaves nothing to clear away.
-    Raises `error` where another process holds it, or where nothing can be written.
+    The lock ends with the process, however that ends. Raises `error` where another process holds
+    it, or where nothing can be written.
     """
+    lock = FileLock(folder / "lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a+", encoding="utf-8")
+        lock.acquire()
+    except Timeout as reason:
+        raise error(
+            f"{folder}: another run is at work in this folder; wait for it, stop it, or choose "
+            "another output folder"
+        ) from reason
     except OSError as reason:
         raise error(
-            f"cannot write below {folder.parent} ({reason.strerror}): choose another output folder, or change who may "
-            "write there"
+            f"cannot write below {folder.parent} ({reason.strerror}): choose another output "
+            "folder, or change who may write there"
         ) from reason
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as reason:
-            file.seek(0)
-            raise error(
-                f"{folder}: another run (process {file.read() or 'unknown'}) is at work in this folder; wait for it, stop it, "
-                "or choose another output folder"
-            ) from reason
-        except OSError as reason:
-            logger.warning(
-                "%s: this file system has no locks (%s); see to it that one run at a time uses it",
-                folder,
-                reason,
-            )
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+    try:
         yield
+    finally:
+        lock.release()

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.tables import CORPUS, EVAL, TRAIN, Task, finished, write_tables
+from ..data.tables import CORPUS, EVAL, TRAIN, Task, read_finished, write_tables
 from ..store.files import write_json
-from .scenes import Scene, caption, crop, render, sample_scene
+from .scenes import POSITIONS, Scene, caption, crop, render, sample_scene
 from .tasks import LABELS, MAKERS, SUBSETS, TASKS, Side, _pick, _questions
 
 GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other rows or pixels
@@ -128,6 +128,23 @@ def _write_tables(root: Path, rows: dict[str, list], seed: int) -> bytes:
     return digest.digest()
 
 
+def label_scene(scene: Scene) -> dict[str, str]:
+    """Label a scene: the number of objects, and what and where the first in reading order is."""
+    first = min(scene, key=lambda obj: POSITIONS.index(obj["position"]))
+    names = ("kind", "color", "size", "position")
+    return {"count": str(len(scene)), **{name: str(first[name]) for name in names}}
+
+
+def _write_labels(root: Path) -> None:
+    """Write what the pictures of the corpus show, for `evaluate.probe`."""
+    rows = [
+        {"image_path": path, **label_scene(scene)}
+        for path, scene in read_scenes(root).items()
+        if path.startswith("corpus/")
+    ]
+    write_tables(root, {"corpus/labels": pd.DataFrame(rows)})
+
+
 def _check_settings(settings: dict[str, int]) -> None:
     limits = {
         "seed": (0, 2**32),
@@ -158,7 +175,7 @@ def build(
     settings = {"seed": seed, "n_pairs": n_pairs, "n_queries": n_queries, "n_corpus": n_corpus}
     _check_settings(settings)
     wanted = {"generator": "world", "generator_version": GENERATOR_VERSION, "settings": settings}
-    if (found := finished(root, wanted)) is not None:
+    if (found := read_finished(root, wanted)) is not None:
         return found
     from sklearn.utils.parallel import (  # here: it takes a second, and a finished build needs none
         Parallel,
@@ -181,6 +198,7 @@ def build(
             content.update(digest)
             n_images += len(lines)
     content.update(_write_tables(root, rows, seed))
+    _write_labels(root)
     # Candidates a row really has: pools of pictures and captions cannot be larger than the number of queries.
     pools = {
         t.name: t.n_candidates if t.name in LABELS else min(t.n_candidates, n_queries)

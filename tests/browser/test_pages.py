@@ -1,98 +1,86 @@
-"""Every page as a reader opens it: from the disk, on a wide screen and on a phone, with the keyboard."""
+"""Every page as a reader opens it: from the disk, on a wide screen and on a phone; explorers moved."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from test_site import make_run
 
 SITE = Path(__file__).resolve().parent.parent.parent / "reports" / "site"
-PAGES = sorted(SITE.glob("*.html"))
-PHONE = {"width": 390, "height": 844}
+PAGES = sorted(SITE.rglob("*.html"))
+WIDTHS = (1400, 390)
 
 
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory):
-    from publish import publish
-
-    folder = tmp_path_factory.mktemp("hostile")
-    publish(make_run(folder), folder / "reports" / "tiny")
-    return folder / "reports" / "site"
+def name(path: Path) -> str:
+    return path.relative_to(SITE).as_posix()
 
 
-def test_there_are_pages():
-    assert PAGES, "no pages in reports/site: run `make site` first"
-
-
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_page_opens_without_a_fault_and_its_links_lead_somewhere(watched, path):
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_a_page_opens_without_a_fault_and_fits(watched, path, width):
     page, faults = watched
+    page.set_viewport_size({"width": width, "height": 900})
     page.goto(path.as_uri())
-    assert page.locator("h1").count() == 1
+    assert page.locator("h1").count() == (path.name != "search.html")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "sideways scrolling"
     broken = "[...document.images].filter(i => !(i.complete && i.naturalWidth)).map(i => i.src)"
     assert page.evaluate(broken) == []
-    assert page.evaluate("getComputedStyle(document.querySelector('main')).maxWidth") != "none", "no stylesheet"
-    targets = page.evaluate("[...document.links].map(a => a.href).filter(h => h.startsWith('file:'))")
-    for target in sorted(set(targets)):
-        page.goto(target)
-        if "#" in target:
-            assert page.evaluate("document.querySelector(':target') !== null"), f"{path.name}: nothing at {target}"
+    thin = "[...document.querySelectorAll('.cell_output svg, .pipeline svg')].filter(s => s.clientWidth < 8).length"
+    assert page.evaluate(thin) == 0, "a blank drawing"
     assert faults == []
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_page_fits_a_phone(watched, path):
+def test_the_mask_explorer_moves(watched):
     page, faults = watched
-    page.set_viewport_size(PHONE)
-    page.goto(path.as_uri())
-    if page.locator("#show-code").is_visible():
-        page.click("#show-code")
-    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    page.goto((SITE / "notebooks" / "01_attention_masks.html").as_uri())
+    box = page.locator('.cocoa-explorer[data-kind="mask"]')
+    assert box.locator("svg rect").count() == 2 * 9 * 9
+    box.locator('[data-name="n_a"]').fill("6")
+    assert box.locator("svg rect").count() == 2 * 11 * 11
+    assert "B1 knows A1 through others after 2 layers" in box.inner_text()
+    box.locator('[data-name="layout"]').select_option("eos_bridged_strict")
+    assert "A1 cannot know B1" in box.inner_text()
+    box.locator('[data-name="layers"]').fill("1")
+    assert "B1 cannot know A1 within 1 layer" in box.inner_text()
     assert faults == []
 
 
-def test_code_unfolds_by_keyboard(watched, hostile):
-    page, _ = watched
-    page.goto((hostile / "00_first.html").as_uri())
-    opened = "document.querySelectorAll('details.code[open]').length"
-    assert page.evaluate(opened) == 0
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.id") == "show-code":
-            break
-    page.keyboard.press("Enter")
-    assert page.evaluate(opened) == 1 and page.get_attribute("#show-code", "aria-pressed") == "true"
-    page.keyboard.press("Space")
-    assert page.evaluate(opened) == 0
-    page.focus("details.code summary")
-    page.keyboard.press("Enter")
-    assert page.evaluate(opened) == 1
-
-
-def test_the_filter_finds_a_section_by_its_words(watched, hostile):
+@pytest.mark.parametrize("file", ["02_reconstruction_pretraining", "03_contrastive_training",
+                                  "04_mmeb_evaluation", "05_ablations"])  # fmt: skip
+def test_every_menu_of_an_explorer_changes_its_answer(watched, file):
     page, faults = watched
-    page.goto((hostile / "index.html").as_uri())
-    page.fill("#filter", "aardvark see")
-    assert page.locator("#contents li[data-words]:visible").count() == 2
-    page.fill("#filter", "ardvark")
-    assert page.locator("#contents li:visible").count() == 0, "words are found from their beginning"
-    page.fill("#filter", "zebra")
-    assert page.locator("#contents li:visible").count() == 0 and page.inner_text("#found") == "no section"
+    page.goto((SITE / "notebooks" / f"{file}.html").as_uri())
+    boxes = page.locator('.cocoa-explorer[data-kind="cases"]')
+    assert boxes.count()
+    for i in range(boxes.count()):
+        menus = boxes.nth(i).locator("select")
+        for k in range(menus.count()):
+            before = boxes.nth(i).locator(".answer").inner_html()
+            if menus.nth(k).locator("option").count() > 1:
+                menus.nth(k).select_option(index=1)
+                assert boxes.nth(i).locator(".answer").inner_html() != before
     assert faults == []
 
 
-def test_nothing_that_a_user_wrote_acts(watched, hostile):
+def test_search_finds_a_word_and_dark_mode_is_dark(watched):
     page, faults = watched
-    page.goto((hostile / "00_first.html").as_uri())
-    assert page.title() == "00 First" and page.locator("h1").is_visible()
+    page.goto(f"{(SITE / 'search.html').as_uri()}?q=reachability")
+    page.locator("#search-results li").first.wait_for(timeout=10_000)
+    assert "01" in page.locator("#search-results").inner_text()
+    page.goto((SITE / "index.html").as_uri())
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.evaluate("document.body.dataset.theme = 'dark'")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
     assert faults == []
 
 
-def test_the_policy_stops_a_script_that_got_in(watched, hostile, tmp_path):
+def test_a_script_that_got_in_does_not_run(watched, tmp_path):
     page, faults = watched
-    html = (hostile / "00_first.html").read_text(encoding="utf-8")
-    bad = hostile / "bad.html"
-    bad.write_text(html.replace("</main>", '<script>document.title="owned"</script></main>'), encoding="utf-8")
-    page.goto(bad.as_uri())
-    assert page.title() == "00 First" and "Content Security Policy" in faults[0]
+    html = (SITE / "notebooks" / "00_data_and_backbone.html").read_text(encoding="utf-8")
+    bad = SITE / "notebooks" / "bad.html"
+    bad.write_text(html.replace("</article>", '<script>document.title="owned"</script></article>'), encoding="utf-8")
+    try:
+        page.goto(bad.as_uri())
+        assert page.title() != "owned" and "Content Security Policy" in faults[0]
+    finally:
+        bad.unlink()

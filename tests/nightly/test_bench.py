@@ -10,14 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-
-from cocoa_lib.world.build import build
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -27,29 +24,6 @@ RECORDS = {line["name"]: line for name, kept in CONTENTS.items() if "gpu" not in
 GPU = {line["name"]: line for name in ("gpu_earlier", "gpu", "attention_gpu") for line in CONTENTS[name]["results"]}
 ONE_ROW = {line["name"]: line["ratio"] for line in CONTENTS["attention_gpu_one_row"]["results"]}
 KEYS = {"name", "compared", "ratio", "n", "lowest", "highest", "machine", "commit"}
-
-
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def benchmark_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("first") / "benchmark"
-    build(folder, n_pairs=256, n_queries=20, n_corpus=128)
-    return folder
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_first_picture_waits_for_no_model_library(path, benchmark_folder):
-    """The cells up to it are run, with the defaults of their parameters and data of that size."""
-    cells = [cell["source"] for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
-    first = next(i for i, source in enumerate(cells) if re.search(r"\b(figures|draw)\.show\(", source))
-    parameters, *others = cells[: first + 1]
-    given = f"data = {str(benchmark_folder)!r}"
-    seen = "import sys; sys.stderr.write(str(sorted({'torch', 'transformers'} & set(sys.modules))))"
-    code = "\n".join([parameters, given, *others, seen])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr.endswith("[]")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -68,7 +42,7 @@ def test_every_script_is_run_by_make_bench_and_left_its_result():
     assert re.search(r"^bench:.*\n.* benchmarks/bench.py$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     # What `make bench` does not write.
     aside = {"gpu", "gpu_earlier", "attention_gpu", "attention_gpu_one_row"}
-    aside |= {"attention_long", "encode_many", "gradcache_large", "stages_compiled"}
+    aside |= {"attention_long", "gradcache_large", "stages_compiled"}
     assert {*bench.ALONE, *bench.BESIDE} == scripts == {path.stem for path in FILES} - aside
     assert len(bench.ALONE) + len(bench.BESIDE) == len(scripts)
 
@@ -97,26 +71,11 @@ def test_make_bench_runs_each_script_clean_and_names_one_that_fails(tmp_path):
 def test_the_goals_are_said_as_the_records_have_them():
     page = " ".join((ROOT / "docs" / "speed.md").read_text(encoding="utf-8").split())
     said = page.split("What it was to reach")[1]
-    encode, chunks = RECORDS["encode, padding"], RECORDS["padding, GradCache chunks, MMEB-like"]["compared"]
-    assert (
-        f"{encode['given']:.1f} % of `encode`'s computed tokens were padding in given order, {encode['tokens']:.1f} % are"
-        in said
-    )
-    assert "in GradCache's chunks 58.4 % and 8.1 %" in said and "padding 58.4 % -> 8.1 %" in chunks
+    chunks = RECORDS["padding, GradCache chunks, MMEB-like"]["compared"]
+    assert "In GradCache's chunks 58.4 % and 8.1 %" in said and "padding 58.4 % -> 8.1 %" in chunks
     for stage, before, after in (("stage2", 58, 15), ("stage1", 24, 19)):
         assert f"{before} % and {after} % ({stage[:5]} {stage[5]})" in said
         assert f"padding {before} % -> {after} %" in RECORDS[f"packing, {stage}, MMEB-like"]["compared"]
-    plain = {name: line["ratio"] for name, line in RECORDS.items() if name.startswith("encode, plain batches")}
-    assert {name for name, ratio in plain.items() if ratio >= 2} == {name for name in plain if "a tenth" in name}
-    assert (
-        f"({plain['encode, plain batches, 10000 items, a tenth pictures']:.2f} on 10,000 items by a narrow model)"
-        in said
-    )
-    library = [line for name, line in RECORDS.items() if name.startswith("encode, sentence-transformers")]
-    assert all(line["highest"] > 1 for line in library)  # level
-    assert [line["name"] for line in library if line["lowest"] > 1] == [
-        "encode, sentence-transformers, a tenth pictures of 300 tokens, else texts of 20"
-    ]
     assert all(RECORDS[f"GradCache, time, batch {n}"]["ratio"] <= 1.35 for n in (64, 256))
     assert all(RECORDS[f"GradCache, memory, batch {n}"]["highest"] <= 1.1 for n in (256, 1024))
     waits = {
@@ -276,23 +235,6 @@ def test_the_docs_storage_is_dimensions_times_bytes():
         assert told == pytest.approx([size[form](n) for n in dims], rel=0.03), form  # GB of 10^9 vectors
 
 
-@pytest.mark.parametrize("form", ["float32", "float16", "int8", "1 bit", "half the dimensions, int8"])
-def test_a_stored_form_is_compared_as_search_compares_it(form):
-    from precision import FORMS, stored
-
-    from cocoa_lib.embedder import search, smaller
-
-    vectors = np.random.default_rng(0).normal(size=(60, 16)).astype(np.float32)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    share, kind = FORMS[form]
-    dim = 16 // share
-    kept, read = stored(vectors, dim, kind)
-    cut = smaller(vectors, dim, "float32", None)
-    assert kept.nbytes == 60 * dim * {"float32": 32, "float16": 16, "int8": 8, "ubinary": 1}[kind] / 8
-    scores, rows = search(cut[:5], kept, k=60, ranges=np.stack([cut.min(axis=0), cut.max(axis=0)]))
-    np.testing.assert_allclose(scores, np.take_along_axis(cut[:5] @ read.T, rows, axis=1), atol=1e-6)
-
-
 def test_a_ratio_is_taken_within_each_round():
     from common import record
 
@@ -317,44 +259,6 @@ def test_head_on_masked_positions_changes_no_loss(monkeypatch):
     for stage in logits.STAGES:
         full, masked = (logits.setup(stage, full, batch=2, length=24)() for full in (True, False))
         assert full == pytest.approx(masked, abs=1e-5)
-
-
-def test_batches_by_tokens_hold_every_item_once_and_no_more_than_plain_ones_of_the_longest():
-    from cocoa_lib.embedder import PASS, token_batches
-
-    rng = np.random.default_rng(0)
-    cells = np.where(rng.random(500) < 0.4, rng.integers(1, 600, 500), 0)
-    lengths = cells + rng.integers(1, 60, 500)
-    lengths[0], cells[0] = 3000, 0  # one long text must not let pictures come by the hundred
-    batches = list(token_batches(lengths, cells, 8))
-    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    for chosen in batches:
-        assert len(chosen) * lengths[chosen].max() <= 8 * lengths.max()
-        assert cells[chosen].sum() <= 8 * cells.max()
-        short = lengths[chosen] < lengths[chosen].max() / 2  # a batch is alike in length, but for a few
-        assert (lengths[chosen].max() - lengths[chosen][short]).sum() <= PASS
-    assert len(batches) < 500 / 8  # short items came together in larger batches
-    plain = sum(8 * lengths[at : at + 8].max() for at in range(0, 500, 8))
-    assert sum(len(chosen) * lengths[chosen].max() for chosen in batches) < 0.5 * plain
-
-
-def test_pictures_among_texts_are_a_batch_of_their_own_and_a_few_words_are_none():
-    from cocoa_lib.embedder import token_batches
-
-    lengths, cells = np.array([21, 303, 20, 302, 22]), np.array([0, 300, 0, 300, 0])
-    assert [chosen.tolist() for chosen in token_batches(lengths, cells, 5)] == [[1, 3], [4, 0, 2]]
-    assert [chosen.tolist() for chosen in token_batches(np.array([3, 20, 8]), np.zeros(3, int), 4)] == [[1, 2, 0]]
-
-
-def test_encode_knows_an_items_length_before_it_makes_the_batch(small, picture):
-    from cocoa_lib.embedder import item_lengths
-
-    items = [{"text": "a large red circle"}, {"text": "<|image_1|> what is it", "image": picture(200, 40)},
-             {"text": "", "image": [picture(16, 16), picture(64, 32)]}]  # fmt: skip
-    lengths, cells = item_lengths(items, small[1])
-    batch = small[1].collate(items)
-    assert lengths.tolist() == batch["attention_mask"].sum(1).tolist()
-    assert cells.tolist() == batch["mm_token_type_ids"].sum(1).tolist()
 
 
 def test_sorted_chunks_of_gradcache_are_counted_without_most_of_the_padding():

@@ -1,6 +1,6 @@
 """What the other tests show on a CPU, on a GPU: the same losses, Flex's backward pass, bf16, the launch files, `encode`.
 
-    python -m pytest -m gpu tests/test_gpu.py
+    python -m pytest -m gpu tests/nightly/test_gpu.py
 
 `make test` hides GPUs from its tests, since committed outputs are a CPU's: there, as on a machine without one, these are skipped.
 """
@@ -118,7 +118,7 @@ def test_encode_gives_the_vectors_of_a_cpu(small):
     ]
     wanted = embedder.encode(items)
     embedder.module.cuda()
-    assert np.allclose(embedder.encode(items, workers=2), wanted, atol=1e-3)
+    assert np.allclose(embedder.encode(items), wanted, atol=1e-3)
     embedder.module.to(torch.bfloat16)
     assert (embedder.encode(items) * wanted).sum(axis=1).min() > 0.99
 

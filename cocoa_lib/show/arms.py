@@ -1,0 +1,218 @@
+"""Arms compared: tables over seeds, and an explorer that needs no kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from IPython.display import HTML
+from scipy import stats
+
+from ..data.tables import META_TASKS
+from ..evaluate import paired_effects, score_arms
+from .figures import COLOURS
+from .panel import still
+
+REPORTS = Path(__file__).resolve().parents[2] / "reports"
+GROUPS = ("overall", *META_TASKS, "ind", "ood")
+METRICS = {"p@1": 1, "hit@5": 5}  # is the right candidate among the first so many
+NAMES = {"cocoa": "CoCoA", "contrastive": "contrastive learning alone"}
+WIDTH = 220  # pixels of the drawn scale
+
+
+def find_report(run: Any, arms: Sequence[str]) -> Path:
+    """Find the tables of a run: its committed report, or its own folder, in which `arms` are then made."""
+    report = REPORTS / run.root.name
+    if (report / "ranks.parquet").is_file() and not any(run.root.rglob("run.json")):
+        return report
+    for arm in dict.fromkeys(arms):
+        each = run.other(arm=arm)
+        each.evaluate(show_progress=False)
+        if run.built_in:
+            each.probe()
+    return run.root
+
+
+def over_seeds(values: pd.Series) -> dict[str, float]:
+    """Average values, one a seed: value, low, high (95 %, Student's t; nan for one seed)."""
+    low, high = np.nan, np.nan
+    if len(values) > 1 and values.std() > 0:
+        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
+    return {"value": values.mean(), "low": low, "high": high}
+
+
+def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
+    """Tabulate mean scores over seeds, the best arm first."""
+    means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed").round(1)
+    means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
+    means.insert(0, "seeds", scores.groupby("arm").size())
+    return means
+
+
+def list_hypotheses(runs: pd.DataFrame) -> str:
+    """List what each arm is to show, in Markdown."""
+    arms = runs.drop_duplicates("arm")
+    return "\n".join(f"- `{row.arm}`: {row.hypothesis}" for row in arms.itertuples())
+
+
+def list_groups(ranks: pd.DataFrame) -> list[str]:
+    """List MMEB's averages that have a task in `ranks`."""
+    has = {"overall"} | set(ranks["meta_task"])
+    has |= {"ind", "ood"} if ranks["in_distribution"].nunique() > 1 else set()
+    return [group for group in GROUPS if group in has]
+
+
+def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame:
+    """Compare two arms overall (planned) and by kind of task (exploratory), as `draw_forest` takes it."""
+    two = ranks[ranks["arm"].isin([arm, baseline])]
+    rows = [
+        paired_effects(two, baseline, group=group).assign(
+            arm=group, group="planned" if group == "overall" else "exploratory"
+        )
+        for group in list_groups(two)
+    ]
+    return pd.concat(rows, ignore_index=True)
+
+
+def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
+    """Say the first row of `compare_groups` in one sentence."""
+    row, names = effects.iloc[0], [NAMES.get(name, name) for name in (arm, baseline)]
+    if row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0):
+        return f"{names[0]} is {'better' if row['low'] > 0 else 'worse'} than {names[1]} overall"
+    return f"{names[0]} and {names[1]} cannot be told apart overall"
+
+
+def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Collect the score against contrastive steps of arms that differ in these alone, for `draw_curves`.
+
+    Columns label (the shortest arm's name), arm, x, value, low, high; empty where no two arms do.
+    """
+    lines: dict[str, dict[str, int]] = {}
+    for row in runs.astype(object).where(runs.notna(), None).drop_duplicates("arm").itertuples():
+        recipe = {stage: dict(values) for stage, values in row.recipes.items()}
+        steps = recipe["stage3"].pop("steps")
+        recipe["stage3"].pop("warmup_steps", None)
+        recipe["from"] = getattr(row, "backbone", None) or getattr(row, "backbone_sha256", None)
+        lines.setdefault(repr(sorted(recipe.items())), {})[row.arm] = steps
+    rows = []
+    for line in lines.values():
+        if len(set(line.values())) > 1:
+            label = min(line, key=len)
+            for arm, steps in line.items():
+                values = scores.loc[scores["arm"] == arm, "overall"]
+                rows.append({"label": label, "arm": arm, "x": steps, **over_seeds(values)})
+    return pd.DataFrame(rows)
+
+
+def say_curve(ranks: pd.DataFrame, curve: pd.DataFrame, arm: str, baseline: str) -> str:
+    """Say in one sentence where the line of `arm` stands to that of `baseline`, step by step.
+
+    curve: of `learning_curve`. Empty where the two lines have no number of steps in common.
+    """
+    lines = [curve[curve["label"] == label].set_index("x")["arm"] for label in (arm, baseline)]
+    parts: dict[str, list[str]] = {}
+    for x in sorted(set(lines[0].index) & set(lines[1].index)):
+        two = ranks[ranks["arm"].isin([lines[0][x], lines[1][x]])]
+        row = paired_effects(two, lines[1][x]).iloc[0]
+        clear = row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
+        word = "level" if not clear else "ahead" if row["low"] > 0 else "behind"
+        parts.setdefault(word, []).append(f"{x:,}")
+    said = " and ".join(f"{word} after {', '.join(steps)}" for word, steps in parts.items())
+    return f"{NAMES.get(arm, arm)} is {said} contrastive steps" if said else ""
+
+
+def tables_of_arms(
+    ranks: pd.DataFrame, baseline: str, *, n_boot: int = 500
+) -> dict[tuple[str, str], pd.DataFrame]:
+    """Compare all arms with the baseline: (metric, group) -> arm, score, difference, low, high, n_seeds."""
+    tables = {}
+    for metric, k in METRICS.items():
+        hits = ranks.assign(rank=-(-ranks["rank"] // k))  # 1 where the rank is at most k
+        scores = score_arms(hits).groupby("arm").mean(numeric_only=True)
+        for group in list_groups(ranks):
+            table = paired_effects(hits, baseline, group=group, n_boot=n_boot)
+            tables[metric, group] = table.assign(score=table["arm"].map(scores[group]))
+    return tables
+
+
+def split_by_group(tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Turn `tables_of_arms` into arms x groups: `difference` in points, `clear` where 0 lies outside."""
+    parts = {
+        group: table.set_index("arm")
+        for (metric, group), table in tables.items()
+        if metric == "p@1"
+    }
+    order = parts["overall"].sort_values("difference", ascending=False).index
+    difference = pd.DataFrame({group: part["difference"] for group, part in parts.items()})
+    clear = pd.DataFrame(
+        {
+            group: (part["n_seeds"] > 1) & ((part["low"] > 0) | (part["high"] < 0))
+            for group, part in parts.items()
+        }
+    )
+    return {"difference": difference.loc[order], "clear": clear.loc[order]}
+
+
+def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
+    """Collect what a linear classifier reads, for `draw_scores`: task, label (arm), value, low, high."""
+    rows, probes = [], probes[probes["arm"].isin(arms)].dropna(subset="low")
+    for (measure, arm), part in probes.groupby(["measure", "arm"], sort=False):
+        row = over_seeds(part["value"]) if len(part) > 1 else part.iloc[0][["value", "low", "high"]]
+        rows.append({"task": measure, "label": arm, **row})
+    return pd.DataFrame(rows)
+
+
+def tabulate_costs(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Collect seconds of training, all stages, and score of each arm: arm, cost, value, low, high.
+
+    Empty where the runs have not recorded their seconds.
+    """
+    if "seconds" not in runs:
+        return pd.DataFrame()
+    seconds = runs.assign(cost=runs["seconds"].map(lambda each: sum(each.values())))
+    costs = seconds.groupby("arm")["cost"].mean()
+    return pd.DataFrame(
+        {"arm": arm, "cost": costs[arm], **over_seeds(part["overall"])}
+        for arm, part in scores.groupby("arm", sort=False)
+    )
+
+
+def interval_svg(low: float, middle: float, high: float, left: float, right: float) -> str:
+    """Draw a difference and its interval on a scale from `left` to `right`; blue if 0 is outside."""
+    x = [WIDTH * (value - left) / (right - left) for value in (low, middle, high, 0)]
+    colour = COLOURS[0] if low > 0 or high < 0 else "#777777"
+    return (
+        f'<svg role="img" aria-label="{middle:+.1f}, {low:+.1f} to {high:+.1f}" width="{WIDTH}" '
+        f'height="16" viewBox="0 0 {WIDTH} 16">'
+        f'<line x1="{x[3]:.1f}" x2="{x[3]:.1f}" y1="0" y2="16" stroke="currentColor"/>'
+        f'<line x1="{x[0]:.1f}" x2="{x[2]:.1f}" y1="8" y2="8" stroke="{colour}" stroke-width="2"/>'
+        f'<circle cx="{x[1]:.1f}" cy="8" r="4" fill="{colour}"/></svg>'
+    )
+
+
+def arms_html(table: pd.DataFrame, baseline: str) -> str:
+    """Show arms against the baseline, the best first: arm, score, difference, low, high, n_seeds."""
+    table = table.sort_values("difference", ascending=False)
+    left, right = np.floor(min(table["low"].min(), 0)) - 1, np.ceil(max(table["high"].max(), 0)) + 1
+    rows = "".join(
+        f"<tr><td>{escape(str(row.arm))}</td><td>{row.score:.1f}</td>"
+        f"<td>{interval_svg(row.low, row.difference, row.high, left, right)}</td>"
+        f"<td>{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]</td><td>{row.n_seeds}</td></tr>"
+        for row in table.itertuples()
+    )
+    head = f"<th>arm</th><th>score, %</th><th>arm - {escape(baseline)}, {left:+.0f} to {right:+.0f}</th>"
+    return (
+        f"<table><thead><tr>{head}<th>points [95 % interval]</th><th>seeds</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table>"
+    )
+
+
+def explore_arms(tables: Mapping[tuple[str, str], pd.DataFrame], baseline: str) -> HTML:
+    """Make the arms explorer of `tables_of_arms`: menus for metric and tasks, drawn intervals."""
+    metrics, groups = (list(dict.fromkeys(each)) for each in zip(*tables, strict=True))
+    found = {"\t".join(key): arms_html(table, baseline) for key, table in tables.items()}
+    return HTML(still({"metric": dict.fromkeys(metrics), "tasks": dict.fromkeys(groups)}, found))

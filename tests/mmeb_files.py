@@ -1,0 +1,71 @@
+"""Small files in MMEB's layout, and embedders whose scores are known."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from cocoa_lib.data.tables import Task
+from cocoa_lib.evaluate import TASKS
+from cocoa_lib.evaluate.encode import hash_item
+
+N_QUERIES, DIM = 40, 32
+SMALL = tuple(replace(task, n_candidates=min(task.n_candidates, 8)) for task in TASKS)
+ONE = Task("DocVQA", "vqa", True, 3)
+
+
+class Embedder:
+    """Vectors from a function of (text, image path or None); stops after `limit` calls."""
+
+    def __init__(self, vector, fingerprint="a", limit=10**9):
+        self.vector, self.fingerprint, self.limit = vector, fingerprint, limit
+        self.calls, self.seen = 0, []
+
+    def encode(self, items, batch_size, show_progress):
+        if self.calls >= self.limit:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.seen += [(item["text"], item["image"] and item["image"].name) for item in items]
+        vectors = np.stack([self.vector(item["text"], item["image"]) for item in items])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_vector(text, image):
+    return np.random.default_rng(list(hash_item({"text": text, "image": image}))).normal(size=DIM)
+
+
+def oracle_vector(text, image):
+    """By the number in the text: query 7 and its answer 7 get the same vector."""
+    return np.random.default_rng(int(re.findall(r"\d+", text)[-1])).normal(size=DIM)
+
+
+def write_task(root: Path, task: str, rows: list[dict], file="test-00000-of-00001.parquet") -> Path:
+    path = root / task / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(rows).to_parquet(path, index=False)
+    return path
+
+
+def make_rows(task: Task, n: int = N_QUERIES, shuffle: int | None = None) -> list[dict]:
+    """Query i is answered by candidate i; the others are other numbers, drawn for each row."""
+    rng, rows = np.random.default_rng(len(task.name)), []
+    for i in range(n):
+        wrong = rng.choice([j for j in range(n) if j != i], task.n_candidates - 1, replace=False)
+        if shuffle is not None:
+            np.random.default_rng(shuffle).shuffle(wrong)
+        texts = [f"{task.name} answer {j}" for j in (i, *wrong)]
+        row = {"qry_text": f"{task.name} query {i}", "qry_img_path": ""}
+        rows.append({**row, "tgt_text": texts, "tgt_img_path": [""] * len(texts)})
+    return rows
+
+
+def edit(row: int, **fields):
+    return lambda rows: [{**r, **fields} if i == row else r for i, r in enumerate(rows)]
+
+
+def drop(name: str):
+    return lambda rows: [{key: value for key, value in row.items() if key != name} for row in rows]

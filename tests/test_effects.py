@@ -1,0 +1,171 @@
+"""Effects: hand-computed cases, and intervals tried on simulated grids whose effect is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from cocoa_lib.evaluate.effects import (
+    contrast,
+    format_effect,
+    is_significant,
+    judge_gain,
+    paired_effects,
+)
+
+# name, meta-task, in distribution
+TASKS = (("A", "classification", True), ("B", "classification", False), ("C", "vqa", True))
+
+
+def make_ranks(hits: dict[str, np.ndarray], tasks=TASKS) -> pd.DataFrame:
+    """arm -> hits (seeds, tasks, queries), as the table that `read_ranks` gives."""
+    parts = []
+    for arm, array in hits.items():
+        k, t, q = np.indices(array.shape).reshape(3, -1)
+        part = {"arm": arm, "seed": k, "task": t, "query": q, "rank": np.where(array.ravel(), 1, 3)}
+        parts.append(pd.DataFrame(part))
+    table = pd.concat(parts, ignore_index=True).assign(n_candidates=10)
+    for column, at in (("meta_task", 1), ("in_distribution", 2), ("task", 0)):
+        table[column] = np.array([task[at] for task in tasks])[table["task"]]
+    return table
+
+
+LUCK = {  # of a seed: mean 0, variance 1
+    "uniform": lambda rng, size: rng.uniform(-(3**0.5), 3**0.5, size),
+    "normal": lambda rng, size: rng.normal(size=size),
+    "skewed": lambda rng, size: rng.exponential(size=size) - 1,
+}
+
+
+def make_grid(
+    rng, effects: dict[str, float], *, seeds=5, queries=60, spread=0.05, luck="uniform"
+) -> pd.DataFrame:
+    """Simulate a grid whose mean differences to an arm "base" are known exactly.
+
+    All parts of the probabilities have mean 0 and stay clear of 0 and 1. Queries differ in
+    difficulty, and in what an arm does for them, alike in all seeds.
+    """
+    difficulty, hits = rng.uniform(-0.15, 0.15, (1, 3, queries)), {}
+    for arm, effect in {"base": 0.0, **effects}.items():
+        own = rng.uniform(-0.15, 0.15, (1, 3, queries))
+        by_seed = LUCK[luck](rng, (seeds, 1, 1)) * spread
+        hits[arm] = rng.random((seeds, 3, queries)) < 0.45 + effect + difficulty + own + by_seed
+    return make_ranks(hits)
+
+
+def test_difference_by_hand_unweighted_over_tasks():
+    hits = {arm: np.zeros((2, 3, 8), bool) for arm in ("base", "x")}
+    hits["x"][:, 0] = True  # task A: + 100
+    hits["base"][0, 1, :4] = True  # task B: - 50 in one seed, 0 in the other
+    table = make_ranks(hits)
+    table = table[(table["task"] != "A") | (table["query"] < 2)]  # A has 2 queries, B and C 8
+    effect = paired_effects(table, "base").iloc[0]
+    assert effect["difference"] == pytest.approx((100 - 25 + 0) / 3)
+    assert effect["n_seeds"] == 2 and effect["n_queries"] == 18
+    for group, value in {"ind": 50, "ood": -25, "classification": 37.5, "vqa": 0}.items():
+        row = paired_effects(table, "base", group=group).iloc[0]
+        assert row["difference"] == pytest.approx(value)
+    assert row[["low", "high"]].tolist() == [0, 0]
+
+
+def test_queries_are_crossed_with_seeds():
+    """What belongs to a query is the same in all seeds: more seeds must not narrow it."""
+    rng, q = np.random.default_rng(1), 400
+    wins = rng.random((1, 1, q)) < 0.3
+    hits = {"base": np.zeros((8, 1, q), bool), "x": np.repeat(wins, 8, axis=0)}
+    effect = paired_effects(make_ranks(hits), "base", n_boot=4000).iloc[0]
+    half = 1.96 * 100 * wins.std() / np.sqrt(q)  # nested, it would be 2.8 times narrower
+    assert (effect["high"] - effect["low"]) / 2 == pytest.approx(half, rel=0.08)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_few_seeds_widen_as_in_scipys_t_test(seeds):
+    q, share = 1000, np.array([0.2, 0.5, 0.4, 0.45, 0.3])[:seeds]
+    hits = {"base": np.zeros((seeds, 1, q), bool), "x": np.zeros((seeds, 1, q), bool)}
+    for k, part in enumerate(share):
+        hits["x"][k, 0, : round(part * q)] = True
+    effect = paired_effects(make_ranks(hits), "base", n_boot=10000).iloc[0]
+    interval = stats.ttest_1samp(100 * share, 0).confidence_interval()
+    assert effect["difference"] == pytest.approx(100 * share.mean())
+    width = effect["high"] - effect["low"]
+    assert width == pytest.approx(interval.high - interval.low, rel=0.15)
+
+
+def test_interval_covers_the_known_effect_and_a_null_is_rarely_supported():
+    covered, supported, detected = [], [], []
+    true = pd.Series({"gain": 20.0, "null": 0.0, "loss": -10.0})
+    for i in range(40):
+        table = make_grid(np.random.default_rng([3, i]), {"gain": 0.2, "null": 0.0, "loss": -0.1})
+        effects = paired_effects(table, "base", n_boot=300, seed=i).set_index("arm")
+        wanted = true[effects.index]
+        covered += list((effects["low"] <= wanted) & (wanted <= effects["high"]))
+        supported.append(judge_gain(effects.loc["null"]) == "supported")
+        detected.append(judge_gain(effects.loc["gain"]) == "supported")
+        assert judge_gain(effects.loc["loss"]) != "supported"
+    assert 0.92 <= np.mean(covered) <= 0.99
+    assert np.mean(supported) <= 0.05 and np.mean(detected) >= 0.9
+
+
+def test_order_of_rows_and_other_arms_change_no_interval():
+    table = make_grid(np.random.default_rng(5), {"x": 0.1, "y": 0.0}, queries=20)
+    effects = paired_effects(table, "base", n_boot=200)
+    mixed = table.sample(frac=1, random_state=1)
+    pd.testing.assert_frame_equal(effects, paired_effects(mixed, "base", n_boot=200))
+    alone = paired_effects(table[table["arm"] != "y"], "base", n_boot=200)
+    pd.testing.assert_frame_equal(effects.head(1), alone)
+    assert not effects.equals(paired_effects(table, "base", n_boot=200, seed=1))
+
+
+def test_pairs_only_seeds_that_both_have():
+    table = make_grid(np.random.default_rng(5), {"x": 0.1, "y": 0.0}, queries=20)
+    fewer = table[(table["arm"] != "x") | (table["seed"] < 3)]
+    effects = paired_effects(fewer, "base", n_boot=100)
+    assert effects["n_seeds"].tolist() == [3, 5]
+    same = paired_effects(table[table["seed"] < 3], "base", n_boot=100)
+    assert effects["difference"][0] == pytest.approx(same["difference"][0])
+    one = paired_effects(table[table["seed"] == 0], "base", n_boot=100)
+    assert set(one["n_seeds"]) == {1} and np.isfinite(one[["low", "high"]]).all(axis=None)
+
+
+def test_a_contrast_of_two_arms_is_their_paired_effect_and_four_are_an_interaction():
+    arms = {"x": 0.1, "few": -0.2, "x_few": 0.2}
+    table = make_grid(np.random.default_rng(5), arms, queries=20)
+    effect = paired_effects(table, "base", n_boot=200).set_index("arm").loc["x"]
+    two = contrast(table, {"x": 1, "base": -1}, n_boot=200)
+    assert all(two[name] == effect[name] for name in two)
+    four = contrast(table, {"x_few": 1, "few": -1, "x": -1, "base": 1}, n_boot=200)
+    few = contrast(table, {"x_few": 1, "few": -1}, n_boot=200)
+    assert four["difference"] == pytest.approx(few["difference"] - two["difference"])
+    assert four["high"] - four["low"] > two["high"] - two["low"], "less is known of it"
+    with pytest.raises(ValueError, match="no results of arm nobody"):
+        contrast(table, {"nobody": 1, "base": -1})
+
+
+def test_runs_that_do_not_compare_are_refused():
+    table = make_grid(np.random.default_rng(5), {"x": 0.1}, queries=20)
+    row = (table["arm"] == "x") & (table["seed"] == 2) & (table["task"] == "B")
+    row &= table["query"] == 7
+    for bad, message in (
+        (table[~row], "arm x, seed 2 has no rank of query 7 of B"),
+        (pd.concat([table, table[row]]), "two ranks of one query"),
+        (table.assign(n_candidates=np.where(row, 3, 10)), "task B, query 7: .* candidates"),
+        (table[table["arm"] == "base"], "another arm"),
+        (table[table["arm"] == "x"], "'base' and another arm are needed; there are x"),
+        (table[(table["arm"] == "x") == (table["seed"] > 2)], "have no seed in common"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paired_effects(bad, "base", n_boot=10)
+    with pytest.raises(ValueError, match="no query in group 'speech'"):
+        paired_effects(table, "base", group="speech")
+
+
+def test_how_a_gain_is_judged_and_written():
+    def judge(low, high, n_seeds=5):
+        return judge_gain({"low": low, "high": high, "n_seeds": n_seeds})
+
+    assert judge(0.1, 2) == "supported" and judge(-2, 0) == judge(-2, -1) == "not supported"
+    assert judge(0, 2) == judge(-1, 2) == judge(0.1, 2, n_seeds=1) == "undecided"
+    assert is_significant({"low": -2, "high": -1, "n_seeds": 3})
+    assert format_effect({"difference": 1.84, "low": -1.66, "high": 4.7}) == "+1.8 [-1.7, +4.7]"

@@ -1,0 +1,148 @@
+"""Embeddings on disk: each item once, an interrupted evaluation goes on, processes share the work."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from mmeb_files import SMALL, Embedder, make_rows, oracle_vector, random_vector, write_task
+
+from cocoa_lib.evaluate import evaluate
+from cocoa_lib.evaluate.encode import encode_distinct, hash_item
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mmeb")
+    for task in SMALL[:4]:
+        write_task(root, task.name, make_rows(task))
+    return root
+
+
+def run(embedder, root, tasks=SMALL[:3], **options):
+    return evaluate(embedder, root, tasks=tasks, batch_size=4, show_progress=False, **options)
+
+
+def test_each_distinct_item_is_encoded_once_in_order_of_length():
+    texts = ["long " * 5, "b", "b", "a", "long " * 5]
+    items, embedder = [{"text": text, "image": None} for text in texts], Embedder(random_vector)
+    vectors = encode_distinct(embedder, items, show_progress=False)
+    assert len(embedder.seen) == 3 and embedder.seen[-1][0] == texts[0]
+    np.testing.assert_array_equal(vectors, Embedder(random_vector).encode(items, 1, False))
+
+
+def test_an_interrupted_evaluation_goes_on_and_a_second_one_encodes_nothing(root, tmp_path):
+    plain = run(Embedder(random_vector), root)
+    cut = Embedder(random_vector, limit=7)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, root, cache_dir=tmp_path)
+    resumed = Embedder(random_vector)
+    pd.testing.assert_frame_equal(run(resumed, root, cache_dir=tmp_path), plain)
+    assert len(cut.seen) == 7 * 16 and not set(cut.seen) & set(resumed.seen)
+    again = Embedder(random_vector)
+    pd.testing.assert_frame_equal(run(again, root, cache_dir=tmp_path), plain)
+    assert again.calls == 0
+    other = Embedder(oracle_vector, fingerprint="another model")
+    assert (run(other, root, cache_dir=tmp_path)["rank"] == 1).all() and other.calls > 0
+    with pytest.raises(ValueError, match="fingerprint"):
+        run(Embedder(random_vector, fingerprint=""), root, cache_dir=tmp_path)
+
+
+def test_two_processes_share_the_work_and_give_the_same_table(root, tmp_path):
+    plain = run(Embedder(random_vector), root, SMALL[:4])
+    meet, tables = threading.Barrier(2, timeout=30), {}
+    embedders = [Embedder(random_vector), Embedder(random_vector)]
+
+    def process(i):
+        shares = {"process_index": i, "num_processes": 2, "wait": meet.wait}
+        tables[i] = run(embedders[i], root, SMALL[:4], cache_dir=tmp_path, **shares)
+
+    threads = [threading.Thread(target=process, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(2):
+        pd.testing.assert_frame_equal(tables[i], plain)
+    first, second = (embedder.seen for embedder in embedders)
+    assert not set(first) & set(second)
+    assert min(len(first), len(second)) > 0.3 * len(first + second)
+
+
+def test_every_process_has_its_share_of_the_pictures(tmp_path):
+    """They come last in the order, and take the time: 60 of them among 120 texts, batches of 8."""
+    for i in range(60):
+        (tmp_path / f"{i}.png").write_bytes(bytes([i]))
+    items = [{"text": f"{i}", "image": None} for i in range(120)]
+    items += [{"text": "", "image": tmp_path / f"{i}.png"} for i in range(60)]
+    counts = []
+    for i in range(4):
+        seen: list = []
+
+        def encode(some, seen=seen, **_):
+            seen.extend(some)
+            return np.ones((len(some), 1))
+
+        with contextlib.suppress(RuntimeError):  # the others' shares are missing
+            encode_distinct(
+                SimpleNamespace(encode=encode),
+                items,
+                cache_dir=tmp_path / str(i),
+                process_index=i,
+                num_processes=4,
+                batch_size=8,
+                wait=lambda: None,
+                show_progress=False,
+            )
+        counts.append(sum(item["image"] is not None for item in seen))
+    assert sum(counts) == 60 and max(counts) - min(counts) <= 8, counts
+
+
+def test_a_share_that_is_missing_is_reported(tmp_path):
+    items = [{"text": f"{i}", "image": None} for i in range(100)]
+    share = {"process_index": 0, "num_processes": 2, "wait": lambda: None, "batch_size": 4}
+    with pytest.raises(RuntimeError, match="48 of 100 embeddings are not in"):
+        encode_distinct(
+            Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False, **share
+        )
+    with pytest.raises(ValueError, match="cache_dir"):
+        encode_distinct(Embedder(random_vector), items, show_progress=False, **share)
+
+
+def test_keys_follow_content(tmp_path):
+    a, b = tmp_path / "a.png", tmp_path / "b.png"
+    a.write_bytes(b"1")
+    b.write_bytes(b"1")
+    key = hash_item({"text": "t", "image": a})
+    assert key == hash_item({"text": "t", "image": b}) != hash_item({"text": "u", "image": a})
+    a.write_bytes(b"22")
+    assert key != hash_item({"text": "t", "image": a}) != hash_item({"text": "t", "image": None})
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (lambda items: np.full((len(items), 4), np.nan), "has length nan"),
+        (lambda items: np.ones((len(items), 4)), "'text': 'x'.* has length 2, expected 1"),
+        (lambda items: np.ones((len(items) + 1, 4)) / 2, r"shape \(2, 4\) for 1 items"),
+    ],
+)
+def test_embeddings_that_cannot_be_compared_are_refused_and_not_kept(encode, message, tmp_path):
+    embedder, items = SimpleNamespace(encode=lambda items, **_: encode(items)), []
+    items = [{"text": "x", "image": None}]
+    with pytest.raises(ValueError, match=message):
+        encode_distinct(embedder, items, cache_dir=tmp_path, show_progress=False)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    items = [{"text": "x", "image": None}]
+    encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
+    (shard,) = tmp_path.rglob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=f"{shard.name}: damaged.*delete it"):
+        encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)

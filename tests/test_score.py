@@ -1,0 +1,362 @@
+"""The evaluation, rule by rule: tasks, averages, ranks, ties, scores, intervals."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmeb_files import (
+    DIM,
+    N_QUERIES,
+    ONE,
+    SMALL,
+    Embedder,
+    edit,
+    make_rows,
+    oracle_vector,
+    random_vector,
+    write_task,
+)
+from scipy.stats import binomtest
+
+from cocoa_lib.data.tables import META_TASKS, Task
+from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
+from cocoa_lib.evaluate import (
+    TASKS,
+    averages,
+    evaluate,
+    read_ranks,
+    read_runs,
+    score_averages,
+    score_tasks,
+)
+from cocoa_lib.evaluate import __main__ as command
+from cocoa_lib.evaluate.score import RANKS, rank
+from cocoa_lib.evaluate.tasks import read_published
+
+
+@pytest.fixture(scope="module")
+def all_tasks(tmp_path_factory):
+    """MMEB-eval's layout with all 36 names."""
+    root = tmp_path_factory.mktemp("mmeb")
+    for task in SMALL:
+        write_task(root, task.name, make_rows(task))
+    return root
+
+
+def run(embedder, root, tasks=SMALL, **options):
+    return evaluate(embedder, root, tasks=tasks, show_progress=False, **options)
+
+
+def make_ranks(ranks: dict[str, list[int]], tasks=TASKS, n_candidates=9) -> pd.DataFrame:
+    known = {task.name: task for task in tasks}
+    parts = [
+        pd.DataFrame({"query": range(len(r)), "rank": r}).assign(
+            task=name, meta_task=known[name].meta_task, in_distribution=known[name].in_distribution
+        )
+        for name, r in ranks.items()
+    ]
+    return pd.concat(parts, ignore_index=True).assign(n_candidates=n_candidates, ties=0)
+
+
+def p_at_1(ranks: pd.DataFrame) -> dict[str, float]:
+    scores = score_tasks(ranks, n_boot=10)
+    return scores[scores["metric"] == "p@1"].set_index("task")["value"].to_dict()
+
+
+# Tasks and averages
+
+
+def test_the_36_tasks():
+    names = [task.name for task in TASKS]
+    assert len(set(names)) == len(names) == 36
+    assert [sum(task.meta_task == meta for task in TASKS) for meta in META_TASKS] == [10, 10, 12, 4]
+    assert sum(task.in_distribution for task in TASKS) == 20
+    few = {task.name: task.n_candidates for task in TASKS if task.n_candidates != 1000}
+    assert few == {
+        "N24News": 24,
+        "HatefulMemes": 2,
+        "VOC2007": 20,
+        "SUN397": 397,
+        "Place365": 365,
+        "ImageNet-R": 200,
+        "ObjectNet": 313,
+        "Country211": 211,
+    }
+    assert all(task.meta_task == "classification" for task in TASKS if task.name in few)
+
+
+def test_averages_are_those_computed_by_hand():
+    # Classification 10..100, VQA all 50, retrieval 0 and 30 (ood), grounding 80, 20, 20, 20.
+    scores = {task.name: 10.0 * (i + 1) for i, task in enumerate(TASKS[:10])}
+    scores |= {task.name: 50.0 for task in TASKS[10:20]}
+    scores |= {task.name: 0.0 if task.in_distribution else 30.0 for task in TASKS[20:32]}
+    scores |= dict(zip([task.name for task in TASKS[32:]], [80.0, 20.0, 20.0, 20.0], strict=True))
+    expected = {
+        "classification": 55.0,  # 550 / 10
+        "vqa": 50.0,
+        "retrieval": 10.0,  # 4 * 30 / 12
+        "grounding": 35.0,  # 140 / 4
+        "ind": 26.5,  # (10+20+30+40+50 + 6*50 + 0 + 80) / 20
+        "ood": 48.75,  # (60+70+80+90+100 + 4*50 + 4*30 + 3*20) / 16
+        "overall": 36.3889,  # (550 + 500 + 120 + 140) / 36; the mean of the four would be 37.5
+    }
+    assert list(averages(scores)) == list(expected)
+    assert averages(scores) == pytest.approx(expected, abs=1e-4)
+    ranks = make_ranks(
+        {t: [1] * round(s / 10) + [2] * round(10 - s / 10) for t, s in scores.items()}
+    )
+    table = score_averages(ranks).set_index("average")
+    assert table["value"].to_dict() == pytest.approx(expected, abs=1e-4)
+    assert table["n_tasks"].tolist() == [10, 10, 12, 4, 20, 16, 36]
+    some = averages({"GQA": 40.0})
+    assert (some["vqa"], some["ood"], some["overall"]) == (40, 40, 40)
+    assert np.isnan(some["grounding"]) and np.isnan(some["ind"])
+    with pytest.raises(ValueError, match="unknown.*GQQ"):
+        averages({"GQQ": 1.0})
+
+
+def test_published_rows_that_do_not_follow_from_their_own_scores():
+    table = read_published()
+    marked = table[~table["consistent"]]
+    found = {(r.model, r.size): (r.overall, round(r.recomputed, 1)) for r in marked.itertuples()}
+    assert found == {
+        ("CoCoA (Qwen2-VL)", "2B"): (66.0, 66.2),
+        ("UniME (Phi-3.5-V)", "4.2B"): (64.2, 61.3),
+        ("UniME (LLaVA-1.6)", "7B"): (66.6, 63.6),
+        ("VLM2Vec (Qwen2-VL)", "2B"): (59.3, 60.1),  # another table prints 60.1 over the same four
+    }
+    assert table["source"].notna().all() and table["evaluator"].notna().all()
+
+
+# Whole evaluations
+
+
+def test_a_random_embedder_scores_at_chance(all_tasks):
+    scores = score_tasks(run(Embedder(random_vector), all_tasks))
+    first = scores[scores["metric"] == "p@1"]
+    assert first["task"].tolist() == [task.name for task in TASKS]
+    chance = 1 / first["n_candidates"]
+    hits = (first["value"] * first["n"] / 100).round().astype(int)
+    tests = [binomtest(h, n, c).pvalue for h, n, c in zip(hits, first["n"], chance, strict=True)]
+    assert min(tests) > 0.05 / 36
+    # 95 % intervals: about 2 of 36 miss chance.
+    assert ((first["low"] <= 100 * chance) & (100 * chance <= first["high"])).sum() >= 30
+    # hit@5 and MRR of a uniform rank among 8: 5/8 and H(8)/8.
+    eight = scores[scores["n_candidates"] == 8].groupby("metric")["value"].mean()
+    assert eight["hit@5"] == pytest.approx(100 * 5 / 8, abs=4)
+    assert eight["mrr"] == pytest.approx(100 * sum(1 / r for r in range(1, 9)) / 8, abs=3)
+
+
+def test_an_oracle_scores_100_everywhere(all_tasks):
+    ranks = run(Embedder(oracle_vector), all_tasks)
+    assert list(ranks.columns) == RANKS and len(ranks) == 36 * N_QUERIES
+    assert (ranks["rank"] == 1).all() and (ranks["ties"] == 0).all()
+    table = score_averages(ranks)
+    assert (table[["value", "low", "high"]] == 100).all(axis=None)
+
+
+def test_identical_embeddings_score_0_and_100_by_the_public_rule(all_tasks):
+    ranks = run(Embedder(lambda text, image: np.ones(DIM)), all_tasks, SMALL[:4])
+    assert set(p_at_1(ranks).values()) == {0.0} and (ranks["ties"] == ranks["rank"] - 1).all()
+    assert (score_tasks(ranks)["ties"] == N_QUERIES).all()
+    assert set(p_at_1(ranks.assign(rank=ranks["rank"] - ranks["ties"])).values()) == {100.0}
+
+
+def test_shuffled_candidates_and_rows_change_nothing(all_tasks, tmp_path):
+    task = SMALL[10]
+    write_task(tmp_path, task.name, make_rows(task, shuffle=5))
+    before = run(Embedder(random_vector), all_tasks, (task,))
+    pd.testing.assert_frame_equal(before, run(Embedder(random_vector), tmp_path, (task,)))
+    write_task(tmp_path, task.name, make_rows(task)[::-1])
+    backwards = run(Embedder(random_vector), tmp_path, (task,))
+    pd.testing.assert_frame_equal(score_tasks(before), score_tasks(backwards))
+
+
+def test_a_sample_of_queries_keeps_row_numbers(all_tasks):
+    every = run(Embedder(random_vector), all_tasks, SMALL[:2])
+    some = run(Embedder(random_vector), all_tasks, SMALL[:2], n_queries=10, seed=3)
+    assert some.groupby("task").size().tolist() == [10, 10] and some["query"].max() > 10
+    both = some.merge(every, on=["task", "query"])
+    assert len(both) == 20 and (both["rank_x"] == both["rank_y"]).all()
+
+
+def test_one_image_with_two_texts_is_two_candidates_and_a_copy_counts_once(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(b"not decoded here")
+    texts = ["caption 1", "caption 2", "caption 1"]
+    row = {"qry_text": "query 1", "qry_img_path": "", "tgt_text": texts}
+    write_task(tmp_path, "WebQA", [{**row, "tgt_img_path": ["a.png"] * 3}])
+    embedder = Embedder(oracle_vector)
+    ranks = run(embedder, tmp_path, (Task("WebQA", "retrieval", True, 3),))
+    assert ranks[["rank", "ties", "n_candidates"]].values.tolist() == [[1, 0, 2]]
+    expected = [("caption 1", "a.png"), ("caption 2", "a.png"), ("query 1", None)]
+    assert sorted(embedder.seen, key=str) == expected
+
+
+def test_all_is_checked_before_anything_is_encoded(all_tasks, tmp_path):
+    tasks, embedder = SMALL[:2], Embedder(random_vector)
+    for task in tasks:
+        shutil.copytree(all_tasks / task.name, tmp_path / task.name)
+    for change, message in (
+        (edit(3, qry_text="", qry_img_path=""), "row 3, qry_text/qry_img_path: neither"),
+        (edit(3, qry_img_path="no.png"), "1 pictures are not in .*row 3, qry_img_path"),
+        (edit(3, qry_img_path="../no.png"), "row 3, qry_img_path: path"),
+    ):
+        write_task(tmp_path, tasks[-1].name, change(make_rows(tasks[-1])))
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=f"{tasks[-1].name}.*{message}|{message}"
+        ):
+            run(embedder, tmp_path, tasks)
+    assert embedder.calls == 0
+    mmeb = next(task for task in TASKS if task.name == "GQA")  # must have its 1000 candidates
+    with pytest.raises(ValueError, match="8 candidates, expected 1000"):
+        run(embedder, all_tasks, (mmeb,))
+
+
+def test_a_damaged_picture_of_a_row_is_named(small, picture, tmp_path):
+    (tmp_path / "images").mkdir()
+    picture().save(path := tmp_path / "images" / "half.png")
+    path.write_bytes(path.read_bytes()[:2000])
+    write_task(tmp_path, "DocVQA", edit(3, qry_img_path="half.png")(make_rows(ONE, 5)))
+    with pytest.raises(ValueError, match="row 3, qry_img_path: .*half.png: not a readable image"):
+        run(CocoaEmbedder(EosEmbedding(*small)), tmp_path, (ONE,))
+
+
+# Ranking
+
+ints = st.integers(-2, 2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_rank_is_what_counting_gives(data):
+    """Small integers: products are exact, ties are many, pools have any length and any overlap."""
+    n, q = data.draw(st.integers(1, 80)), data.draw(st.integers(1, 6))
+    pair = st.tuples(ints, ints)
+    vectors = np.array(data.draw(st.lists(pair, min_size=n + q, max_size=n + q)), dtype=np.float32)
+    queries, candidates = vectors[:q], vectors[q:]
+    pool = st.lists(st.integers(0, n - 1), min_size=1, max_size=8)
+    lists = [np.array(data.draw(pool)) for _ in range(q)]
+    found = rank(queries, candidates, lists)
+    for i, index in enumerate(lists):
+        scores = candidates[index] @ queries[i]
+        assert found["rank"][i] == 1 + (scores[1:] >= scores[0]).sum()
+        assert found["ties"][i] == (scores[1:] == scores[0]).sum()
+        assert (found["rank"][i] - found["ties"][i] == 1) == (scores.argmax() == 0)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    queries, candidates = rng.normal(size=(2, 30, 8)).astype(np.float32)
+    lists = [rng.choice(30, 5, replace=False) for _ in range(30)]
+    whole = rank(queries, candidates, lists)
+    monkeypatch.setattr("cocoa_lib.evaluate.score.BLOCK", 64)
+    pd.testing.assert_frame_equal(rank(queries, candidates, lists), whole)
+
+
+@pytest.mark.parametrize("n_pool", [7, 997])
+def test_equal_vectors_tie_wherever_they_stand(n_pool):
+    """1536 dimensions, odd sizes: columns fall into different corners of a blocked product."""
+    rng = np.random.default_rng(0)
+    queries = rng.normal(size=(5, 1536)).astype(np.float32)
+    pool = np.tile(rng.normal(size=1536).astype(np.float32), (n_pool, 1))
+    assert (rank(queries, pool, [np.arange(n_pool)] * 5)["ties"] == n_pool - 1).all()
+
+
+@pytest.mark.parametrize("n_candidates", [40, 2000], ids=["one pool", "a pool a row"])
+def test_near_ties_do_not_depend_on_the_order_of_candidates(n_candidates):
+    """Candidates that differ in the last bits: any order of table and lists gives the same ranks."""
+    rng = np.random.default_rng(1)
+    queries = rng.normal(size=(20, 700)).astype(np.float32)
+    base = rng.normal(size=700)
+    pool = (base + 1e-7 * rng.normal(size=(n_candidates, 700))).astype(np.float32)
+    lists = [rng.choice(n_candidates, 33, replace=False) for _ in range(20)]
+    moved = rng.permutation(n_candidates)
+    place = np.argsort(moved)
+    shuffled = [place[np.r_[index[:1], rng.permutation(index[1:])]] for index in lists]
+    pd.testing.assert_frame_equal(rank(queries, pool[moved], shuffled), rank(queries, pool, lists))
+
+
+def test_rank_refuses_what_it_cannot_rank():
+    one = np.eye(3, dtype=np.float32)
+    broken = one.copy()
+    broken[1, 2] = np.nan
+    with pytest.raises(ValueError, match="candidate 1 has values that are not finite"):
+        rank(one, broken, [np.arange(3)] * 3)
+    with pytest.raises(ValueError, match="3 queries need as many lists"):
+        rank(one, one, [np.arange(3)] * 2)
+
+
+# Scores and intervals
+
+
+def test_metrics_and_intervals():
+    rows = score_tasks(make_ranks({"GQA": [1, 2, 3, 11]})).set_index("metric")
+    assert rows.loc["p@1", ["value", "n"]].tolist() == [25, 4] and rows.loc["hit@5", "value"] == 75
+    assert rows.loc["mrr", "value"] == pytest.approx(100 * (1 + 1 / 2 + 1 / 3 + 1 / 11) / 4)
+    assert rows.loc["ndcg@10", "value"] == pytest.approx(100 * (1 + 1 / np.log2(3) + 1 / 2) / 4)
+    table = score_tasks(make_ranks({"GQA": [1] * 300 + [5] * 700}), n_boot=4000)
+    width = 1.96 * 100 * np.sqrt(0.3 * 0.7 / 1000)
+    low, high = table.loc[0, ["low", "high"]]
+    assert [low, high] == pytest.approx([30 - width, 30 + width], abs=0.3)
+    for score in (score_tasks, score_averages):
+        with pytest.raises(ValueError, match="no queries"):
+            score(make_ranks({"GQA": []}))
+
+
+def test_intervals_of_the_averages_are_over_queries_within_tasks():
+    ranks = {"GQA": [1] * 300 + [2] * 700, "DocVQA": [1] * 20 + [2] * 20, "OVEN": [3] * 50}
+    table = score_averages(make_ranks(ranks), n_boot=8000).set_index("average")
+    values = [np.nan, 40, 0, np.nan, 50, 15, 80 / 3]
+    assert table["value"].tolist() == pytest.approx(values, nan_ok=True)
+    # Of a task 100 sqrt(p (1 - p) / n); of a mean of m tasks the root of their squares over m.
+    gqa, doc = 0.3 * 0.7 / 1000, 0.25 / 40
+    for name, mean, error in (
+        ("vqa", 40, np.sqrt(gqa + doc) / 2),
+        ("ind", 50, np.sqrt(doc)),
+        ("ood", 15, np.sqrt(gqa) / 2),
+        ("overall", 80 / 3, np.sqrt(gqa + doc) / 3),
+    ):
+        width = 196 * error
+        wanted = pytest.approx([mean - width, mean + width], abs=0.2 * width)
+        assert table.loc[name, ["low", "high"]].tolist() == wanted
+    assert table.loc["retrieval", ["value", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc[["classification", "grounding"], ["low", "high"]].isna().all(axis=None)
+    assert table["n_tasks"].tolist() == [0, 2, 1, 0, 1, 2, 3] and table.loc["overall", "n"] == 1090
+
+
+# The command
+
+
+def test_the_command_writes_ranks_prints_averages_and_fills_the_card(
+    all_tasks, tmp_path, monkeypatch, capsys
+):
+    folder, out, model = tmp_path / "data", tmp_path / "out", tmp_path / "the-model"
+    for task in SMALL[:2]:
+        shutil.copytree(all_tasks / task.name, folder / "eval" / task.name)
+    fields = [[t.name, t.meta_task, t.in_distribution, t.n_candidates] for t in SMALL[:3]]
+    manifest = pd.Series({"tasks": fields, "content_hash": "c0ffee"})
+    manifest.to_json(folder / "manifest.json")
+    load = SimpleNamespace(load=lambda path, dtype: Embedder(oracle_vector, fingerprint="f00"))
+    monkeypatch.setattr(command, "CocoaEmbedder", load)
+    model.mkdir()
+    (model / "cocoa.json").write_text(
+        '{"eos_token": "", "max_length": 9, "weights_sha256": "5a5a"}'
+    )
+    command.main([str(model), "--root", str(folder), "--out", str(out), "--n-queries", "12"])
+    printed = capsys.readouterr().out
+    assert f"MISSING: {SMALL[2].name}" in printed and "vqa" not in printed
+    assert "overall         100.0 [100.0, 100.0]" in printed
+    ranks, run_facts = read_ranks(out), read_runs(out).iloc[0]
+    assert list(ranks.columns) == ["arm", "seed", *RANKS] and len(ranks) == 24
+    assert set(ranks["arm"]) == {"the-model"}
+    assert (run_facts["data"], run_facts["fingerprint"]) == ("c0ffee", "f00")
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert "5a5a" in card and "| overall | 2 | 100.0 | 100.0 to 100.0 |" in card
+    assert f"Missing tasks: {SMALL[2].name}" in card and "2 tasks, 24 queries" in card

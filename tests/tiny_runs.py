@@ -1,0 +1,79 @@
+"""Tiny runs for tests: `home` has a world, a random model and the four stages from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from cocoa_lib.data import corpus
+from cocoa_lib.recipes import make_recipe
+from cocoa_lib.run.stage import run_stage
+from cocoa_lib.run.trainers import PlainTrainer
+from cocoa_lib.store.checkpoint import read_meta, save_checkpoint
+from cocoa_lib.world.backbone import new_backbone
+from cocoa_lib.world.build import build
+
+STAGES = ("causal", "stage1", "stage2", "stage3")
+PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+# Checkpoints at 2 and 4, log rows at 4 and 6: neither falls together, so a resumed run must carry half a log row.
+TINY = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
+        "logging_steps": 4}  # fmt: skip
+LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
+
+
+def tiny(stage, **values):
+    extra = {"mini_batch_size": 3, "temperature": 0.1} if stage == "stage3" else {}
+    return make_recipe(stage, TINY | extra | values)
+
+
+def make_home(folder: Path) -> Path:
+    """Write `world`, `init` and the four stages from it, seed 0, uninterrupted."""
+    torch.set_num_threads(1)
+    build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
+    rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
+    model, inputs = new_backbone(
+        [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
+        layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
+    )  # fmt: skip
+    save_checkpoint(folder / "init", model, inputs, {"stage": "init"})
+    for stage in STAGES:
+        go(folder, stage, folder / stage)
+    return folder
+
+
+def go(home, stage, out, recipe=None, **settings):
+    settings = {
+        "parent": home / PARENT[stage],
+        "data": home / "world",
+        "show_progress": False,
+    } | settings
+    return run_stage(stage, recipe or tiny(stage), out=out, **settings)
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one, other):
+    assert (one / "log.csv").read_text() == (other / "log.csv").read_text()
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert read_meta(one)["weights_sha256"] == read_meta(other)["weights_sha256"]
+
+
+def stop_at(monkeypatch, step, how):
+    """At the loss of `step`: raise `how`, or send that signal to this process; steps before it are untouched."""
+    original = PlainTrainer.check_loss
+
+    def checked(self, loss):
+        if self.state.global_step + 1 == step:
+            if isinstance(how, BaseException):
+                raise how
+            os.kill(os.getpid(), how)
+        return original(self, loss)
+
+    monkeypatch.setattr(PlainTrainer, "check_loss", checked)
