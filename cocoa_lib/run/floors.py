@@ -1,6 +1,6 @@
 """What scores mean: chance, pixels and words, random weights, a small CNN, the generator's truth.
 
-    python -m cocoa_lib.drawings.floors runs/laptop/benchmark --pairs 2000 --out floors.csv
+    python -m cocoa_lib.run.floors runs/laptop/benchmark --pairs 2000 --out floors.csv
 
 Each is a row a task, in percent right at rank 1. All read the same files as the models do.
 """
@@ -11,6 +11,7 @@ import argparse
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
 
@@ -18,19 +19,19 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from ..data import corpus
 from ..data.tables import load_eval
 from ..embedder import CocoaEmbedder, EosEmbedding
+from ..evaluate.floor import pixel_bow_embed
 from ..evaluate.score import evaluate
 from ..items import PLACEHOLDER, load_image
 from ..store.files import write_whole
 from ..world.backbone import new_backbone
-from .build import oracle, read_scenes
-from .pretrain import Schedule
-from .tasks import SUBSETS, TASKS
+from ..world.build import oracle, read_scenes
+from ..world.pretrain import Schedule
+from ..world.tasks import SUBSETS, TASKS
 
 SIDE = 80  # pixels a side that the CNN sees
 WORDS = 1024  # hashed words
@@ -42,26 +43,6 @@ Item = dict[str, Any]  # {"text": str, "image": path or None}
 def split_words(item: Item) -> list[str]:
     """The words of an item, without the mark of its picture."""
     return re.findall(r"\w+", PLACEHOLDER.sub("", item.get("text") or "").lower())
-
-
-class PixelsAndWords:
-    """No training: 8 x 8 x 3 pixels, a 4 x 4 x 4 colour histogram, 256 hashed words."""
-
-    def encode(self, items: Sequence[Item], **_: Any) -> np.ndarray:
-        """(N, 512) float32; each of the three blocks and the whole have length 1, or 0."""
-        out = np.zeros((len(items), 512), dtype=np.float32)
-        for row, item in zip(out, items, strict=True):
-            for word in split_words(item):
-                row[256 + crc32(word.encode()) % 256] += 1
-            if item.get("image"):
-                image = load_image(item["image"])
-                small = image.resize((8, 8), Image.Resampling.BOX)
-                row[:192] = np.asarray(small, dtype=np.float32).ravel()
-                bins = np.asarray(image).reshape(-1, 3) // 64 @ np.array([16, 4, 1])
-                row[192:256] = np.bincount(bins, minlength=64)
-            for block in (row[:192], row[192:256], row[256:], row):
-                block /= max(np.linalg.norm(block), 1e-12)
-        return out
 
 
 class SmallCnn(nn.Module):
@@ -131,45 +112,37 @@ def open_random_model(root: Path, seed: int = 0) -> CocoaEmbedder:
 
 def score_embedder(embedder: Any, root: Path, part: str) -> dict[str, float]:
     """Task -> precision at 1 in percent, on the queries of "eval" or "dev"."""
-    results, _ = evaluate(
-        embedder, str(root / part), root / "images", tasks=TASKS, show_progress=False
-    )
-    first = results[results["metric"] == "p@1"]
-    return dict(zip(first["task"], first["value"], strict=True))
+    ranks = evaluate(embedder, root / part, root / "images", tasks=TASKS, show_progress=False)
+    return {task: 100 * float((of["rank"] == 1).mean()) for task, of in ranks.groupby("task")}
+
+
+def score_rows(root: Path, part: str, score: Callable[[dict[str, Any]], float]) -> dict[str, float]:
+    """Task -> mean of `score` over its rows, in percent."""
+    return {
+        task.name: 100 * float(np.mean([score(row) for row in load_eval(root / part, task.name)]))
+        for task in TASKS
+    }
 
 
 def score_chance(root: Path, part: str) -> dict[str, float]:
-    """Task -> percent right by drawing a candidate."""
-    return {
-        task.name: 100
-        * float(
-            np.mean([1 / len(row["tgt_text"]) for row in load_eval(str(root / part), task.name)])
-        )
-        for task in TASKS
-    }
+    """Percent right by drawing a candidate."""
+    return score_rows(root, part, lambda row: 1 / len(row["tgt_text"]))
 
 
 def score_truth(root: Path, part: str) -> dict[str, float]:
-    """Task -> percent of rows whose first candidate is what the generator's truth picks: 100, or a
-    row is wrong.
-    """
+    """Percent of rows whose first candidate the generator's truth picks: 100, or a row is wrong."""
     scenes = read_scenes(root)
-    return {
-        task.name: 100
-        * float(
-            np.mean([oracle(row, scenes) == 0 for row in load_eval(str(root / part), task.name)])
-        )
-        for task in TASKS
-    }
+    return score_rows(root, part, lambda row: float(oracle(row, scenes) == 0))
 
 
 def list_floors(
     root: Path, part: str, n_pairs: int, steps: int
 ) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
     """(name, function that scores it), cheapest first."""
+    pixels = SimpleNamespace(encode=lambda items, **_: pixel_bow_embed(items))
     yield "chance", lambda: score_chance(root, part)
     yield "truth", lambda: score_truth(root, part)
-    yield "pixels and words", lambda: score_embedder(PixelsAndWords(), root, part)
+    yield "pixels and words", lambda: score_embedder(pixels, root, part)
     yield "random weights", lambda: score_embedder(open_random_model(root), root, part)
     yield (
         f"small CNN, {n_pairs:,} pairs",

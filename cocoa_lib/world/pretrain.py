@@ -1,7 +1,7 @@
 """The small causal backbone, vision first: tower and merger learn to name drawings, then the
 language model joins.
 
-    python -m cocoa_lib.drawings.pretrain --out data/backbone --seed 1
+    python -m cocoa_lib.world.pretrain --out data/backbone --seed 1
 
 Four phases. "crops": single drawings, a linear head on the merger's output names the concept on
 each cell. "scenes": the same on whole scenes. "names": the language model says what a single
@@ -36,7 +36,7 @@ from ..corruption import IGNORE
 from ..inputs import Inputs
 from ..store.checkpoint import META, save_checkpoint
 from ..store.files import write_whole
-from ..world.backbone import causal_batch, new_backbone
+from .backbone import causal_batch, new_backbone
 from .concepts import SALT
 from .lessons import BACKGROUND, Lesson, known_concepts, make_crops, make_scenes, sample_texts
 from .muon import Muon

@@ -15,9 +15,11 @@ from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.drawings import exam, pretrain
-from cocoa_lib.drawings.concepts import load_concepts
-from cocoa_lib.drawings.lessons import (
+from cocoa_lib.store.checkpoint import load_inputs, read_meta, weights_hash
+from cocoa_lib.world import exam, pretrain
+from cocoa_lib.world.backbone import answer
+from cocoa_lib.world.concepts import load_concepts
+from cocoa_lib.world.lessons import (
     BACKGROUND,
     IGNORE,
     known_concepts,
@@ -25,11 +27,9 @@ from cocoa_lib.drawings.lessons import (
     make_crops,
     make_scenes,
 )
-from cocoa_lib.drawings.muon import Muon, orthogonalise
-from cocoa_lib.drawings.patches import EQUAL_PICTURES, cut_patches
-from cocoa_lib.drawings.scenes import CANVAS, WINDOW, Drawn, Scene, render
-from cocoa_lib.store.checkpoint import load_inputs, read_meta, weights_hash
-from cocoa_lib.world.backbone import answer
+from cocoa_lib.world.muon import Muon, orthogonalise
+from cocoa_lib.world.patches import EQUAL_PICTURES, cut_patches
+from cocoa_lib.world.scenes import CANVAS, WINDOW, Drawn, Scene, render
 
 TINY = pretrain.Schedule(
     hidden_size=32,
@@ -212,5 +212,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_shows_its_help():
-    command = [sys.executable, "-m", "cocoa_lib.drawings.pretrain", "--help"]
+    command = [sys.executable, "-m", "cocoa_lib.world.pretrain", "--help"]
     assert "--seed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

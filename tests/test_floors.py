@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_lib.drawings import build as files
-from cocoa_lib.drawings import floors
-from cocoa_lib.drawings.tasks import TASKS
+from cocoa_lib.run import floors
+from cocoa_lib.world import build as files
+from cocoa_lib.world.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +27,6 @@ def test_the_table_has_every_floor_and_task(root):
     assert (table.loc["truth"] == 100).all()
     assert table.loc["chance", "Kinds"] == pytest.approx(100 / 47, abs=0.1)
     assert ((table >= 0) & (table <= 100)).all(axis=None)
-
-
-def test_pixels_and_words_have_length_one(tmp_path):
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    items = [{"text": "a snake"}, {"text": "", "image": str(tmp_path / "a.png")}]
-    vectors = floors.PixelsAndWords().encode(items)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
-    assert vectors[0] @ vectors[1] == 0
 
 
 def test_the_cnn_has_four_hundred_thousand_weights_and_tells_pictures_from_words(tmp_path):

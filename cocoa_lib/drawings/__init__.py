@@ -1,1 +1,0 @@
-"""The built-in benchmark: scenes of OpenMoji drawings with their Unicode names."""
