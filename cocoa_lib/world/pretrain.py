@@ -54,7 +54,8 @@ CLIP = 1.0  # gradient norm of the parameters that AdamW trains
 class Phase:
     """`head`: weight of the cells' loss; `words`: of the language model's.
 
-    learning_rate: of Muon, AdamW's is a tenth; tower: share of both for the tower.
+    learning_rate: of Muon, AdamW's is a tenth; tower: share of both for the tower, 0 leaves it as
+    it is, which also spares its backward pass.
     """
 
     name: str
@@ -86,7 +87,7 @@ class Schedule:
         Phase("crops", 900, 128, head=1, words=0),
         Phase("scenes", 400, 64, head=1, words=0),
         Phase("names", 300, 128, head=0.3, words=1, tower=0.1),
-        Phase("talk", 1500, 64, head=0.5, words=1, learning_rate=0.006, tower=0.1),
+        Phase("talk", 780, 64, head=0, words=1, learning_rate=0.015, tower=0),
     )
 
     @property
@@ -169,6 +170,7 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
     cells).
     """
     words = torch.zeros(())
+    pupil.model.model.visual.requires_grad_(phase.tower > 0)
     if phase.words:
         cells, logits, labels, _ = read_words(pupil, lesson)
         words = F.cross_entropy(logits, labels)
