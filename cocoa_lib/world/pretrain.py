@@ -1,15 +1,17 @@
-"""The small causal backbone, vision first: tower and merger learn to name drawings, then the
-language model joins.
+"""Train the small causal backbone, vision first.
 
     python -m cocoa_lib.world.pretrain --out data/backbone --seed 1
 
-Four phases. "crops": single drawings, a linear head on the merger's output names the concept on
-each cell. "scenes": the same on whole scenes. "names": the language model says what a single
-drawing is. "talk": captions and questions about scenes. In the last two the head's loss stays as a
-small part, so that the tower keeps what it knows.
+Tower and merger learn to name drawings, then the language model joins. Five phases:
 
-State lies in `.NAME.work` beside the output folder; the same command goes on from there, bit for
-bit. Batches depend on seed, phase and step alone.
+    crops     single drawings; a linear head on the merger's output names the concept on each cell
+    scenes    the same on whole scenes
+    names     the language model says what a single drawing is
+    talk      captions and questions about scenes; the tower rests
+    together  the same with the tower, at a low rate
+
+State lies in `.NAME.work` beside the output folder. The same command goes on from there, bit for
+bit; batches depend on seed, phase and step alone.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class Schedule:
         Phase("crops", 900, 128, head=1, words=0),
         Phase("scenes", 400, 64, head=1, words=0),
         Phase("names", 300, 128, head=0.3, words=1, tower=0.1),
-        Phase("talk", 780, 64, head=0, words=1, learning_rate=0.015, tower=0),
+        Phase("talk", 4000, 64, head=0, words=1, learning_rate=0.015, tower=0),
+        Phase("together", 1000, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
     )
 
     @property
