@@ -5,7 +5,7 @@
 
 What one H200 gave is in docs/speed.md. A step is forward, backward and fused AdamW, under bf16 autocast, all weights trained, or
 the adapter of profile `paper`, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
-`cocoa_lib.run.estimate.item_cost`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
+`cocoa_lib.run.estimate.count_flops`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
 checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in the
 output (H100 and H200, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
 reproduce PROFILE=gpu`.
@@ -14,6 +14,7 @@ reproduce PROFILE=gpu`.
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from cocoa_lib.kernels import PICTURES, compile_layers
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.run.adapters import add_adapter
-from cocoa_lib.run.estimate import item_cost
+from cocoa_lib.run.estimate import count_flops, make_item
 from cocoa_lib.run.profiles import load_profile
 
 SHAPE = ROOT / "data/configs/qwen2_vl_2b"
@@ -93,17 +94,19 @@ def batches(stage: str, recipe, inputs, rows: int, side: int) -> list[dict[str, 
     return [{"stage1": stage1_batch, "stage2": stage2_batch}[stage](items[:rows], inputs, recipe, 0)]
 
 
-def flops_of(module: Reconstruction, recipe, columns: list[dict[str, torch.Tensor]], side: int) -> float:
+def flops_of(module: Reconstruction, stage: str, recipe, columns: list[dict[str, torch.Tensor]]) -> float:
     """Forward and backward of a step; attention, backward twice forward, of the pairs that the layout allows."""
     rows, length = columns[0]["input_ids"].shape
     cells = int(columns[0]["mm_token_type_ids"][0].sum())
     masked = float((columns[0]["labels"] >= 0).sum()) / rows if "labels" in columns[0] else 0.0
-    cost = item_cost(module, recipe, length - cells - 3, side**2, masked)  # adds the picture's marks and EOS itself
+    bare = copy.deepcopy(module).to("meta")
+    item = make_item(bare, length - cells - 3, cells, round(masked))  # adds the picture's marks and EOS itself
+    forward, backward = count_flops(bare, stage, item)
     words = language_model(module.model).config
     barred = 1 - float(dense_mask(recipe.layout, columns[0]["segment_ids"]).float().mean())
     layers = words.num_hidden_layers + (len(module.decoder.layers) if module.decoder else 0)
     unseen = 3 * 4 * length**2 * words.hidden_size * layers * barred
-    return len(columns) * rows * (cost.forward + cost.backward - unseen)
+    return len(columns) * rows * (forward + backward - unseen)
 
 
 @truly_compiled()
@@ -120,7 +123,7 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
         add_adapter(model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora)
     module.to(device).train()
     columns = batches(stage, recipe, inputs, rows, side)
-    flops, tokens = flops_of(module, recipe, columns, side), sum(column["input_ids"].numel() for column in columns)
+    flops, tokens = flops_of(module, stage, recipe, columns), sum(column["input_ids"].numel() for column in columns)
     columns = [{name: value.to(device) for name, value in column.items()} for column in columns]
     taken = EosEmbedding(model, inputs) if stage == "stage3" else module
     taken.forward = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda)(taken.forward)
@@ -173,8 +176,10 @@ def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> li
     number, batch = (4, 2) if tiny else (512 * 448**2 // side**2, max(1, 32 * 448**2 // side**2))
     items = (pictures(min(number, 32), size) * number)[:number]
     seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch)}, n)[""]
-    cost = item_cost(module, make_recipe("stage3", {"bf16": cuda}), 0, size**2, 0.0)
-    rates = [number * cost.forward / x / 1e12 for x in seconds]
+    cells = inputs.collate([{"text": "", "image": items[0]}])["mm_token_type_ids"].sum()
+    bare = copy.deepcopy(module).to("meta")
+    forward, _ = count_flops(bare, "stage3", make_item(bare, 0, int(cells), 0))
+    rates = [number * forward / x / 1e12 for x in seconds]
     return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), preparing included", rates,
                    [peak] * n, images_per_second=number / float(np.median(seconds)))]  # fmt: skip
 

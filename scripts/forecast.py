@@ -2,8 +2,9 @@
 
     python scripts/forecast.py PROFILE [--cores 2]
 
-Each stage is trained for a few steps twice, in a folder that goes away; the difference is the time of its steps. The
-evaluation and the probes are measured once. What is finished counts nothing; arms that share a stage share its time.
+Each stage is trained for a few steps twice, in a folder that goes away; the difference is the
+time of its steps. The evaluation and the probes are measured once. What is finished counts
+nothing; arms that share a stage share its time.
 """
 
 from __future__ import annotations
@@ -29,9 +30,8 @@ def measure_step(run: Run, stage: str, parent: Path, folder: Path) -> float:
             changes=run.changes | {stage: run.changes.get(stage, {}) | {"steps": steps}}
         )
         began, out = time.monotonic(), folder / f"{stage}-{steps}"
-        run_stage(
-            stage, one.recipe(stage), parent=parent, data=run.data, out=out, allow_parent=True, show_progress=False
-        )  # fmt: skip
+        places = {"parent": parent, "data": run.data, "out": out}
+        run_stage(stage, one.recipe(stage), **places, allow_parent=True, show_progress=False)
         seconds.append(time.monotonic() - began)
     return (seconds[1] - seconds[0]) / (LONG - SHORT)
 
@@ -84,7 +84,8 @@ def main() -> None:
     total += left * evaluation
     print(f"evaluation: {left} of {evaluation:.0f} s: {left * evaluation / 3600:.1f} h")  # noqa: T201
     print(
-        f"{len(runs)} runs, {left} to do: {total / 3600:.1f} h on one core, {total / 3600 / args.cores:.1f} h on {args.cores}"
+        f"{len(runs)} runs, {left} to do: {total / 3600:.1f} h on one core, "
+        f"{total / 3600 / args.cores:.1f} h on {args.cores}"
     )  # noqa: T201
 
 

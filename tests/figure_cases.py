@@ -10,15 +10,28 @@ from cocoa_lib.show import figures
 
 NAN = float("nan")
 NAMES = ["A1", "A2", "EOS", "B1"]
-MASKS = {"bridge": np.array([[1, 1, 1, 0], [1, 1, 1, 2], [1, 1, 1, 1], [2, 0, 1, 1]]), "all": np.ones((4, 4))}
-LOG = pd.DataFrame({"step": [1, 2, 3, 4], "loss": [4.0, 2.0, 3.0, 1.0], "image_loss": [1.0, 0.5, 0.4, 0.2]})
+MASKS = {
+    "bridge": np.array([[1, 1, 1, 0], [1, 1, 1, 2], [1, 1, 1, 1], [2, 0, 1, 1]]),
+    "all": np.ones((4, 4)),
+}
+LOG = pd.DataFrame(
+    {"step": [1, 2, 3, 4], "loss": [4.0, 2.0, 3.0, 1.0], "image_loss": [1.0, 0.5, 0.4, 0.2]}
+)
 SCENES = [Image.fromarray(np.full((8, 8, 3), shade, dtype=np.uint8)) for shade in (10, 90, 170)]
 SCORES = pd.DataFrame(
-    [("Digits", "a", 50.0, 40.0, 61.0), ("Count", "a", 20.0, 15.0, 22.0), ("Count", "b", 30.0, NAN, NAN)],
+    [
+        ("Digits", "a", 50.0, 40.0, 61.0),
+        ("Count", "a", 20.0, 15.0, 22.0),
+        ("Count", "b", 30.0, NAN, NAN),
+    ],
     columns=["task", "label", "value", "low", "high"],
 )
 EFFECTS = pd.DataFrame(
-    [("full", 3.0, 1.0, 5.5, 3, "planned"), ("half", -0.5, -2.0, 1.5, 3, "others"), ("one", 4.0, 2.0, 6.0, 1, "others")],
+    [
+        ("full", 3.0, 1.0, 5.5, 3, "planned"),
+        ("half", -0.5, -2.0, 1.5, 3, "others"),
+        ("one", 4.0, 2.0, 6.0, 1, "others"),
+    ],
     columns=["arm", "difference", "low", "high", "n_seeds", "group"],
 )
 POINTS = {"before": np.arange(8.0).reshape(4, 2), "after": np.arange(8.0).reshape(4, 2)[::-1] ** 2}
@@ -32,8 +45,12 @@ CURVES = pd.DataFrame({"label": ["a", "a", "b", "b"], "x": [2000, 1000, 1000, 20
 
 CASES = {
     "masks": lambda: figures.draw_masks(MASKS, NAMES, title="t"),
-    "training": lambda: figures.draw_training({"one": LOG}, ["loss", "image_loss"], title="t", smooth=3, chance=3.5),
-    "pictures": lambda: figures.draw_pictures(SCENES, ["first", "second", "third"], columns=2, rows=["x", "y"]),
+    "training": lambda: figures.draw_training(
+        {"one": LOG}, ["loss", "image_loss"], title="t", smooth=3, chance=3.5
+    ),
+    "pictures": lambda: figures.draw_pictures(
+        SCENES, ["first", "second", "third"], columns=2, rows=["x", "y"]
+    ),
     "scores": lambda: figures.draw_scores(SCORES, title="t"),
     "forest": lambda: figures.draw_forest(EFFECTS, title="t", xlabel="points"),
     "map": lambda: figures.draw_map(POINTS, ["x", "y", "x", "y"], title="t"),

@@ -16,7 +16,20 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from cocoa_lib.world.backbone import train_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-WORDS = ("apple", "pear", "melon", "leek", "onion", "milk", "juice", "yoghurt", "kiwi", "plum", "lime", "mango")
+WORDS = (
+    "apple",
+    "pear",
+    "melon",
+    "leek",
+    "onion",
+    "milk",
+    "juice",
+    "yoghurt",
+    "kiwi",
+    "plum",
+    "lime",
+    "mango",
+)
 TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id":
           "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
 SPACE = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -33,7 +46,12 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
     """Write slow tokenizer files and preprocessor_config.json; returns token -> id."""
     real = shared / "qwen2vl_processor"
     if real.is_dir():
-        for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "preprocessor_config.json"):
+        for name in (
+            "vocab.json",
+            "merges.txt",
+            "tokenizer_config.json",
+            "preprocessor_config.json",
+        ):
             shutil.copyfile(real / name, folder / name)
         added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
         ids = {entry["content"]: int(i) for i, entry in added.items()}
@@ -50,7 +68,11 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
                     "<|endoftext|>", "added_tokens_decoder": decoder}  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     path = folder / "preprocessor_config.json"
-    values = json.loads(path.read_text()) if path.is_file() else {"image_processor_type": "Qwen2VLImageProcessor"}
+    values = (
+        json.loads(path.read_text())
+        if path.is_file()
+        else {"image_processor_type": "Qwen2VLImageProcessor"}
+    )
     values |= {"patch_size": patch_size, "min_pixels": 784, "max_pixels": 12544, "merge_size": 2}
     path.write_text(json.dumps(values))
     return ids
@@ -61,17 +83,24 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     folder.mkdir(parents=True)
     vision = VISION[family]
     ids = write_processor(folder, shared, vision["patch_size"])
+    words = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     text = {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(ids.values()) + 200,
+        "num_key_value_heads": 1, "max_position_embeddings": 4096, "vocab_size": max(*ids.values(), len(words)) + 200,
         "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
     }  # fmt: skip
     rope = {"mrope_section": [4, 6, 6], "type": "mrope"}
     tokens = {name: ids[token] for name, token in TOKENS.items()}
     config = {"model_type": family, "vision_config": vision, "tie_word_embeddings": True, **tokens}
     if family == "qwen3_vl":
         scaling = {"mrope_section": [4, 6, 6], "mrope_interleaved": True, "rope_type": "default"}
-        own = {"model_type": "qwen3_vl_text", "head_dim": 32, "rope_theta": 1e6, "rope_scaling": scaling}
+        own = {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 32,
+            "rope_theta": 1e6,
+            "rope_scaling": scaling,
+        }
         config |= {"text_config": text | own}
     else:
         config |= {**text, "rope_scaling": rope, "rope_theta": 1e6}
@@ -92,7 +121,9 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return folder
 
 
@@ -107,7 +138,9 @@ def write_pictures(images: Path, shared: Path, n: int) -> list[tuple[str, str]]:
             shutil.copyfile(path, images / f"{i}.jpg")
             found.append((f"{i}.jpg", path.parent.name.replace("-", " ")))
         else:
-            pixels = np.random.default_rng(i).integers(0, 255, (300, 200 + 20 * (i % 3), 3), dtype=np.uint8)
+            pixels = np.random.default_rng(i).integers(
+                0, 255, (300, 200 + 20 * (i % 3), 3), dtype=np.uint8
+            )
             Image.fromarray(pixels).save(images / f"{i}.jpg")
             found.append((f"{i}.jpg", WORDS[i % len(WORDS)]))
     return found
@@ -117,7 +150,10 @@ def write_data(folder: Path, shared: Path, *, many: bool = False) -> Path:
     """Write rows in MMEB's columns: two training subsets, two tasks; `many` adds one of 1,000 candidates."""
     pictures = write_pictures(folder / "images", shared, 24)
     classes = sorted({name for _, name in pictures})
-    ask, show = "Represent the given image for classification", "Find me a photo that matches the caption"
+    ask, show = (
+        "Represent the given image for classification",
+        "Find me a photo that matches the caption",
+    )
     train = {
         "VOC2007": [(f"<|image_1|>\n{ask}", file, name, "", "", "") for file, name in pictures],
         "MSCOCO_t2i": [(f"{show}: a photo of {name}, taken in a shop", "", "<|image_1|>", file, "", "")
@@ -133,7 +169,9 @@ def write_data(folder: Path, shared: Path, *, many: bool = False) -> Path:
     for task, (n, names) in eval_rows.items():
         rows = []
         for file, name in pictures[:8]:
-            others = [each for each in names if each != name] + [f"{task} item {i}" for i in range(n)]
+            others = [each for each in names if each != name] + [
+                f"{task} item {i}" for i in range(n)
+            ]
             rows.append((f"<|image_1|>\n{ask}", file, [name, *others[: n - 1]], [""] * n))
         path = folder / "eval" / task / "test-00000-of-00001.parquet"
         path.parent.mkdir(parents=True)

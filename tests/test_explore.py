@@ -64,7 +64,10 @@ def bidirectional(small):
 
 
 def rows_of(picture):
-    return [{"text": "", "image": picture(seed=i), "target": f"a large red circle {i}"} for i in range(3)]
+    return [
+        {"text": "", "image": picture(seed=i), "target": f"a large red circle {i}"}
+        for i in range(3)
+    ]
 
 
 # --- the panel ---------------------------------------------------------------------------------------------------
@@ -72,9 +75,14 @@ def rows_of(picture):
 
 def test_a_page_without_a_kernel_holds_every_combination_and_its_only_script_is_the_known_one():
     controls = {"a": panel.menu({"one": 1, "two": 2}, "a"), "b": panel.slider(3, 1, 9, "b")}
-    box = panel.explore(controls, lambda a, b: f"<i>{a * b}</i>{EVIL}", {"a": {"one": 1, "two": 2}, "b": {"9": 9}})
+    box = panel.explore(
+        controls, lambda a, b: f"<i>{a * b}</i>{EVIL}", {"a": {"one": 1, "two": 2}, "b": {"9": 9}}
+    )
     assert read_data(box.html) == {"one\t9": f"<i>9</i>{EVIL}", "two\t9": f"<i>18</i>{EVIL}"}
-    assert "</script> &" not in box.html.split('<script type="application/json">')[1].split("</script>")[0]
+    assert (
+        "</script> &"
+        not in box.html.split('<script type="application/json">')[1].split("</script>")[0]
+    )
     assert box.html.endswith(f"<script>{panel.SCRIPT}</script>")
     controls["a"].value = 2
     assert box.output.value.startswith("<i>6</i>")
@@ -88,7 +96,11 @@ def test_an_error_is_shown_escaped_and_goes_away():
 
     box = panel.explore({"a": panel.menu({"one": 1, "two": 2}, "a")}, answer, {"a": {"one": 1}})
     box.controls["a"].value = 2
-    assert "&lt;script&gt;" in box.error.value and "<script" not in box.error.value and box.output.value == ""
+    assert (
+        "&lt;script&gt;" in box.error.value
+        and "<script" not in box.error.value
+        and box.output.value == ""
+    )
     box.controls["a"].value = 1
     assert box.error.value == "" and box.output.value == "fine"
 
@@ -107,7 +119,10 @@ def test_an_output_is_live_in_jupyter_and_a_page_elsewhere(monkeypatch):
 def test_the_table_of_a_layout_gives_its_mask(layout):
     ids = masks.segments(3, 4)
     rule, segment = masks.tabulate_layouts()[layout], ids[0].tolist()
-    made = [[rule[f"{q}{k}{np.sign(j - i)}"] for j, k in enumerate(segment)] for i, q in enumerate(segment)]
+    made = [
+        [rule[f"{q}{k}{np.sign(j - i)}"] for j, k in enumerate(segment)]
+        for i, q in enumerate(segment)
+    ]
     assert np.array_equal(made, dense_mask(layout, ids)[0, 0])
 
 
@@ -157,8 +172,15 @@ def test_words_are_marked_right_or_wrong_with_the_truth_escaped(bidirectional, p
     batch, predicted, _ = restored.reconstruct(model, inputs, row, text_rate=0.5)
     html = restored.words_html(batch, predicted, inputs)
     assert "<script" not in html and "<b>bold" not in html
-    right = sum(text == truth for text, truth in restored_words(batch, predicted, inputs) if truth is not None)
-    assert f"<b>{right} of {len(predicted)}</b>" in html and html.count("&#10007;") == len(predicted) - right
+    right = sum(
+        text == truth
+        for text, truth in restored_words(batch, predicted, inputs)
+        if truth is not None
+    )
+    assert (
+        f"<b>{right} of {len(predicted)}</b>" in html
+        and html.count("&#10007;") == len(predicted) - right
+    )
 
 
 def test_restored_explorer_compares_three_pictures_in_stage_2(bidirectional, picture):
@@ -186,9 +208,15 @@ def encode(items):
 def test_ranked_html_marks_the_right_one_and_a_tie_counts_against_it():
     candidates = [{"text": f"text {i} {EVIL * (i == 0)}", "image": None} for i in range(10)]
     html = retrieval.ranked_html({"text": "q"}, candidates, np.arange(10.0), right=0, k=3)
-    assert "ranks <b>10</b> of 10" in html and html.count("&#10003; right") == 1 and "<script" not in html
+    assert (
+        "ranks <b>10</b> of 10" in html
+        and html.count("&#10003; right") == 1
+        and "<script" not in html
+    )
     assert html.count("text ") == 4, "three best, and the right one"
-    assert "ranks <b>10</b>" in retrieval.ranked_html({"text": "q"}, candidates, [0.5] * 10, right=0)
+    assert "ranks <b>10</b>" in retrieval.ranked_html(
+        {"text": "q"}, candidates, [0.5] * 10, right=0
+    )
     with pytest.raises(ValueError, match="9 scores"):
         retrieval.ranked_html({"text": "q"}, candidates, np.arange(9.0))
 
@@ -204,7 +232,10 @@ def test_retrieval_by_query_typed_text_and_uploaded_picture(picture):
     box.controls["upload"].value = upload("mine.png", png(picture()))
     assert box.error.value == "" and "data:image/png" in box.output.value
     box.controls["upload"].value = upload("<b>x</b>.png", b"nonsense")
-    assert "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value and box.output.value == ""
+    assert (
+        "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value
+        and box.output.value == ""
+    )
     assert seconds(box, "k", 2, 3) < 0.3
 
 
@@ -217,9 +248,13 @@ def test_confusions_are_counted(tmp_path, picture):
             for n, a, b in ((10, "x" * 10, "x" * 30), (29, "x" * 10, "x" * 30), (30, "x" * 30, "x" * 10))]  # fmt: skip
     pd.DataFrame(rows).to_parquet(folder / "test-00000-of-00001.parquet")
     embedder = type("E", (), {"encode": staticmethod(encode)})
-    task, table, wrong = retrieval.find_confusions(embedder, tmp_path, [Task("Kinds", "classification", True, 2)])
+    task, table, wrong = retrieval.find_confusions(
+        embedder, tmp_path, [Task("Kinds", "classification", True, 2)]
+    )
     short, long = "x" * 10, "x" * 20 + " ..."
-    assert table.loc[short, short] == 1 and table.loc[short, long] == 1 and table.loc[long, long] == 1
+    assert (
+        table.loc[short, short] == 1 and table.loc[short, long] == 1 and table.loc[long, long] == 1
+    )
     ((query, candidates, scores),) = wrong
     assert query["text"] == "y" * 29 and candidates[0]["text"] == "x" * 10 and scores.argmax() == 1
 
@@ -237,8 +272,12 @@ def test_attention_is_the_models_own(small, picture, mode):
     set_bidirectional(model, mode)
     try:
         before = hidden_states(model, inputs.collate([{"text": "red"}]))
-        found = eos_attention.measure_attention(model, inputs, {"text": "a red circle", "image": picture()})
-        assert torch.equal(before, hidden_states(model, inputs.collate([{"text": "red"}]))), "left as it was"
+        found = eos_attention.measure_attention(
+            model, inputs, {"text": "a red circle", "image": picture()}
+        )
+        assert torch.equal(before, hidden_states(model, inputs.collate([{"text": "red"}]))), (
+            "left as it was"
+        )
         assert model.model.language_model.config._attn_implementation == "sdpa"
     finally:
         set_bidirectional(model, False)
@@ -246,7 +285,9 @@ def test_attention_is_the_models_own(small, picture, mode):
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
     with torch.no_grad():
         truth = eager.model(
-            **{name: batch[name] for name in names}, position_ids=position_ids(eager, batch), output_attentions=True
+            **{name: batch[name] for name in names},
+            position_ids=position_ids(eager, batch),
+            output_attentions=True,
         ).attentions
     truth = torch.cat(truth).numpy()  # (layers, heads, L, L)
     assert np.allclose(found.from_eos, truth[:, :, place], atol=1e-6)
@@ -261,7 +302,9 @@ def test_the_area_of_a_square_is_its_weight(bidirectional, picture):
     weights = found.to_eos[1, 0]
     widths = np.array([float(w) for w in re.findall(r'class="weight".*?width="([\d.]+)"', html)])
     assert len(widths) == at_picture.sum() and "<script" not in html
-    assert np.allclose(np.square(widths / widths.max()), weights[at_picture] / weights[at_picture].max(), atol=0.03)
+    assert np.allclose(
+        np.square(widths / widths.max()), weights[at_picture] / weights[at_picture].max(), atol=0.03
+    )
 
 
 def test_attention_explorer_computes_once_an_input(bidirectional, picture):
@@ -286,7 +329,9 @@ def test_they_answer_in_time_at_the_size_of_the_shipped_backbone(picture):
         Inputs.load(ROOT / "data" / "backbone"),
     )
     rows = rows_of(picture)
-    box = restored.explore_restored(model, inputs, rows, text_rate=0.2, patch_rate=0.5, decoder=PatchDecoder(model))
+    box = restored.explore_restored(
+        model, inputs, rows, text_rate=0.2, patch_rate=0.5, decoder=PatchDecoder(model)
+    )
     assert box.error.value == "" and seconds(box, "hidden", 0.9, 0.3) < 0.3
     box = eos_attention.explore_attention(model, inputs, rows)
     assert box.error.value == "" and seconds(box, "words", "new", "again") < 0.3
@@ -298,7 +343,10 @@ def test_they_answer_in_time_at_the_size_of_the_shipped_backbone(picture):
 def test_the_matrix_is_that_of_the_loss():
     rng = np.random.default_rng(0)
     cosine = rng.uniform(-1, 1, (3, 3))
-    pairs = [({"text": f"q{i} {EVIL}", "image": None}, {"text": f"t{i}", "image": None}) for i in range(3)]
+    pairs = [
+        ({"text": f"q{i} {EVIL}", "image": None}, {"text": f"t{i}", "image": None})
+        for i in range(3)
+    ]
     html = infonce.matrix_html(cosine, pairs, 0.5)
     loss = torch.nn.functional.cross_entropy(torch.tensor(cosine / 0.5), torch.arange(3))
     assert f"Mean loss {loss:.2f}; ln 3 = 1.10" in html and "<script" not in html
@@ -308,16 +356,26 @@ def test_the_matrix_is_that_of_the_loss():
 
 @pytest.fixture(scope="module")
 def ranks():
-    """Ranks of a baseline, a better and an equal arm on three tasks, two seeds."""
+    """Ranks of a baseline, a better and an equal arm on three tasks, four seeds."""
     rng = np.random.default_rng(0)
     tasks = {"Digits": ("classification", True), "Count": ("vqa", True), "Find": ("vqa", False)}
     parts = []
     for arm, shift in (("base", 3), ("better", 1), (EVIL, 3)):
-        for seed in (0, 1):
+        for seed in range(4):
             for task, (meta_task, inside) in tasks.items():
                 rank = 1 + rng.integers(0, 2 * shift, size=40)
-                facts = {"arm": arm, "seed": seed, "task": task, "meta_task": meta_task, "in_distribution": inside}
-                parts.append(pd.DataFrame({**facts, "query": range(40), "rank": rank, "n_candidates": 10, "ties": 0}))
+                facts = {
+                    "arm": arm,
+                    "seed": seed,
+                    "task": task,
+                    "meta_task": meta_task,
+                    "in_distribution": inside,
+                }
+                parts.append(
+                    pd.DataFrame(
+                        {**facts, "query": range(40), "rank": rank, "n_candidates": 10, "ties": 0}
+                    )
+                )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -340,7 +398,9 @@ def test_arms_explorer_holds_scores_and_paired_differences(ranks):
 def test_an_interval_is_drawn_where_its_numbers_are():
     svg = arms.interval_svg(1.0, 3.0, 5.0, -2.0, 8.0)
     zero, bar = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"', svg)
-    assert [float(x) / arms.WIDTH * 10 - 2 for x in (*zero, *bar)] == pytest.approx([0, 0, 1, 5], abs=0.01)
+    assert [float(x) / arms.WIDTH * 10 - 2 for x in (*zero, *bar)] == pytest.approx(
+        [0, 0, 1, 5], abs=0.01
+    )
     assert arms.COLOURS[0] in svg and 'viewBox="0 0 220 16"' in svg
 
 
@@ -357,14 +417,19 @@ def test_the_learning_curve_joins_arms_that_differ_in_steps_alone():
                           columns=["arm", "seed", "overall"])  # fmt: skip
     curve = arms.learning_curve(scores, runs)
     assert curve["label"].tolist() == ["cocoa", "cocoa"] and curve["x"].tolist() == [250, 1100]
-    assert curve["value"].tolist() == [11, 11] and curve["low"].iloc[0] == pytest.approx(8.516, abs=0.01)
+    assert curve["value"].tolist() == [11, 11] and curve["low"].iloc[0] == pytest.approx(
+        8.516, abs=0.01
+    )
     assert arms.learning_curve(scores, runs.iloc[2:]).empty
 
 
 def test_the_curve_is_said_step_by_step(ranks):
     curve = pd.DataFrame([("a", "better", 250), ("a", "base", 1100), ("b", "base", 250), ("b", EVIL, 1100)],
                          columns=["label", "arm", "x"])  # fmt: skip
-    assert arms.say_curve(ranks, curve, "a", "b") == "a is ahead after 250 and level after 1,100 contrastive steps"
+    assert (
+        arms.say_curve(ranks, curve, "a", "b")
+        == "a is ahead after 250 and level after 1,100 contrastive steps"
+    )
     assert arms.say_curve(ranks, curve[curve["x"] != 250].iloc[:1], "a", "b") == ""
 
 
@@ -373,4 +438,8 @@ def test_the_answer_is_said_in_one_sentence():
     say = lambda **other: arms.say_effect(pd.DataFrame([row | other]), "cocoa", "contrastive")  # noqa: E731
     assert say() == "CoCoA is better than contrastive learning alone overall"
     assert say(low=-2.0, high=-0.5) == "CoCoA is worse than contrastive learning alone overall"
-    assert say(low=-1.0) == say(n_seeds=1) == "CoCoA and contrastive learning alone cannot be told apart overall"
+    assert (
+        say(low=-1.0)
+        == say(n_seeds=1)
+        == "CoCoA and contrastive learning alone cannot be told apart overall"
+    )

@@ -89,7 +89,11 @@ def test_forest_fills_what_excludes_zero_over_several_seeds(drawn):
     (axis,) = drawn["forest"].axes
     marks = [line for line in axis.lines if line.get_marker() == "o"]
     assert [line.get_xdata()[0] for line in marks] == EFFECTS["difference"].tolist()
-    assert [to_hex(line.get_markerfacecolor()) for line in marks] == [figures.COLOURS[0].lower(), "#ffffff", "#ffffff"]
+    assert [to_hex(line.get_markerfacecolor()) for line in marks] == [
+        figures.COLOURS[0].lower(),
+        "#ffffff",
+        "#ffffff",
+    ]
     said = [text.get_text() for text in axis.texts]
     assert "+3.0 [+1.0, +5.5]  n = 3" in said and "planned" in said and said.count("others") == 1
 
@@ -108,7 +112,9 @@ def test_curves_join_points_in_the_order_of_x_and_names_do_not_overlap(drawn):
     assert labels(axis, "x") == ["1,000", "2,000"]
     close = CURVES.assign(value=[20.0, 30, 24, 20.01])
     names = figures.draw_curves(close, title="t", xlabel="x").axes[0].texts
-    assert [text.get_text() for text in names] == ["a", "b"] and names[1].xy[1] - names[0].xy[1] > 0.5
+    assert [text.get_text() for text in names] == ["a", "b"] and names[1].xy[1] - names[0].xy[
+        1
+    ] > 0.5
 
 
 def test_of_many_arms_the_chosen_are_named_and_all_stand_at_their_cost(drawn):

@@ -1,4 +1,4 @@
-"""The six notebooks on a model in published form and on data like MMEB, by plain papermill; bad parameters."""
+"""The six notebooks on a model in published form and on data like MMEB, by plain papermill."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
-import pytest
-import yaml
 from published_form import write_data, write_model
-
-from cocoa_lib.recipes import RecipeError
-from cocoa_lib.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
@@ -40,7 +35,9 @@ def run_notebook(path: Path, out: Path, parameters: dict) -> nbformat.NotebookNo
 def read_outputs(notebook: nbformat.NotebookNode) -> str:
     """All that the outputs of a notebook say."""
     outputs = (each for cell in notebook.cells for each in cell.get("outputs", []))
-    return "\n".join(str(dict(each.get("data", {}))) + str(each.get("text", "")) for each in outputs)
+    return "\n".join(
+        str(dict(each.get("data", {}))) + str(each.get("text", "")) for each in outputs
+    )
 
 
 def check_road(family: str, folder: Path, shared: Path, **data) -> None:
@@ -48,7 +45,9 @@ def check_road(family: str, folder: Path, shared: Path, **data) -> None:
     model = write_model(folder / f"Tiny-{family}", family, shared)
     parameters = {"profile": "smoke", "model": str(model), "changes": CHANGES}
     parameters["data"] = str(write_data(folder / "mmeb", shared, **data))
-    said = {path.name[:2]: read_outputs(run_notebook(path, folder, parameters)) for path in NOTEBOOKS}
+    said = {
+        path.name[:2]: read_outputs(run_notebook(path, folder, parameters)) for path in NOTEBOOKS
+    }
     assert len(said) == 6
     for number in ("02", "05"):  # what only the built-in world can show
         assert "Left out" in said[number]
@@ -57,48 +56,15 @@ def check_road(family: str, folder: Path, shared: Path, **data) -> None:
 
 
 def test_all_notebooks_run_on_a_published_model_and_mmeb_rows(tmp_path):
-    shared = ROOT.parent / "shared" / "data"
-    check_road("qwen2_vl", tmp_path, shared)
+    """Small files of our own: `tests/nightly` takes the real tokenizer, photographs and all families."""
+    check_road("qwen2_vl", tmp_path, tmp_path / "nothing shared")
 
 
-def test_the_parameters_of_every_notebook_are_the_six():
-    for path in NOTEBOOKS:
-        found = papermill.inspect_notebook(str(path))
-        assert list(found) == ["profile", "arm", "seed", "model", "data", "changes"]
-        assert all(entry["help"] for entry in found.values()), "a comment each"
-
-
-def inject(text: str) -> dict:
-    """A kernel's namespace after the parameters cell and papermill's injected one."""
-    namespace = {"profile": "smoke", "arm": "cocoa", "seed": 0, "model": "", "data": "", "changes": None}
-    cell = f"# Parameters\n{text}"
-    exec(cell, namespace)  # noqa: S102
-    return namespace | {"In": ["", cell]}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("stepz = 5", "stepz"), ('seed = "one"', "seed: expected int"), ("profile = 3", "profile: expected str"),
-     ('profile = "lapptop"', "laptop"), ('arm = "coco"', "cocoa"), ('changes = "{}"', "-y"),
-     ('changes = {"stage3": {"stepz": 5}}', "steps"), ('data = "nowhere.jsonl"', "nowhere.jsonl"),
-     ('model = "no such/folder/here"', "no such/folder/here")],
-)  # fmt: skip
-def test_a_wrong_parameter_is_a_clear_error(text, message):
-    with pytest.raises(ValueError, match=message) as caught:
-        Run.from_namespace(inject(text))
-    assert "\n" not in str(caught.value), "one sentence"
-
-
-def test_a_profile_passed_as_a_file_is_told_apart():
-    profile = yaml.safe_load((ROOT / "notebooks" / "profiles" / "smoke.yaml").read_text())
-    text = "\n".join(f"{name} = {value!r}" for name, value in profile.items())
-    with pytest.raises(RecipeError, match="smoke.yaml is a profile: pass it by name, -p profile smoke"):
-        Run.from_namespace(inject(text))
-
-
-def test_papermill_stops_at_a_wrong_name_before_anything_trains(tmp_path):
+def test_papermill_with_a_profile_as_its_file_stops_before_anything_trains(tmp_path):
+    profile = ROOT / "notebooks" / "profiles" / "smoke.yaml"
     command = [sys.executable, "-m", "papermill", str(NOTEBOOKS[1]), str(tmp_path / "out.ipynb"),
-               "-p", "stepz", "5", "--cwd", str(ROOT / "notebooks"), "-k", "python3"]  # fmt: skip
+               "-f", str(profile), "--cwd", str(ROOT / "notebooks"), "-k", "python3"]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode and "unknown name 'stepz'" in done.stderr
+    assert done.returncode
+    assert "smoke.yaml is a profile: pass it by name, -p profile smoke" in done.stderr

@@ -50,7 +50,7 @@ def test_a_later_layer_changes_values_and_a_stage_that_is_off_stays_off():
         ("stage1: {steps: many}", "stage1.steps: .*'many'"),
         ("stage1: [1]", "stage1 must be names and values"),
         ("benchmark: {n_pairs: many}", "benchmark.n_pairs: expected int"),
-        ("extends: nothing", "unknown name 'nothing' Known: mine"),
+        ("extends: nothing", "mine.yaml: unknown name 'nothing'"),
         ("extends: mine", "unknown name 'mine'"),
         ("grid: {cocao: 5}", "grid: unknown name 'cocao'; did you mean 'cocoa'"),
         ("grid: {cocoa: 0}", "grid.cocoa: expected a number of seeds from 1"),

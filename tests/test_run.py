@@ -10,6 +10,7 @@ import nbformat
 import pytest
 import yaml
 from conftest import SHARED
+from PIL import Image
 from published_form import write_data, write_model
 
 from cocoa_lib.evaluate import read_probes, read_ranks, read_runs
@@ -105,6 +106,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     assert Run("smoke", seed=1).folder("stage3") != Run("smoke").folder("stage3")
     assert Run("smoke", changes={}).root == Run("smoke").root
     assert places[1].root.name.startswith("smoke-b-")
+    assert places[1].backbone == "a/b", "a hub name is never turned into a path"
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,20 @@ def test_data_without_pictures_are_refused(real, runs, tmp_path):
     shutil.rmtree(data / "images")
     with pytest.raises(InputError, match="no pictures in .*images; unpack"):
         Run("smoke", data=str(data), runs=runs).check()
+
+
+def test_a_users_pairs_become_a_data_folder_and_a_changed_file_is_refused(runs, tmp_path):
+    rows = [{"image": f"{i}.png", "text": f"thing {i}"} for i in range(12)]
+    for i, row in enumerate(rows):
+        Image.new("RGB", (40, 40), (20 * i, 0, 0)).save(tmp_path / row["image"])
+    table = tmp_path / "mine.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))
+    run = Run("smoke", data=str(table), runs=runs)
+    assert [task.name for task in run.tasks] and not run.built_in
+    assert Run("smoke", data=str(table), runs=runs).data == run.data
+    table.write_text("\n".join(map(json.dumps, rows[1:])))
+    with pytest.raises(InputError, match="holds other data .*delete the folder"):
+        Run("smoke", data=str(table), runs=runs).check()
 
 
 # --- the command, and several processes -----------------------------------------------------------

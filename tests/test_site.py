@@ -24,7 +24,7 @@ from cocoa_lib.show.panel import SCRIPT, still
 pytestmark = pytest.mark.filterwarnings("ignore:.*myst_parser.*app")  # its own call of an old name
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
-ATTACK = '<script>document.title="owned"</script><img src="x" onerror="alert(1)">'
+ATTACK = '<script>document.title="owned"</script><img src="data:,x" onerror="alert(1)">'
 
 
 def png(colour: str) -> str:
@@ -39,8 +39,13 @@ def make_notebooks(folder: Path) -> Path:
     widget = {"text/plain": "VBox()", "application/vnd.jupyter.widget-view+json": {"model_id": "a"}}
     outputs = [
         v4.new_output("display_data", {"text/html": f"<p>words</p>{ATTACK}"}),
-        v4.new_output("display_data", {"image/png": png("red")}, metadata={"image/png": {"alt": "red"}}),
-        v4.new_output("display_data", {**widget, "text/html": still({"a": {"one": 1}}, {"one": "<b>first</b>"})}),
+        v4.new_output(
+            "display_data", {"image/png": png("red")}, metadata={"image/png": {"alt": "red"}}
+        ),
+        v4.new_output(
+            "display_data",
+            {**widget, "text/html": still({"a": {"one": 1}}, {"one": "<b>first</b>"})},
+        ),
     ]
     for name, title in (("00_first", "00 · First"), ("01_second", "01 · Second")):
         cells = [
@@ -58,7 +63,13 @@ def make_report(folder: Path) -> Path:
         for seed in (0, 1):
             table = pd.DataFrame({"task": "T", "meta_task": "vqa", "in_distribution": True, "query": range(40),
                                   "rank": rng.integers(1, most + 1, 40), "n_candidates": 4, "ties": 0})  # fmt: skip
-            facts = {"arm": arm, "seed": seed, "recipes": {"stage3": {"steps": 5}}, "commit": "abc", "seconds": {"stage3": 1}}
+            facts = {
+                "arm": arm,
+                "seed": seed,
+                "recipes": {"stage3": {"steps": 5}},
+                "commit": "abc",
+                "seconds": {"stage3": 1},
+            }
             write_ranks(folder / "run" / arm / str(seed), table, facts)
     return write_report(folder / "run", folder / "tiny")
 
@@ -92,20 +103,33 @@ def check_links(folder: Path) -> None:
             path = (folder / name).parent / file.partition("?")[0] if file else folder / name
             assert path.is_file(), f"{name}: {target}"
             if part and path.suffix == ".html":
-                assert BeautifulSoup(path.read_text("utf-8"), "html.parser").find(id=unquote(part)), f"{name}: {target}"
+                assert BeautifulSoup(path.read_text("utf-8"), "html.parser").find(
+                    id=unquote(part)
+                ), f"{name}: {target}"
 
 
 def test_pages_are_whole_and_load_nothing_from_elsewhere(site):
-    assert {"index.html", "notebooks/00_first.html", "notebooks/01_second.html", "search.html"} <= set(read_pages(site))
+    assert {
+        "index.html",
+        "notebooks/00_first.html",
+        "notebooks/01_second.html",
+        "search.html",
+    } <= set(read_pages(site))
     check_links(site)
 
 
 def test_the_front_page_states_the_finding_of_the_report_and_has_a_card_a_notebook(site):
     page = read_pages(site)["index.html"]
     text = page.get_text()
-    assert "CoCoA is better than contrastive learning alone overall." in text and "2 seeds, commit abc" in text
+    assert (
+        "CoCoA is better than contrastive learning alone overall." in text
+        and "2 seeds, commit abc" in text
+    )
     cards = page.select(".cards a")
-    assert [card["href"] for card in cards] == ["notebooks/00_first.html", "notebooks/01_second.html"]
+    assert [card["href"] for card in cards] == [
+        "notebooks/00_first.html",
+        "notebooks/01_second.html",
+    ]
     assert "The message <of> it." in cards[0].get_text() and cards[0].img
     assert page.select_one(".pipeline svg") and (site / "_static" / "finding.png").is_file()
 
@@ -113,16 +137,26 @@ def test_the_front_page_states_the_finding_of_the_report_and_has_a_card_a_notebo
 def test_the_policy_knows_the_explorers_script_and_no_script_of_an_output(site):
     page = read_pages(site)["notebooks/00_first.html"]
     policy = page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
-    assert page.head.contents[0].get("http-equiv") == "Content-Security-Policy", "before anything loads"
+    assert page.head.contents[0].get("http-equiv") == "Content-Security-Policy", (
+        "before anything loads"
+    )
 
     def allows(text: str) -> bool:
         return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() in policy
 
     assert allows(SCRIPT) and not allows('document.title="owned"')
-    assert "default-src 'none'" in policy and "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    assert (
+        "default-src 'none'" in policy
+        and "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
+    )
     explorer = page.select_one(".cocoa-explorer")
-    assert explorer.select_one("select option").get_text() == "one" and explorer.b.get_text() == "first"
-    assert not page.select('script[type="application/vnd.jupyter.widget-view+json"]'), "no widget without a kernel"
+    assert (
+        explorer.select_one("select option").get_text() == "one"
+        and explorer.b.get_text() == "first"
+    )
+    assert not page.select('script[type="application/vnd.jupyter.widget-view+json"]'), (
+        "no widget without a kernel"
+    )
 
 
 def test_formulas_are_mathml_and_links_between_notebooks_lead_to_pages(site):

@@ -95,7 +95,7 @@ def test_stage3_learns(home, tmp_path):
     assert loss[-5:].mean() < loss[:5].mean() - 0.1
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+@pytest.mark.parametrize("stage", ["stage2"])
 def test_same_seed_is_bit_equal_and_another_differs(home, stage, tmp_path):
     assert_same_run(go(home, stage, tmp_path / "again"), home / stage)
     other = go(home, stage, tmp_path / "other", seed=1)
@@ -219,7 +219,7 @@ def processes():
 
 @pytest.mark.parametrize(
     "stage, where, extra",
-    [("stage1", 6, LORA), ("stage3", 4, LORA), ("stage2", "saving", {}), ("causal", "finishing", {})],
+    [("stage1", 6, LORA), ("stage3", 4, {}), ("stage2", "saving", {}), ("causal", "finishing", {})],
 )  # fmt: skip
 def test_killed_and_resumed_is_the_uninterrupted_run(
     home, processes, stage, where, extra, tmp_path, caplog

@@ -87,9 +87,9 @@ def test_the_scan_lets_pass():
 
 
 def test_snakefile_quotes_what_a_user_gives():
-    """Shell lines of the graph are built from the profile's name, checked by `load_profile`, and from quoted values."""
+    """Shell lines of the graph are built from quoted values."""
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    assert "shlex.quote(json.dumps({'path': PAIRS" in text and "shlex.quote(step_recipe(w))" in text
+    assert "shlex.join(run.arguments())" in text and "shlex.join(MAIN.parameters())" in text
     assert not re.search(r"\b(eval|exec|pickle)\b\(", text)
 
 

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def do_step(run: Run, step: str) -> str:
-    """Do one step; return where it lies, or what it found. Progress: a bar on a terminal, else lines."""
+    """Do one step; return where it lies."""
     show = sys.stderr.isatty() or logger.info
     if step == "prepare":
         run.prepare()

@@ -8,17 +8,22 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2. These are Qwen2-VL's names;
-# Qwen2.5-VL's vision blocks have gate, up, down, Qwen3-VL's linear_fc1, linear_fc2. Patch mergers are left out in all.
-LORA_TARGETS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv fc1 fc2 linear_fc1 linear_fc2".split()
+# The authors' targets (script): language model q,k,v,o,gate,up,down and vision qkv,fc1,fc2. These
+# are Qwen2-VL's names; Qwen2.5-VL's vision blocks have gate, up, down, Qwen3-VL's linear_fc1,
+# linear_fc2. Patch mergers are left out in all.
+LORA_TARGETS = [
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    *("qkv", "fc1", "fc2", "linear_fc1", "linear_fc2"),
+]
 
 
 def add_adapter(
     model: PreTrainedModel, *, r: int = 8, alpha: int = 64, dropout: float = 0.1, dora: bool = True
 ) -> tuple[PeftModel, list[str]]:
-    """LoRA or DoRA on the published targets (script), in place: (peft model, names of the matched modules).
+    """Add LoRA or DoRA on the published targets (script), in place.
 
-    peft's `merge_and_unload` folds the adapter into the weights. Raises ValueError (by peft) when nothing matches.
+    Returns the peft model and the names of the matched modules. peft's `merge_and_unload` folds the
+    adapter into the weights. Raises ValueError (by peft) when nothing matches.
     """
     config = LoraConfig(
         r=r,

@@ -1,4 +1,4 @@
-"""The small causal backbone: a tokenizer, a random Qwen2-VL of a given shape, next-token prediction on the corpus."""
+"""The small causal backbone: next-token prediction on the corpus of the built-in world."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .stage import run_stage
 def train_backbone(
     data: Path, out: Path, shape: dict[str, int], recipe: CausalRecipe, *, seed: int
 ) -> Path:
-    """Train a backbone of this shape on the corpus of `data`; return `out`, the finished one if it is there.
+    """Train a backbone of this shape on the corpus of `data`; return `out`.
 
-    The tokenizer is learnt from the corpus and from English prose (Python's own reference manual, part of every
-    installation), so that a user's texts are not spelt letter by letter. Raises what `run_stage` raises.
+    The tokenizer is learnt from the corpus and from English prose (Python's own reference
+    manual, part of every installation), so that a user's texts are not spelt letter by letter. A
+    finished `out` is returned as it is. Raises what `run_stage` raises.
     """
     init = out.parent / f"{out.name}-init"
     asked = {

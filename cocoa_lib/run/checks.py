@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
@@ -18,18 +17,17 @@ from ..store.checkpoint import META, CheckpointError, read_meta, read_note
 from . import estimate
 from .resume import TrainingError
 from .sharding import join_processes
+from .spec import RunSpec
 from .stage import compare_runs, record_recipe
 
-if TYPE_CHECKING:
-    from .run import Run
 
-
-def check_run(run: Run) -> None:
-    """Raise the first error that training, evaluation or an existing folder of `run` would run into."""
+def check_run(run: RunSpec) -> None:
+    """Raise the first error that any part of `run` would meet."""
     for stage in run.stages:
         if run.recipe(stage).bf16 and not torch.cuda.is_available():
             raise TrainingError(
-                f"{stage} of profile {run.profile} trains in bf16, which needs a GPU, and there is none here; take a "
+                f"{stage} of profile {run.profile} trains in bf16, which needs a GPU, and there "
+                f"is none here; take a "
                 f"machine with one, or pass changes: {{{stage}: {{bf16: false}}}} for each stage"
             )
     check_model(run.backbone)
@@ -58,7 +56,8 @@ def check_model(source: Path | str) -> None:
     if config.model_type not in estimate.MODELS:
         vision = "" if hasattr(config, "vision_config") else " without a vision tower"
         raise CheckpointError(
-            f"model {source} is a {config.model_type}{vision}; CoCoA needs one of {', '.join(estimate.MODELS)}, "
+            f"model {source} is a {config.model_type}{vision}; CoCoA needs one of "
+            f"{', '.join(estimate.MODELS)}, "
             "such as Qwen/Qwen2-VL-2B-Instruct"
         )
     if isinstance(source, Path):
@@ -67,23 +66,26 @@ def check_model(source: Path | str) -> None:
 
 def _explain_missing(source: Path | str, error: Exception) -> str:
     if isinstance(source, Path):
-        return f"no config.json that transformers can read ({str(error).splitlines()[0]}); copy the model again"
+        said = str(error).splitlines()[0]
+        return f"no config.json that transformers can read ({said}); copy the model again"
     if isinstance(error, GatedRepoError) or isinstance(error.__cause__, GatedRepoError):
         return "gated; accept its terms on the hub, then run `hf auth login`"
     return (
-        "no such folder here, and the hub could not be reached or has no such model; check the name, or download it "
+        "no such folder here, and the hub could not be reached or has no such model; check the "
+        "name, or download it "
         f"where there is a network (`hf download {source}`) and pass the folder"
     )
 
 
 def _check_shards(folder: Path) -> None:
-    """Raise CheckpointError where a folder lacks its weights, or one of the files that its index names."""
+    """Raise CheckpointError where a folder lacks weights that it should have."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(read_note(index).get("weight_map", {}).values()))
         if lost := [name for name in names if not (folder / name).is_file()]:
             raise CheckpointError(
-                f"model {folder}: {len(lost)} of {len(names)} shards are missing, e.g. {lost[0]}; download the model again"
+                f"model {folder}: {len(lost)} of {len(names)} shards are missing, e.g. {lost[0]}; "
+                f"download the model again"
             )
     elif not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"model {folder}: no .safetensors file; download the model again")
@@ -98,14 +100,15 @@ def check_data(data: Path) -> None:
     images = data / "images"
     if not images.is_dir() or not any(images.iterdir()):
         raise InputError(
-            f"data {data}: no pictures in {images}; unpack the image archives there, so that the tables' paths lead "
+            f"data {data}: no pictures in {images}; unpack the image archives there, so that the "
+            f"tables' paths lead "
             "to files"
         )
 
 
 @contextmanager
-def explain_memory(run: Run, stage: str) -> Iterator[None]:
-    """Re-raise a device's want of memory as TrainingError, with the estimate and what would make the stage fit."""
+def explain_memory(run: RunSpec, stage: str) -> Iterator[None]:
+    """Re-raise a device's want of memory as TrainingError with the estimate."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -118,6 +121,6 @@ def explain_memory(run: Run, stage: str) -> Iterator[None]:
         item = estimate.measure(run.data)
         lines = estimate.report(run.parent(stage), stage, run.recipe(stage), item, memory, n)
         raise TrainingError(
-            f"{stage}: not enough memory on the device ({str(error).splitlines()[0]}). The estimate:\n"
-            + "\n".join([estimate.HEAD, *lines])
+            f"{stage}: not enough memory on the device ({str(error).splitlines()[0]}). The "
+            f"estimate:\n" + "\n".join([estimate.HEAD, *lines])
         ) from error

@@ -1,7 +1,7 @@
-"""What a stage needs before it starts: memory a device and time, from the model's shape, the data and the devices.
+"""Memory a device and time that a stage needs, before it starts.
 
-The model is built by its own class on torch's meta device: nothing is downloaded, parameters are counted, and FLOPs are
-torch's own count (`FlopCounterMode`) of a forward and backward pass there.
+The model is built by its own class on torch's meta device: nothing is downloaded, parameters are
+counted, and FLOPs are torch's own count (`FlopCounterMode`) of a forward and backward pass there.
 
     python -m cocoa_lib.run.estimate --profile paper --model 2B --devices 8 --device-memory 80
 """
@@ -41,20 +41,26 @@ SHAPES = {
 LAYER = re.compile(r".*(layers|blocks)\.(\d+)")
 MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PEAK = 989e12  # FLOP/s of a device (H100 and H200, dense bf16)
-# Share of it that 2B's steps reached on an H200: all weights trained, and with the paper profile's adapter (docs/speed.md).
+# Share of it that 2B reached on an H200, with all weights and with the adapter (docs/speed.md).
 UTILISATION, ADAPTED = 0.30, 0.15
 FREE = 0.1  # share of a device's memory that stays free
 REMEDIES = (
-    "lower mini_batch_size (stage 3) or batch_size, image_tokens or max_length; set gradient_checkpointing; train an "
+    "lower mini_batch_size (stage 3) or batch_size, image_tokens or max_length; set "
+    "gradient_checkpointing; train an "
     "adapter (lora_r: 8); take more devices, or shard over them (accelerate/fsdp_1x8.yaml)"
 )
-HEAD = "GB      weights gradients optimiser copies activations logits inputs memory | PFLOP a step | hours"
+USES = "weights gradients optimiser copies activations logits inputs memory"  # of a device's memory
+HEAD = f"GB      {USES} | PFLOP a step | hours"
 
 
 @dataclass(frozen=True)
 class Data:
-    """Text tokens of an item, mean and largest area of its picture (pixels), share of the items of contrastive pairs that
-    have a picture. The defaults are assumptions; `measure` reads a data folder."""
+    """What items are like: text tokens, mean and largest picture area (pixels), share with a
+    picture.
+
+    `share` is of the items of contrastive pairs. The defaults are assumptions; `measure` reads
+    data.
+    """
 
     text: float = 64
     pixels: float = 1024**2
@@ -63,9 +69,11 @@ class Data:
 
 
 def measure(folder: Path, n: int = 400) -> Data:
-    """About `n` items of a folder's pairs, evenly spaced; 4 characters count as a token (a rule of thumb).
+    """Measure about `n` items of a folder's pairs; 4 characters count as a token (a rule of thumb).
 
-    Raises InputError for a folder without pairs or a picture that cannot be read, FileNotFoundError without tables."""
+    Raises InputError for a folder without pairs or a picture that cannot be read, FileNotFoundError
+    without tables.
+    """
     rows, _ = corpus.pairs(folder)
     if not len(rows):
         raise InputError(f"{folder}: no pairs")
@@ -79,7 +87,7 @@ def measure(folder: Path, n: int = 400) -> Data:
 
 
 def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
-    """The model as this stage trains it, image decoder and adapter included, on the meta device."""
+    """Build the model as this stage trains it, decoder and adapter included, on the meta device."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in MODELS:
         raise ValueError(
@@ -100,8 +108,11 @@ def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
 
 
 class Weightless(TorchDispatchMode):
-    """Weights, pixels and all that is computed from them are on meta; ids, masks and grids keep their values, on the
-    CPU, as what follows from them does (rotary positions, windows, places of pictures): the code runs as it is."""
+    """Compute with weights and pixels on meta, and with ids, masks and grids on the CPU.
+
+    What follows from ids keeps its values (rotary positions, windows, places of pictures), so
+    the code runs as it is.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -119,7 +130,10 @@ class Weightless(TorchDispatchMode):
 
 
 def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Batch:
-    """One item (1, L): a picture of about `cells` tokens, `text` words of which the last `masked` are, and EOS."""
+    """Make one item (1, L): a picture of about `cells` tokens, `text` words, EOS.
+
+    The last `masked` words are masked, and every second cell is hidden.
+    """
     config, vision = module.model.config, module.model.config.vision_config
     side = round(math.sqrt(cells))
     marks = [
@@ -150,7 +164,11 @@ def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Bat
 
 
 def count_flops(module: Reconstruction, stage: str, batch: Batch) -> tuple[int, int]:
-    """FLOPs of a forward and of a backward pass (what checkpointing repeats included), by torch's count on meta."""
+    """Count the FLOPs of a forward and of a backward pass on meta, by torch's own counter.
+
+    The backward pass includes what gradient checkpointing repeats, of which torch on meta leaves
+    out a matrix more than elsewhere: up to 4 % less than a real step's.
+    """
     with Weightless(), FlopCounterMode(display=False) as counter:
         if stage == "stage3":
             loss = hidden_states(module.model, batch)[:, -1].sum()
@@ -162,7 +180,7 @@ def count_flops(module: Reconstruction, stage: str, batch: Batch) -> tuple[int, 
 
 
 def saved_bytes(module: Reconstruction, recipe: Recipe, length: float, patches: float) -> float:
-    """Bytes kept for the backward pass of an item of `length` tokens and `patches` patches; see `estimate`."""
+    """Estimate the bytes kept for the backward pass of an item; see `estimate`."""
     vision, words = module.model.config.vision_config, language_model(module.model).config
     gated = hasattr(vision, "fullatt_block_indexes")  # Qwen2.5-VL: a gated MLP
     tower = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's own name
@@ -196,7 +214,7 @@ def saved_bytes(module: Reconstruction, recipe: Recipe, length: float, patches: 
 def count_bytes(
     module: Reconstruction, recipe: Recipe, devices: int, sharded: bool
 ) -> dict[str, float]:
-    """Bytes of weights, gradients, optimiser and copies on one device; see `estimate`."""
+    """Count the bytes of weights, gradients, optimiser and copies on one device; see `estimate`."""
     words = language_model(module.model)
     total = sum(p.numel() for p in module.parameters())
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -227,18 +245,26 @@ def estimate(
     peak: float = PEAK,
     utilisation: float | None = None,
 ) -> dict[str, float]:
-    """Bytes on one device by use and their sum `memory`, `flops` of a step on all devices, `hours` of the stage.
+    """Estimate bytes on one device by use, their sum `memory`, `flops` of a step, `hours` of the
+    stage.
 
-    source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which `utilisation` is reached (None:
-    `usual_utilisation`). flops: torch's count of one item's passes on meta, times the items of a batch; GradCache embeds
-    all of it twice. hours: steps x flops / (devices x peak x utilisation).
-    Counted, for P parameters of which T are trained, w = 2 bytes under bf16, else 4: weights 4 P, gradients 4 T,
-    optimiser 8 T (float32; bf16 is autocast), each over the number of devices where sharded. copies: casts under bf16,
-    DDP's buckets, or what FSDP gathers at a time (two layers and all that is in none). activations: each matrix's input,
-    norms, attention and MLP of each layer, the adapters' dropout; with gradient checkpointing the input of each layer and
-    one whole layer; of the items whose graph is held at a time. logits: masked places x vocabulary x (w + 12). inputs:
-    the device's whole batch of pixels, float32.
-    Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time, copies of the inputs.
+    source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which
+    `utilisation` is reached (None: `usual_utilisation`).
+
+    flops: torch's count of one item's passes on meta, times the items of a batch on all devices;
+    GradCache embeds all of it twice. hours: steps x flops / (devices x peak x utilisation).
+
+    Counted, for P parameters of which T are trained, w = 2 bytes under bf16, else 4:
+
+    - weights 4 P, gradients 4 T, optimiser 8 T (bf16 is autocast), each over the devices where
+    sharded; - copies: casts under bf16, DDP's buckets, or what FSDP gathers at a time (two layers
+    and the rest); - activations of the items whose graph is held at a time: each matrix's input,
+    norms, attention and MLP of each layer, the adapters' dropout; under gradient checkpointing each
+    layer's input and one whole layer; - logits: masked places x vocabulary x (w + 12); inputs: the
+    device's batch of pixels, float32.
+
+    Not counted: the L x L matrix of eager attention, the allocator's gaps, the loader's own time,
+    copies of the inputs.
     """
     module = build(source, stage, recipe)
     vision, words = module.model.config.vision_config, language_model(module.model).config
@@ -276,16 +302,16 @@ def estimate(
 
 
 def usual_utilisation(recipe: Recipe) -> float:
-    """The share of a device's peak that such a recipe reached where it was measured: at 2B's shape on one H200."""
+    """Give the share of a device's peak that such a recipe reached at 2B's shape on one H200."""
     return ADAPTED if recipe.lora_r else UTILISATION
 
 
 def report(
     source, stage: str, recipe: Recipe, data: Data, memory: float, devices: int = 1, **settings
 ) -> list[str]:
-    """A stage's line of the table below HEAD, and what helps where it does not fit into `memory` GB of a device.
+    """Format a stage's line of the table below HEAD, and what helps where it does not fit.
 
-    settings: those of `estimate`, whose errors these are.
+    memory: GB of a device; settings: those of `estimate`, whose errors these are.
     """
     needs = estimate(source, stage, recipe, data, devices, **settings)
     *sizes, flops, hours = needs.items()

@@ -42,7 +42,10 @@ def check_types(given: Mapping[str, Any]) -> None:
 
 
 def check_injected(cells: Sequence[str]) -> None:
-    """Raise RecipeError for names that papermill injected (`In`: a kernel's cells so far) and no notebook has."""
+    """Raise RecipeError for names that papermill injected and no notebook has.
+
+    `cells`: a kernel's cells so far, IPython's `In`.
+    """
     injected: dict[str, Any] = {}
     for cell in cells:
         if cell.startswith("# Parameters\n"):
@@ -66,14 +69,16 @@ def check_injected(cells: Sequence[str]) -> None:
             )
         section = unknown[0]
         raise RecipeError(
-            f"{section} is a section of a profile, not a parameter: pass -y '{{changes: {{{section}: ...}}}}', or name a "
+            f"{section} is a section of a profile, not a parameter: pass -y "
+            f"'{{changes: {{{section}: ...}}}}', or name a "
             f"profile, -p profile NAME; {known}"
         )
     raise unknown_name(unknown[0], list(NAMES), "papermill's parameters")
 
 
 def find_path(name: str) -> str | None:
-    """A file or folder as a path from the repository's root, absolute where it is outside; None where nothing is.
+    """Find a file or folder: its path from the repository's root, absolute outside; None without
+    one.
 
     Relative names start at the working directory, or else at the repository's root.
     """
@@ -87,20 +92,24 @@ def find_path(name: str) -> str | None:
 
 
 def find_model(name: str) -> str:
-    """A model folder as a path (see `find_path`), or a hub name as it is. Raises CheckpointError for neither."""
+    """Find a model: a folder's path (see `find_path`), or a hub name as it is.
+
+    Raises CheckpointError for neither.
+    """
     if not name:
         return ""
     if (path := find_path(name)) is not None:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(
-            f"model {name!r}: no such folder here, and not a hub name such as Qwen/Qwen2-VL-2B-Instruct"
+            f"model {name!r}: no such folder here, and not a hub name such as "
+            f"Qwen/Qwen2-VL-2B-Instruct"
         )
     return name
 
 
 def find_data(name: str) -> str:
-    """A data folder or table as a path (see `find_path`). Raises InputError saying what `data` takes."""
+    """Find a data folder or table (see `find_path`). Raises InputError saying what `data` takes."""
     if not name:
         return ""
     path = find_path("data/MMEB" if name == "MMEB" else name)
@@ -110,14 +119,15 @@ def find_data(name: str) -> str:
         )
     if path is None:
         raise InputError(
-            f"data {name!r}: no such file or folder; data takes a folder in MMEB's layout, MMEB, a .jsonl or .csv file of "
+            f"data {name!r}: no such file or folder; data takes a folder in MMEB's layout, MMEB, "
+            f"a .jsonl or .csv file of "
             "pictures and texts, or a folder of named folders of pictures"
         )
     return path
 
 
 def is_pairs(source: Path) -> bool:
-    """True for a user's own pictures and texts, False for a folder in MMEB's layout."""
+    """Tell a user's own pictures and texts from a folder in MMEB's layout."""
     tables = ("train/*/*.parquet", "eval/*/*.parquet", "corpus/*.parquet", "manifest.json")
     return not source.is_dir() or not any(next(source.glob(table), None) for table in tables)
 

@@ -11,7 +11,7 @@ import torch
 
 
 class Planned(torch.utils.data.Dataset):
-    """Rows in the order of a plan fixed before training: item k is row plan[k], and `draw` = k seeds its corruption."""
+    """Rows in plan order: item k is row plan[k], and `draw` = k seeds its corruption."""
 
     def __init__(self, rows, plan: np.ndarray) -> None:
         self.rows, self.plan = rows, plan
@@ -24,12 +24,12 @@ class Planned(torch.utils.data.Dataset):
 
 
 def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np.ndarray:
-    """The rows of a run, chosen once: (n,) indices into the concatenated subsets of the given sizes.
+    """Choose the rows of a run once: (n,) indices into the concatenated subsets.
 
-    Each subset is shuffled and gone through again when used up; subsets take turns in proportion to their size, row by
-    row (block = 0), or in blocks of `block` rows of one subset, so that negatives are of the same task. No row of a
-    subset comes a second time before all have come once. For the same sizes and seed a shorter plan is the beginning
-    of a longer one; for other sizes nothing of the kind holds.
+    Each subset is shuffled and gone through again when used up. Subsets take turns in proportion
+    to their size, row by row (block = 0), or in blocks of `block` rows of one subset, so that
+    negatives are of the same task. No row of a subset comes a second time before all have come
+    once. For the same sizes and seed a shorter plan is the beginning of a longer one.
     """
     sizes_array = np.asarray(sizes)
     if not len(sizes_array) or sizes_array.min() < 1:

@@ -1,8 +1,8 @@
 """Profiles and arms: sizes and recipes a profile, what differs an arm.
 
-`notebooks/profiles/NAME.yaml` holds sections; `extends: OTHER` takes another profile's and changes some values.
-`notebooks/arms.yaml` holds, for each arm, a hypothesis and the values that differ; `stage1: off` leaves a stage out.
-A run's values are the profile's, then the arm's, then its `changes`.
+`notebooks/profiles/NAME.yaml` holds sections; `extends: OTHER` takes over another profile's.
+`notebooks/arms.yaml` holds, for each arm, a hypothesis and the values that differ; `stage1: off`
+leaves a stage out. A run's values are the profile's, then the arm's, then its `changes`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Arm:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds an object. Raises RecipeError naming the file."""
+    """Read a YAML file that holds an object. Raises RecipeError naming the file."""
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -67,7 +67,8 @@ def check_values(section: str, values: Any, where: str) -> None:
         raise unknown_name(str(section), list(CHANGEABLE), where)
     if not isinstance(values, dict):
         raise RecipeError(
-            f"{where}: {section} must be names and values, such as {{steps: 5}}; found {values!r:.60}"
+            f"{where}: {section} must be names and values, such as {{steps: 5}}; found "
+            f"{values!r:.60}"
         )
     if section in RECIPES:
         try:
@@ -85,7 +86,7 @@ def check_values(section: str, values: Any, where: str) -> None:
 
 
 def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Sections of several layers, a later one's values over an earlier one's; a stage that is off stays off."""
+    """Merge the sections of several layers: later values win, a stage that is off stays off."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for section, values in layer.items():
@@ -96,9 +97,9 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_profile(name: str, folder: Path = PROFILES) -> dict[str, Any]:
-    """A profile's sections, those of the profile that it extends included; all values are checked.
+    """Read a profile's sections, those of the profile that it extends included.
 
-    Raises RecipeError naming the profile, section and value that is unknown or wrong.
+    All values are checked. Raises RecipeError naming the profile, section and value that is wrong.
     """
     seen: list[str] = []
     layers: list[dict[str, Any]] = []
@@ -122,7 +123,7 @@ def load_profile(name: str, folder: Path = PROFILES) -> dict[str, Any]:
 
 
 def _check_grid(grid: Any, where: str) -> None:
-    """Arm -> number of seeds."""
+    """Check arm -> number of seeds."""
     if not isinstance(grid, dict):
         raise RecipeError(f"{where}: grid must be arm: number of seeds, found {grid!r:.60}")
     arms = read_arms()
@@ -136,7 +137,7 @@ def _check_grid(grid: Any, where: str) -> None:
 
 
 def read_arms(path: Path = NOTEBOOKS / "arms.yaml") -> dict[str, Arm]:
-    """The arms by name; each changed value is checked. Raises RecipeError naming the arm and value."""
+    """Read the arms by name. Raises RecipeError naming the arm and value that is wrong."""
     arms = {}
     for name, values in read_yaml(path).items():
         where = f"{path}, {name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -16,13 +16,11 @@ from ..evaluate.score import evaluate
 from ..store.checkpoint import CheckpointError, provenance, read_meta, read_note
 from ..store.files import write_whole
 from .sharding import join_processes
-
-if TYPE_CHECKING:
-    from .run import Run
+from .spec import RunSpec
 
 
-def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
-    """Rank all queries with a run's embedder, or read the ranks that are there; see `Run.evaluate`."""
+def evaluate_run(run: RunSpec, *, show_progress: bool = True) -> pd.DataFrame:
+    """Rank all queries with a run's embedder, or read the ranks that are there."""
     out, model = run.folder("evaluate"), run.folder("stage3")
     settings = {"batch_size": 64, "dtype": "float32"} | run.values.get("evaluation", {})
     settings.pop("tasks", None)
@@ -34,23 +32,30 @@ def evaluate_run(run: Run, *, show_progress: bool = True) -> pd.DataFrame:
             name for name in same if json.dumps(found.get(name)) != json.dumps(facts[name])
         ]:
             raise CheckpointError(
-                f"{out}: ranks of another run (different: {', '.join(differs)}); delete the folder to rank again"
+                f"{out}: ranks of another run (different: {', '.join(differs)}); delete the "
+                f"folder to rank again"
             )
         return read_ranks(out)
     state = join_processes()
     dtype = getattr(torch, settings.pop("dtype"))
     ranks = evaluate(
-        CocoaEmbedder.load(model, dtype=dtype), str(run.data), tasks=run.tasks, cache_dir=out / "embeddings",
-        show_progress=show_progress and state.is_main_process, process_index=state.process_index,
-        num_processes=state.num_processes, wait=state.wait_for_everyone, **settings,
-    )  # fmt: skip
+        CocoaEmbedder.load(model, dtype=dtype),
+        run.data,
+        tasks=run.tasks,
+        cache_dir=out / "embeddings",
+        show_progress=show_progress and state.is_main_process,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        wait=state.wait_for_everyone,
+        **settings,
+    )
     if state.is_main_process:
         write_ranks(out, ranks, facts)
     state.wait_for_everyone()
     return read_ranks(out)
 
 
-def probe_run(run: Run) -> pd.DataFrame:
+def probe_run(run: RunSpec) -> pd.DataFrame:
     """Probe a run's embedder, or read the table that is there; see `Run.probe`."""
     path = run.folder("evaluate") / "probe.csv"
     if not path.is_file():
@@ -61,8 +66,10 @@ def probe_run(run: Run) -> pd.DataFrame:
     return pd.read_csv(path)
 
 
-def run_facts(run: Run) -> dict[str, Any]:
-    """What produced a run's ranks: its names, recipes, costs in seconds a stage, hashes, commit, versions, machine."""
+def run_facts(run: RunSpec) -> dict[str, Any]:
+    """Gather what produced a run's ranks: names, recipes, seconds a stage, hashes, commit,
+    versions.
+    """
     metas = {stage: read_meta(run.folder(stage), check=False) for stage in run.stages}
     return {
         **run.names(),

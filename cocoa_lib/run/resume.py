@@ -1,4 +1,4 @@
-"""Checkpoints of a run that lasts: marked when whole, found again, removed when old; interrupts and losses explained."""
+"""Checkpoints of a run that lasts: marked when whole, found again, removed when old."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..store.checkpoint import read_note
 from ..store.files import sync, write_json
 
 logger = logging.getLogger(__name__)
-COMPLETE = "complete.json"  # written last into a Trainer checkpoint; holds the seconds of all attempts so far
+COMPLETE = "complete.json"  # written last into a Trainer checkpoint; seconds of all attempts
 FULL = ("No space left", "inline_container", "PytorchStreamWriter")  # torch's words for a full disk
 
 
@@ -31,9 +31,9 @@ class TrainingError(RuntimeError):
 
 
 class Watch(TrainerCallback):
-    """Mark a checkpoint once all of it is written; turn Ctrl-C and SIGTERM into: save, then stop (Ctrl-C twice: at once).
+    """Mark a checkpoint once all of it is written; on Ctrl-C or SIGTERM save, then stop.
 
-    `checkpoint`: what the run goes on from, whose training time counts as well.
+    Ctrl-C twice stops at once. `checkpoint`: what the run goes on from, whose time counts as well.
     """
 
     interrupted = False
@@ -80,14 +80,14 @@ class Watch(TrainerCallback):
 
 
 def list_checkpoints(work: Path) -> list[Path]:
-    """Trainer checkpoints, newest first: by step, since a clock can jump."""
+    """List Trainer checkpoints, newest first: by step, since a clock can jump."""
     return sorted(
         work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
     )
 
 
 def find_checkpoint(work: Path) -> Path | None:
-    """The newest Trainer checkpoint that is marked as whole; unfinished ones are removed."""
+    """Find the newest Trainer checkpoint that is marked as whole; remove unfinished ones."""
     for folder in list_checkpoints(work):
         if (folder / COMPLETE).is_file():
             return folder
@@ -98,7 +98,7 @@ def find_checkpoint(work: Path) -> Path | None:
 
 @contextmanager
 def explain_losses(work: Path, workers: int) -> Iterator[None]:
-    """Re-raise a lost process, a killed worker (of `workers`) and a full disk as TrainingError with a remedy."""
+    """Re-raise a lost process, a killed worker and a full disk as TrainingError with a remedy."""
     try:
         yield
     except TrainingError:
@@ -113,8 +113,8 @@ def explain_losses(work: Path, workers: int) -> Iterator[None]:
         elif said.startswith("DataLoader worker") or (broken and workers > 0):
             with suppress(RuntimeError):  # the other workers go with the loader
                 clear_frames(error.__traceback__)
-            what = f"a worker that reads pictures was killed, as a rule for want of memory ({error!r}); free some, or "
-            what += "start anew with fewer `workers`"
+            what = f"a worker that reads pictures was killed ({error!r}), as a rule for want of "
+            what += "memory; free some, or start anew with fewer `workers`"
         elif any(words in said for words in FULL):
             what = (
                 f"the disk is full, a checkpoint could not be written below {work}; free some space"

@@ -18,30 +18,33 @@ from .resume import TrainingError
 
 
 def join_processes() -> PartialState:
-    """This process among those of `torchrun` or `accelerate launch`: alone where there are none.
+    """Join the processes of `torchrun` or `accelerate launch`: alone where there are none.
 
-    On a machine without an accelerator accelerate must be told so, or each process would take itself for the only one.
+    On a machine without an accelerator accelerate must be told so, or each process would take
+    itself for the only one.
     """
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | None:
-    """Prepare for FSDP (version 2): gathered at a time is a layer of the language model, and with the rest the vision tower,
-    since a batch of texts does not run the tower's layers, and another process would wait for them.
+    """Prepare for FSDP (version 2): gathered at a time is a layer of the language model.
 
-    Returns (module, model, adapter) that stay whole, in the memory of the main process's machine, for the weights of the
-    finished run (`unshard`); None elsewhere. Raises TrainingError where the launch file asks for another kind of sharding.
+    The vision tower is gathered with the rest: a batch of texts does not run its layers, and
+    another process would wait for them. Returns (module, model, adapter) that stay whole, in the
+    memory of the main process's machine, for the weights of the finished run (`unshard`); None
+    elsewhere. Raises TrainingError where the launch file asks for another kind of sharding.
     """
     plugin = trainer.accelerator.state.fsdp_plugin
     sharded_saves = "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
     if plugin.fsdp_version != 2 or not sharded_saves or plugin.cpu_ram_efficient_loading:
         raise TrainingError(
             "sharded training needs fsdp_version: 2, fsdp_state_dict_type: SHARDED_STATE_DICT and "
-            "fsdp_cpu_ram_efficient_loading: false; take notebooks/profiles/accelerate/fsdp_1x8.yaml"
+            "fsdp_cpu_ram_efficient_loading: false; take "
+            "notebooks/profiles/accelerate/fsdp_1x8.yaml"
         )
     plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
     if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
-        # The model in bf16, as accelerate has it; but what it hands to the losses, and sums of gradients, are not rounded to it.
+        # The model in bf16, as accelerate has it; not the losses, nor sums of gradients.
         plugin.mixed_precision_policy = dataclasses.replace(
             policy, output_dtype=None, reduce_dtype=torch.float32
         )
@@ -49,7 +52,7 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
         copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
     )
     if adapter is not None:
-        # Else a text's first layer gets its gradients after all others, a picture's in its turn: two orders of exchange.
+        # Else a text's first layer gets its gradients last, a picture's in its turn: two orders.
         model.enable_input_require_grads()
     keep_in_step(trainer.model, model)
     return whole
@@ -58,13 +61,13 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
 def keep_in_step(module: nn.Module, model: PreTrainedModel) -> None:
     """Give every rank the gradients of a part that only another rank runs: zeros, in training.
 
-    Ranks that share weights exchange the gradients of the same ones, or they wait for each other for
-    ever. A batch of texts runs no vision tower, one without hidden cells no patch decoder. A decoder's
-    layers are gathered when it runs, so every rank runs it where one does.
+    Ranks that share weights exchange the gradients of the same ones, or they wait for each other
+    for ever. A batch of texts runs no vision tower, one without hidden cells no patch decoder. A
+    decoder's layers are gathered when it runs, so every rank runs it where one does.
     """
 
     def needed_elsewhere(here: bool) -> bool:
-        """True if another rank runs this part on its batch and this rank does not. Ranks ask together."""
+        """Tell whether another rank runs this part on its batch and this one does not. All ask."""
         anywhere = torch.tensor(int(here), device=model.device)
         torch.distributed.all_reduce(anywhere, torch.distributed.ReduceOp.MAX)
         return bool(anywhere) and not here
@@ -91,7 +94,7 @@ def keep_in_step(module: nn.Module, model: PreTrainedModel) -> None:
 
 
 def unshard(trainer: Trainer, whole: tuple | None) -> None:
-    """Every process gives its part of the weights; the main one puts them into what `shard` kept whole."""
+    """Collect every process's part of the weights into what `shard` kept whole."""
     weights = trainer.accelerator.get_state_dict(trainer.model)
     if whole is not None:
         whole[0].load_state_dict(weights)

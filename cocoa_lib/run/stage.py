@@ -1,8 +1,9 @@
-"""The stages as runs: each opens its parent's folder, trains, and leaves a checkpoint folder for the next.
+"""The stages as runs: each opens its parent's folder, trains, and leaves a checkpoint folder.
 
-Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on sentence-transformers' trainer with its GradCache.
-While a run lasts its state is in `.NAME.work` beside the output folder; the same call goes on from the newest whole
-checkpoint there, and the output folder appears only when the stage is done.
+Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on sentence-transformers' trainer
+with its GradCache. While a run lasts its state is in `.NAME.work` beside the output folder; the
+same call goes on from the newest whole checkpoint there, and the output folder appears only when
+the stage is done.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ Progress = bool | Callable[[str], None]  # a bar, nothing, or a function that ta
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One stage from one parent on one data folder: what `run_stage` is asked for, and where its state lies."""
+    """What `run_stage` is asked for: one stage from one parent on one data folder."""
 
     stage: str
     recipe: Recipe
@@ -83,7 +84,7 @@ class Job:
         return self.out.parent / f".{self.out.name}.work"
 
     def record(self) -> dict[str, Any]:
-        """What makes two runs the same run."""
+        """List what makes two runs the same run."""
         return {
             "stage": self.stage,
             "recipe": record_recipe(self.recipe),
@@ -95,16 +96,15 @@ class Job:
 
 
 def record_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values, but where its log is sent, which changes no result."""
-    return {
-        name: value for name, value in dataclasses.asdict(recipe).items() if name != "report_to"
-    }
+    """List a recipe's values, but where its log is sent, which changes no result."""
+    return dataclasses.asdict(recipe) | {"report_to": "none"}
 
 
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
-    """The parent's `cocoa.json`; a folder or hub name without one is a causal checkpoint (a real Qwen-VL).
+    """Read the parent's `cocoa.json`; a model without one is a causal checkpoint (a real Qwen-VL).
 
-    Raises CheckpointError when the parent is of another stage than the one before, unless `allow_parent`.
+    Raises CheckpointError when the parent is of another stage than the one before, unless
+    `allow_parent`.
     """
     folder = Path(parent)
     if (folder / META).is_file():
@@ -115,22 +115,18 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
         if folder.is_dir() and not (folder / "config.json").is_file():
             raise CheckpointError(f"{parent}: no config.json; not a model folder")
         digest = weights_hash(folder) if folder.is_dir() else str(parent)  # of the hub: its name
-        meta = {
-            "stage": "causal",
-            "eos_token": "<|im_end|>",
-            "max_length": sys.maxsize,
-            "weights_sha256": digest,
-        }
+        meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": sys.maxsize}
+        meta["weights_sha256"] = digest
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
         raise CheckpointError(
-            f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is {meta.get('stage')}; pass "
-            "allow_parent=True if an ablation leaves a stage out on purpose"
+            f"{stage} starts from a {PARENT_STAGE[stage]} checkpoint, but {parent} is "
+            f"{meta.get('stage')}; allow_parent=True leaves a stage out on purpose"
         )
     return meta
 
 
 def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Raise CheckpointError where they differ. An option that `found` does not know has its default."""
+    """Raise CheckpointError where they differ; an option that `found` lacks has its default."""
 
     def flatten(record: dict[str, Any]) -> dict[str, str]:
         recipe = dataclasses.asdict(RECIPES[wanted["stage"]]()) | record.get("recipe", {})
@@ -138,18 +134,12 @@ def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> 
         return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
 
     have, want = flatten(found), flatten(wanted)
-    names = [
-        name
-        for name in want
-        if have.get(name) != want[name] and name in {**wanted, **wanted["recipe"]}
-    ]
-    if names:
-        changed = ", ".join(
-            f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names
-        )
+    asked = {**wanted, **wanted["recipe"]}
+    if names := [name for name in asked if have.get(name) != want[name]]:
+        parts = [f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names]
         raise CheckpointError(
-            f"{where}: holds a run of another configuration ({changed}); it is not reused. Delete the "
-            "folder, or undo the change"
+            f"{where}: holds a run of another configuration ({', '.join(parts)}); it is not "
+            "reused. Delete the folder, or undo the change"
         )
 
 
@@ -164,12 +154,13 @@ def run_stage(
     allow_parent: bool = False,
     show_progress: Progress = True,
 ) -> Path:
-    """Run one stage ("causal", "stage1", "stage2", "stage3") from `parent` on the data folder `data` into `out`.
+    """Run one stage ("causal", "stage1", "stage2", "stage3") from `parent` on `data` into `out`.
 
-    Returns `out`. A finished `out` of the same configuration is returned as it is; of another one, CheckpointError.
-    KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the same call goes on. TrainingError for a loss that
-    is not finite, a batch size that does not fit, an output folder that another run is writing or nobody can, a full
-    disk, and another process or a worker that is gone.
+    Returns `out`. A finished `out` of the same configuration is returned as it is; of another
+    one, CheckpointError. KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the
+    same call goes on. TrainingError for a loss that is not finite, a batch size that does not
+    fit, an output folder that another run is writing or nobody can, a full disk, and another
+    process or a worker that is gone.
     """
     job = Job(
         stage,
@@ -183,7 +174,8 @@ def run_stage(
     out, finished = job.out, job.out / META
     if not finished.is_file() and out.is_dir() and any(out.iterdir()):
         raise CheckpointError(
-            f"{out}: holds files that are no checkpoint; remove them, or choose another output folder"
+            f"{out}: holds files that are no checkpoint; remove them, or choose another output "
+            f"folder"
         )
     state = join_processes()
     if not finished.is_file():
@@ -197,7 +189,7 @@ def run_stage(
 
 
 def _train(job: Job, state: PartialState, show_progress: Progress) -> None:
-    """Go on from the newest whole checkpoint in `job.work`, train, leave `job.out`, remove `job.work`."""
+    """Train from the newest whole checkpoint in `job.work`; leave `job.out`."""
     record, note = job.record(), job.work / "run.json"
     if note.is_file():
         compare_runs(read_note(note), record, job.work)
@@ -245,7 +237,9 @@ def _train(job: Job, state: PartialState, show_progress: Progress) -> None:
 
 
 def _open_parent(job: Job) -> tuple[PreTrainedModel, Inputs]:
-    """The parent's model with the recipe's attention, and its inputs with the recipe's limits."""
+    """Open the parent's model with the recipe's attention, and its inputs with the recipe's
+    limits.
+    """
     recipe, longest = job.recipe, job.parent_meta["max_length"]
     if recipe.max_length > longest:
         logger.warning(
@@ -275,7 +269,9 @@ def _finish(
     history: list[dict],
     seconds: float,
 ) -> None:
-    """Write the finished checkpoint: weights with the adapter merged, log.csv, and what made them."""
+    """Write the finished checkpoint: weights with the adapter merged, log.csv, and what made
+    them.
+    """
     module, model, adapter = whole
     log = average_log([row for row in history if "loss" in row], job.recipe.logging_steps)
     meta = {
@@ -297,7 +293,7 @@ def _finish(
 
 
 def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
-    """Stages "causal", 1 and 2: what they read, how it is corrupted, and a `Reconstruction` with the recipe's values."""
+    """Build the trainer of stages "causal", 1 and 2: a `Reconstruction` of corrupted rows."""
     recipe, data = job.recipe, job.data
     if job.stage == "causal":
         parts, collate = [corpus.conversations(data)], partial(causal_batch, inputs=inputs)
@@ -329,14 +325,15 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
 
 
 def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
-    """Stage 3: pairs in plan order through `CachedInfoNCE`."""
+    """Build the trainer of stage 3: pairs in plan order through `CachedInfoNCE`."""
     recipe: Stage3Recipe = job.recipe
     rows, sizes = corpus.pairs(
         job.data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives
     )
     if len(rows) < recipe.batch_size:
         raise TrainingError(
-            f"{job.data}: {len(rows)} training pairs are fewer than one batch of {recipe.batch_size}; lower batch_size or add pairs"
+            f"{job.data}: {len(rows)} training pairs are fewer than one batch of "
+            f"{recipe.batch_size}; lower batch_size or add pairs"
         )
     n = recipe.steps * recipe.batch_size
     plan = index_plan(sizes, n, seed=job.seed, block=recipe.same_task_block)

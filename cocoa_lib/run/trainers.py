@@ -1,4 +1,4 @@
-"""transformers' and sentence-transformers' trainers, with rows in plan order and the loss watched."""
+"""Both libraries' trainers, with rows in plan order and the loss watched."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLLAPSED_STEPS = 10  # so many in a row at the loss of identical embeddings are
 
 
 class PlainTrainer:
-    """Mixed into both trainers: checkpoints of weights without pickled arguments, and the loss watched."""
+    """Mixed into both trainers: checkpoints without pickled arguments, the loss watched."""
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_weights()
@@ -47,28 +47,32 @@ class PlainTrainer:
         return loss
 
     def check_weights(self) -> None:
-        """Raise TrainingError before weights that are not finite are saved: the loss shows them a step later."""
+        """Raise TrainingError before weights that are not finite are saved."""
         for name, values in self.accelerator.unwrap_model(self.model).named_parameters():
             values = values.full_tensor() if isinstance(values, DTensor) else values
             if not torch.isfinite(values).all():
                 raise self.diverged(f"the weights {name} are not finite", self.state.global_step)
 
     def diverged(self, what: str, step: int) -> TrainingError:
-        """The error that names the step, its rows in the plan (`index_plan`), and what is left to go back to."""
+        """Make the error that names the step, its rows in the plan, and the last good
+        checkpoint.
+        """
         work = Path(self.args.output_dir)
         size = self.args.per_device_train_batch_size * self.args.world_size
         whole = [path for path in list_checkpoints(work) if (path / COMPLETE).is_file()]
         return TrainingError(
-            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower max_grad_norm; then delete "
-            f"{work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; last good checkpoint: "
+            f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower "
+            f"max_grad_norm; then delete "
+            f"{work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; "
+            f"last good checkpoint: "
             f"{whole[0] if whole else 'none'}"
         )
 
 
 class ReconstructionTrainer(PlainTrainer, Trainer):
-    """transformers' Trainer on a `Reconstruction`; logs the text and image parts of the loss beside the sum.
+    """transformers' Trainer on a `Reconstruction`; logs the losses of text and image too.
 
-    With several processes the parts are averaged over them, like the loss.
+    With several processes they are averaged over them, like the sum.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -90,7 +94,7 @@ class ReconstructionTrainer(PlainTrainer, Trainer):
 
 
 class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
-    """sentence-transformers' trainer on (anchor, positive, negative?) items, in plan order; reports a collapse."""
+    """sentence-transformers' trainer on (anchor, positive, negative?) items; reports a collapse."""
 
     steps_at_chance = 0
 
@@ -98,7 +102,7 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
         return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     def add_model_card_callback(self, default_args_dict) -> None:
-        """None: `cocoa.json` records the run, and the callback would embed widget examples before training."""
+        """Add none: `cocoa.json` records the run."""
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         loss = self.check_loss(super().compute_loss(model, inputs))
@@ -107,13 +111,15 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
         return loss
 
     def watch_collapse(self, loss: float) -> None:
-        """Warn, once, when the loss stays within 1 % of that of identical embeddings (ln of the candidates)."""
+        """Warn, once, when the loss stays within 1 % of that of identical embeddings."""
         at_chance = self.loss.chance > 0 and abs(loss - self.loss.chance) <= 0.01 * self.loss.chance
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         if self.steps_at_chance == COLLAPSED_STEPS:
             logger.warning(
-                "collapsed: for %d steps, up to step %d, the loss %.3f is that of identical embeddings. Start again with "
-                "a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger batch_size",
+                "collapsed: for %d steps, up to step %d, the loss %.3f is that of identical "
+                "embeddings. Start again with "
+                "a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a "
+                "larger batch_size",
                 COLLAPSED_STEPS, self.state.global_step + 1, loss,
             )  # fmt: skip
 
@@ -144,7 +150,7 @@ class Bar(TrainerCallback):
 
 
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int):
-    """A recipe as the trainers' arguments; `batch_size` is divided over the processes, each with one GPU at most."""
+    """Turn a recipe into the trainers' arguments; `batch_size` is divided over the processes."""
     args = cls(
         output_dir=str(work),
         max_steps=recipe.steps,
@@ -159,7 +165,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         seed=seed,
         save_steps=recipe.save_steps,
         save_total_limit=None,  # `Watch` removes old ones, once the new one is whole
-        logging_steps=1,  # log.csv averages over recipe.logging_steps, in a resumed run as in a whole one
+        logging_steps=1,  # log.csv averages over recipe.logging_steps, resumed or not
         disable_tqdm=True,  # `Bar` stands for theirs
         report_to=recipe.report_to,
         train_sampling_strategy="sequential",
@@ -181,7 +187,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
 
 
 def average_log(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
-    """One row a step -> one row for each `every` steps: mean losses, the last value of everything else.
+    """Average one row a step into one for each `every`: mean losses, the last of all else.
 
     Columns in a fixed order: a resumed run has its first rows from a file that sorts them by name.
     """

@@ -54,9 +54,10 @@ def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def list_hypotheses(runs: pd.DataFrame) -> str:
-    """List what each arm is to show, in Markdown."""
-    arms = runs.drop_duplicates("arm")
-    return "\n".join(f"- `{row.arm}`: {row.hypothesis}" for row in arms.itertuples())
+    """List what each arm is to show, in Markdown, folded."""
+    rows = runs.drop_duplicates("arm").itertuples()
+    lines = "\n".join(f"- `{row.arm}`: {row.hypothesis}" for row in rows)
+    return f"<details><summary>What each arm is to show</summary>\n\n{lines}\n\n</details>"
 
 
 def list_groups(ranks: pd.DataFrame) -> list[str]:

@@ -27,16 +27,15 @@ def readers() -> dict[str, tuple[str, Callable[[Path], object], tuple[type[Excep
     from cocoa_lib.evaluate.tasks import choose_tasks
     from cocoa_lib.items import InputError
     from cocoa_lib.recipes import RecipeError
-    from cocoa_lib.run.arms import read_arms
-    from cocoa_lib.run.profiles import load_profile
+    from cocoa_lib.run.profiles import load_profile, read_arms
     from cocoa_lib.store.checkpoint import CheckpointError, read_meta
 
     profiles = sorted((NOTEBOOKS / "profiles").glob("*.yaml"))
     return {
         "profile": ("p.yaml", lambda path: load_profile("p", path.parent), (RecipeError,), profiles),
-        "arms": ("arms.csv", read_arms, (RecipeError,), [NOTEBOOKS / "arms.csv"]),
+        "arms": ("arms.yaml", read_arms, (RecipeError,), [NOTEBOOKS / "arms.yaml"]),
         "rows.jsonl": ("rows.jsonl", read_table, (InputError,), []),
-        "rows.csv": ("rows.csv", read_table, (InputError,), [NOTEBOOKS / "arms.csv"]),
+        "rows.csv": ("rows.csv", read_table, (InputError,), [ROOT / "data" / "published_mmeb.csv"]),
         "manifest": ("manifest.json", lambda path: choose_tasks(["all"], str(path.parent)), (ValueError,), []),
         "checkpoint": ("cocoa.json", lambda path: read_meta(path.parent, check=False), (CheckpointError,),
                        [ROOT / "data" / "backbone" / "cocoa.json"]),

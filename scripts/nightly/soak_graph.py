@@ -2,8 +2,8 @@
 
     python scripts/nightly/soak_graph.py --rounds 10 [--seed 0]
 
-A copy of the tracked files, profile `smoke`: two arms trained, evaluated and probed. A round deletes `runs/`, starts, kills the process group at a moment drawn over the whole length
-(and, every second round, the second attempt as well), and runs the command that `make reproduce` runs once more.
+A copy of the tracked files, profile `smoke`: two arms trained, evaluated and probed. A round deletes `runs/`, starts, kills
+the process group at a moment drawn over the whole length (and, every second round, the second attempt as well), and runs the command that `make reproduce` runs once more.
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def test_run_all_cells_and_move_a_slider(watched, lab):
     _run_all(page)
     slider = page.locator('.cocoa-explorer [data-name="n_a"]')
     deadline = time.monotonic() + PATIENCE
-    while not slider.count():  # the notebook renders only what is near the window: go where the panel will be
+    while (
+        not slider.count()
+    ):  # the notebook renders only what is near the window: go where the panel will be
         assert time.monotonic() < deadline, "no slider: " + "; ".join(
             page.locator(".jp-RenderedText").all_inner_texts()[-3:]
         )
@@ -97,13 +99,19 @@ def test_run_all_cells_and_move_a_slider(watched, lab):
     slider.focus()
     page.keyboard.press("ArrowRight")
     assert box.locator("svg rect").count() == 2 * 10 * 10, "five tokens of A, EOS, four of B"
-    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(timeout=PATIENCE * 1000)
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for(
+        timeout=PATIENCE * 1000
+    )
     before = notebook.stat().st_mtime_ns
     page.keyboard.press("Control+s")
     while notebook.stat().st_mtime_ns == before:
         assert time.monotonic() < deadline, "JupyterLab did not save the notebook"
         page.wait_for_timeout(500)
-    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    cells = [
+        cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"
+    ]
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert not [
+        output for cell in cells for output in cell.outputs if output.output_type == "error"
+    ]
     assert [fault for fault in faults if fault.startswith(("foreign", "exception"))] == []

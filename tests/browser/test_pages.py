@@ -78,7 +78,10 @@ def test_a_script_that_got_in_does_not_run(watched, tmp_path):
     page, faults = watched
     html = (SITE / "notebooks" / "00_data_and_backbone.html").read_text(encoding="utf-8")
     bad = SITE / "notebooks" / "bad.html"
-    bad.write_text(html.replace("</article>", '<script>document.title="owned"</script></article>'), encoding="utf-8")
+    bad.write_text(
+        html.replace("</article>", '<script>document.title="owned"</script></article>'),
+        encoding="utf-8",
+    )
     try:
         page.goto(bad.as_uri())
         assert page.title() != "owned" and "Content Security Policy" in faults[0]

@@ -29,7 +29,9 @@ def shrink(figure) -> Image.Image:
     return image.resize((image.width // 8, image.height // 8), Image.Resampling.BOX)
 
 
-@pytest.mark.skipif(not matplotlib.__version__.startswith(DRAWN_BY), reason=f"drawn by matplotlib {DRAWN_BY}")
+@pytest.mark.skipif(
+    not matplotlib.__version__.startswith(DRAWN_BY), reason=f"drawn by matplotlib {DRAWN_BY}"
+)
 @pytest.mark.parametrize("name", CASES)
 def test_it_looks_as_it_did(name):
     now, then = shrink(CASES[name]()), Image.open(BASELINE / f"{name}.png")

@@ -24,8 +24,7 @@ from cocoa_lib.data.tables import load_eval
 from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError, load_image
 from cocoa_lib.recipes import RECIPES, Recipe, RecipeError, make_recipe
-from cocoa_lib.run.arms import read_arms
-from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.run.profiles import load_profile, read_arms
 from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta, save_checkpoint
 
 
@@ -253,14 +252,10 @@ def test_a_value_that_unfolds_without_end_is_named_in_short(tmp_path):
 
 
 @bounded(80)
-@given(
-    cells=st.lists(ANY_TEXT.filter(lambda t: t.isprintable()) | st.just('{"steps": 3}'), max_size=5), head=st.booleans()
-)
-def test_arms(tmp_path, cells, head):
-    path = tmp_path / "arms.csv"
-    path.write_text(
-        "arm,stage1,stage2,stage3,hypothesis\n" * head + ",".join(cells), encoding="utf-8", errors="replace"
-    )
+@given(content=st.binary(max_size=60) | st.dictionaries(ANY_TEXT, VALUE, max_size=4).map(lambda arms: json.dumps(arms).encode()))
+def test_arms(tmp_path, content):
+    path = tmp_path / "arms.yaml"
+    path.write_bytes(content)
     try:
         assert isinstance(read_arms(path), dict)
     except RecipeError as error:
