@@ -46,9 +46,7 @@ SPLITS = {"train": "train", "eval": "test", "dev": "dev"}
 
 
 class Pictures:
-    """Writes the pictures of one item, each once; keeps what scenes.jsonl and the content hash
-    need.
-    """
+    """Write the pictures of one item, each once; keep its scenes and its digest."""
 
     def __init__(self, root: Path, stream: str, index: int) -> None:
         self.root, self.stem = root, f"{stream}/{index // 1000:03d}/{index % 1000:03d}"
@@ -76,8 +74,10 @@ Made = tuple[Any, list[dict], bytes]  # an item's row, the scenes of its picture
 
 
 def make_item(root: Path, seed: int, stream: str, index: int) -> Made:
-    """Item `index` of a stream: a query or pair {text, path, accepted, sides}, or the lines of one
-    scene of the corpus.
+    """Make item `index` of a stream.
+
+    Its row is a query or pair {text, path, accepted, sides}, or the lines of one scene of
+    the corpus.
     """
     part, name = stream.split("/")
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
@@ -125,9 +125,7 @@ def make_corpus_lines(
 
 
 def make_queries(task: Task, rows: list[dict], seed: int) -> pd.DataFrame:
-    """Rows of one task with their candidates: the right one, its hard negatives, then others that
-    are not right.
-    """
+    """Lay out one task: candidates are the right one, its hard negatives, then others not right."""
     labels = list_labels().get(task.name)
     others = [(label, "", [label]) for label in labels or ()] or [
         tuple(side) for row in rows for side in row["sides"]
@@ -151,9 +149,7 @@ def make_queries(task: Task, rows: list[dict], seed: int) -> pd.DataFrame:
 
 
 def count_candidates(task: Task, n_queries: int) -> int:
-    """Candidates of a query: pools of pictures and captions cannot be larger than the number of
-    queries.
-    """
+    """Count the candidates of a query; pools of pictures and captions are as large as n_queries."""
     return task.n_candidates if task.name in list_labels() else min(task.n_candidates, n_queries)
 
 
@@ -284,10 +280,9 @@ def read_scenes(root: Path) -> dict[str, Side]:
 
 
 def oracle(row: dict[str, Any], scenes: dict[str, Side]) -> int:
-    """Index of the candidate that the question and the scenes make right, wherever it stands in the
-    row's lists.
+    """Find the candidate that the question and the scenes make right, wherever it stands.
 
-    Raises ValueError unless exactly one is.
+    Returns its index. Raises ValueError unless exactly one is.
     """
     asked = scenes.get(row["qry_img_path"])
     accepted = answer(row["qry_text"], asked.scene if asked else None)

@@ -1,8 +1,7 @@
-"""What the small backbone learns from: single drawings, scenes with a label a cell, and
-conversations about both.
+"""What the small backbone learns from: drawings, scenes with a label a cell, conversations.
 
-Nothing is read from files: item k of a lesson depends on (seed, lesson, k) alone and is never seen
-twice.
+Nothing is read from files. A batch depends on the random generator it is given and is
+never seen twice.
 """
 
 from __future__ import annotations
@@ -41,8 +40,9 @@ Turns = list[tuple[str, str]]  # question and answer; a caption has no question
 
 @dataclass(frozen=True)
 class Lesson:
-    """Pictures (N, S, S, 3) uint8, the concept of each cell (N, cells) int64, and what is said
-    about each.
+    """A batch before any model sees it.
+
+    pictures: (N, S, S, 3) uint8; cells: (N, cells) int64, the concept on each; turns: what is said.
     """
 
     pictures: np.ndarray
@@ -51,16 +51,12 @@ class Lesson:
 
 
 def known_concepts() -> list[str]:
-    """Names that the backbone learns: all but those that nothing shows. Label k + 1 of a cell is
-    name k.
-    """
+    """Names that the backbone learns: all but the unknown. Label k + 1 of a cell is name k."""
     return select_names("paired") + select_names("captioned")
 
 
 def label_cells(drawings: Sequence[Drawn], side: int) -> np.ndarray:
-    """The concept that covers each cell of a picture, its label: (cells,) int64, cells as the
-    merger orders them.
-    """
+    """Label each cell with the concept that covers it: (cells,) int64, in the merger's order."""
     labels = {name: label for label, name in enumerate(known_concepts(), 1)}
     count = side // CELL
     shares = np.zeros((len(drawings), count * count), dtype=np.float32)

@@ -1,8 +1,7 @@
-"""Muon: momentum whose matrix is made orthogonal before each step. Small models learn in a fraction
-of Adam's steps.
+"""Muon: momentum, made orthogonal before each step; far fewer steps than Adam needs.
 
 torch's own computes in bfloat16, which CPUs without matrix units do forty times slower than
-float32. Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale by the longer
+float32. Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; the scale by the longer
 side: Liu et al. 2025 (2502.16982).
 """
 
@@ -29,9 +28,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """For the matrices inside the blocks; embeddings, vectors and heads go to AdamW, and learn at
-    its rates.
-    """
+    """Optimise the matrices inside the blocks; embeddings, vectors and heads go to AdamW."""
 
     def __init__(
         self,

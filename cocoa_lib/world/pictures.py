@@ -1,6 +1,4 @@
-"""OpenMoji drawings as small arrays: each SVG drawn once, trimmed to its ink, scaled to the sizes
-that scenes use.
-"""
+"""Draw OpenMoji as small arrays: once each, trimmed to the ink, at the sizes that scenes use."""
 
 from __future__ import annotations
 
@@ -51,9 +49,7 @@ def draw_large(emoji: str) -> Image.Image:
 
 @cache
 def draw(emoji: str, side: int) -> np.ndarray:
-    """The drawing, its longer side `side` pixels: (height, width, 4) uint8, red, green, blue,
-    alpha.
-    """
+    """Scale a drawing to `side` pixels, its longer side: (height, width, 4) uint8, RGBA."""
     image = draw_large(emoji)
     scale = side / max(image.size)
     size = tuple(max(1, round(scale * length)) for length in image.size)

@@ -153,8 +153,10 @@ def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
 
 
 def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(cell logits (N, cells, K), logits of learnt tokens (T, V), these tokens (T,), their rows
-    (T,)).
+    """Run the whole model on a lesson.
+
+    Returns cell logits (N, cells, K), logits of the T learnt tokens (T, V), these tokens (T,), and the
+    row of each (T,).
     """
     batch, seen = collate(lesson, pupil.inputs), {}
     hook = pupil.model.model.visual.register_forward_hook(
@@ -169,9 +171,7 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
-    """One step; returns (loss of the words, or of the cells where no words are learnt; loss of the
-    cells).
-    """
+    """Train one step; returns the loss of the words (of the cells, without words) and of the cells."""
     words = torch.zeros(())
     pupil.model.model.visual.requires_grad_(phase.tower > 0)
     if phase.words:
@@ -251,8 +251,9 @@ def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
 
 
 def new_pupil(schedule: Schedule, seed: int) -> Pupil:
-    """Random weights, a tokenizer of the world's texts and of Python's manual, so that other
-    English is not spelt out.
+    """Start with random weights and a tokenizer of the world's texts and of Python's manual.
+
+    The manual keeps other English from being spelt out.
     """
     model, inputs = new_backbone(
         [*sample_texts(schedule.texts), *topics.values()], seed=seed, **schedule.shape
@@ -339,9 +340,7 @@ def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, 
 
 
 def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
-    """Train, or go on, until the last phase is done; returns the checkpoint folder, with the log
-    beside its weights.
-    """
+    """Train, or go on, until the last phase is done; returns the checkpoint folder."""
     out, work = Path(out), Path(out).parent / f".{Path(out).name}.work"
     if (out / META).is_file():
         return out

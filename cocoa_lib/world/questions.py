@@ -1,6 +1,4 @@
-"""What can be asked of a scene, and the true answers: the generator's own reading, which knows
-nothing of any table.
-"""
+"""What can be asked of a scene, and the true answers. Knows nothing of any table."""
 
 from __future__ import annotations
 
@@ -143,11 +141,9 @@ QUESTIONS: dict[str, Callable[..., set[str]]] = {
 
 
 def answer(text: str, scene: Scene) -> set[str]:
-    """The texts that answer what is asked of the scene: a name, a place, a count, captions, or the
-    phrase to find.
+    """Read the answers off a scene: a name, a place, a count, captions, or the phrase to find.
 
-    Raises ValueError for a text that is none of QUESTIONS, and for a question without exactly one
-    answer.
+    Raises ValueError for a text that is none of QUESTIONS, and where there is not one answer.
     """
     text = text.replace(PLACEHOLDER, "").strip()
     for pattern, read in QUESTIONS.items():
@@ -157,9 +153,7 @@ def answer(text: str, scene: Scene) -> set[str]:
 
 
 def list_questions(scene: Scene) -> list[str]:
-    """All questions about a scene that have one answer, for the corpus; relations include the
-    unseen one.
-    """
+    """List the questions about a scene that have one answer, the unseen relation among them."""
     texts = ["How many drawings are there?"]
     if len(scene) == 1:
         texts += ["What is in the picture?", "What kind of thing is in the picture?"]

@@ -1,8 +1,7 @@
 """A scene: one to four drawings on a plain background; what it looks like and how it is described.
 
-Canvas and sizes are multiples of what the small backbone sees as one patch (10 pixels) only by
-their total: drawings stand anywhere around the nine named positions. Scenes are split by a checksum
-of their description, so that no scene of the development or test queries is ever trained on.
+Drawings stand near nine named positions, off by a few pixels. Scenes are split by a checksum of
+their description, so that no scene of the development or test queries is ever trained on.
 """
 
 from __future__ import annotations
@@ -102,8 +101,9 @@ def overlaps(one: Drawn, other: Drawn) -> bool:
 
 
 def is_clear(scene: Scene, allowed: str = "") -> bool:
-    """Whether each drawing has a position of its own and none is at its held-out size but that of
-    concept `allowed`.
+    """True if no drawings share a position or overlap, and none has its held-out size.
+
+    allowed: a concept that may have it.
     """
     drawings = scene.drawings
     if not 1 <= len(drawings) <= 4 or len({one.position for one in drawings}) < len(drawings):
@@ -115,9 +115,7 @@ def is_clear(scene: Scene, allowed: str = "") -> bool:
 
 
 def find_split(scene: Scene) -> str:
-    """The split that a scene is for, by a checksum of its description: of eight, one test, one dev,
-    six train.
-    """
+    """Find the split that a scene is for: by a checksum, of eight one test, one dev, six train."""
     remainder = checksum(describe(scene)) % 8
     return next(split for split, remainders in SPLITS.items() if remainder in remainders)
 

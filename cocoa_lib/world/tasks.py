@@ -1,9 +1,8 @@
-"""The twelve tasks: one example of each is a query, the right candidate and candidates that differ
-from it in one thing.
+"""The twelve tasks: each makes a query, its right candidate, and wrong ones that are near.
 
 Four tasks are out of distribution, each by another kind of unseen: concepts that captions show and
 no contrastive pair does, concepts that nothing shows, a relation, and a composition (a concept at a
-size it never had).
+size it never had). A near candidate differs from the right one in one thing.
 """
 
 from __future__ import annotations
@@ -69,9 +68,7 @@ class Side:
 
     @property
     def truths(self) -> set[str]:
-        """The texts that are true of a candidate: `answer` must give one of them for it to be
-        right.
-        """
+        """What is true of a candidate: it is right where `answer` gives one of these texts."""
         if self.text:
             return {self.text}
         return {self.focus.phrase} if self.focus else say_all(self.scene)
@@ -102,9 +99,7 @@ class Source:
         return [options[i] for i in self.rng.permutation(len(options))[:n]]
 
     def unseen(self, role: str) -> list[str]:
-        """The concepts of a role that queries of this split ask for: development and test share
-        none.
-        """
+        """The concepts of a role that this split asks for; development and test share none."""
         return select_names(role, self.split)
 
 
@@ -234,9 +229,7 @@ def make_counts_and_relations(source: Source) -> Example:
 
 
 def write_edit(source: Source, scene: Scene) -> str:
-    """An instruction that changes one thing of a scene, or swaps two; drawings are named, so their
-    names must differ.
-    """
+    """Write an instruction that changes one thing of a scene whose names differ, or swaps two."""
     one, *rest = source.some(scene.drawings, 2)
     near = [other for other in near_names(one.name) if other in source.known] or source.names
     options = [
@@ -250,9 +243,7 @@ def write_edit(source: Source, scene: Scene) -> str:
 
 
 def make_edits(source: Source, n: int) -> tuple[Scene, list[tuple[str, Scene]]]:
-    """A scene and n edits (instruction, edited scene) that differ from it and from each other, all
-    of the split.
-    """
+    """Make a scene and n edits (instruction, edited scene), all of the split, no two alike."""
     while True:
         scene = source.scene()
         if len({one.name for one in scene.drawings}) < len(scene):
