@@ -17,8 +17,8 @@ EQUAL_PICTURES = "flash_equal_pictures"  # from such a name the tower passes all
 def cut_patches(pictures: np.ndarray, patch: int) -> tuple[Tensor, Tensor]:
     """Cut (N, S, S, 3) uint8 into what `Qwen2VLImageProcessorPil` gives where it need not resize.
 
-    Returns pixel_values (N * (S / patch)^2, 3 * 2 * patch^2) float32 and image_grid_thw (N, 3). S must
-    be a multiple of 2 * patch.
+    Returns pixel_values (N * (S / patch)^2, 3 * 2 * patch^2) float32 and image_grid_thw (N, 3).
+    S must be a multiple of 2 * patch.
     """
     n, side = len(pictures), pictures.shape[1]
     grid, cells = side // patch, side // (patch * MERGE)
@@ -34,8 +34,8 @@ def cut_patches(pictures: np.ndarray, patch: int) -> tuple[Tensor, Tensor]:
 def attend_equal_pictures(module, query, key, value, attention_mask=None, cu_seq_lens_q=None, **_):
     """Attend inside pictures of one size, as one batch.
 
-    (1, heads, N * patches, D) -> (1, N * patches, heads, D). The tower's own way goes through them one
-    by one, which takes longer on a CPU and gives the same.
+    (1, heads, N * patches, D) -> (1, N * patches, heads, D). The tower's own way goes through them
+    one by one, which takes longer on a CPU and gives the same.
     """
     n, (heads, _, width) = len(cu_seq_lens_q) - 1, query.shape[1:]
     parts = (part[0].view(heads, n, -1, width).transpose(0, 1) for part in (query, key, value))

@@ -155,8 +155,8 @@ def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
 def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the whole model on a lesson.
 
-    Returns cell logits (N, cells, K), logits of the T learnt tokens (T, V), these tokens (T,), and the
-    row of each (T,).
+    Returns cell logits (N, cells, K), logits of the T learnt tokens (T, V), these tokens (T,), and
+    the row of each (T,).
     """
     batch, seen = collate(lesson, pupil.inputs), {}
     hook = pupil.model.model.visual.register_forward_hook(
@@ -171,7 +171,7 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
-    """Train one step; returns the loss of the words (of the cells, without words) and of the cells."""
+    """Train one step; returns the loss of the words, or of the cells without words, and of cells."""
     words = torch.zeros(())
     pupil.model.model.visual.requires_grad_(phase.tower > 0)
     if phase.words:
