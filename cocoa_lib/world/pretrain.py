@@ -171,7 +171,7 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
-    """Train one step; returns the loss of the words, or of the cells without words, and of cells."""
+    """Train one step; returns the loss of the words (else of the cells), and of the cells."""
     words = torch.zeros(())
     pupil.model.model.visual.requires_grad_(phase.tower > 0)
     if phase.words:
