@@ -57,6 +57,10 @@ def few_measurements(monkeypatch):
     monkeypatch.setattr(pretrain, "topics", {"a": "Any text."})
 
 
+def open_tiny(folder):
+    return pretrain.open_pupil(pretrain.make_start(folder / "init", TINY, seed=0), seed=0)
+
+
 @pytest.mark.parametrize("side", [WINDOW, CANVAS])
 def test_patches_are_those_of_the_image_processor(side):
     pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), dtype=np.uint8)
@@ -69,8 +73,8 @@ def test_patches_are_those_of_the_image_processor(side):
     assert torch.equal(grids, wanted["image_grid_thw"])
 
 
-def test_attention_to_equal_pictures_is_the_towers_own():
-    pupil = pretrain.new_pupil(TINY, seed=0)
+def test_attention_to_equal_pictures_is_the_towers_own(tmp_path):
+    pupil = open_tiny(tmp_path)
     values, grids = cut_patches(make_scenes(np.random.default_rng(0), 3, ["owl"]).pictures, 10)
     visual = pupil.model.model.visual
     with torch.inference_mode():
@@ -186,6 +190,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, stop_a
     with pytest.raises(Stopped):
         pretrain.train_backbone(tmp_path / "backbone", TINY, seed=1)
     monkeypatch.setattr(pretrain, "train_step", learn)
+    monkeypatch.setattr(pretrain, "sample_texts", lambda n: ["texts of changed code"])
     again = pretrain.train_backbone(tmp_path / "backbone", TINY, seed=1)
     assert weights_hash(again) == weights_hash(folder)
 
@@ -201,7 +206,7 @@ def test_an_answer_is_right_if_all_its_tokens_are(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    pupil = pretrain.new_pupil(TINY, seed=0)
+    pupil = open_tiny(tmp_path)
     with torch.no_grad():
         pupil.head.weight.fill_(float("nan"))
     phase = TINY.phases[0]

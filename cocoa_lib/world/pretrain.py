@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 
 from ..backbone import hidden_states
 from ..corruption import IGNORE
 from ..inputs import Inputs
-from ..store.checkpoint import META, save_checkpoint
+from ..store.checkpoint import META, load_inputs, read_meta, save_checkpoint
 from ..store.files import write_whole
 from .backbone import causal_batch, new_backbone
 from .concepts import SALT
@@ -250,19 +250,28 @@ def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
 # ---- state --------------------------------------------------------------------------------------
 
 
-def new_pupil(schedule: Schedule, seed: int) -> Pupil:
-    """Start with random weights and a tokenizer of the world's texts and of Python's manual.
+def make_start(folder: Path, schedule: Schedule, seed: int) -> Path:
+    """Write a model with random weights, or find it there: a checkpoint folder of stage "init".
 
-    The manual keeps other English from being spelt out.
+    The tokenizer is learnt from the world's texts and from Python's manual, so that other English
+    is not spelt out. A run that goes on reads it from here: another one would mean other tokens.
     """
-    model, inputs = new_backbone(
-        [*sample_texts(schedule.texts), *topics.values()], seed=seed, **schedule.shape
-    )
+    if not (folder / META).is_file():
+        texts = [*sample_texts(schedule.texts), *topics.values()]
+        model, inputs = new_backbone(texts, seed=seed, **schedule.shape)
+        save_checkpoint(folder, model, inputs, {"stage": "init", "run": {"seed": seed}})
+    return folder
+
+
+def open_pupil(start: Path, seed: int) -> Pupil:
+    """Open what `make_start` wrote, with a head of random weights and its optimizers."""
+    model = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).train()
     model.model.visual.config._attn_implementation = EQUAL_PICTURES
-    head = nn.Linear(schedule.hidden_size, len(known_concepts()) + 1)
-    model.train()
+    torch.manual_seed(seed)
+    head = nn.Linear(model.config.text_config.hidden_size, len(known_concepts()) + 1)
     matrices, others = split_weights(model, head)
     adam = torch.optim.AdamW(others, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
+    inputs = load_inputs(start, read_meta(start))
     return Pupil(model, inputs, head, [Muon(matrices, lr=0), adam])
 
 
@@ -345,7 +354,8 @@ def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
     if (out / META).is_file():
         return out
     work.mkdir(parents=True, exist_ok=True)
-    pupil, state = new_pupil(schedule, seed), work / "state.safetensors"
+    state = work / "state.safetensors"
+    pupil = open_pupil(make_start(work / "init", schedule, seed), seed)
     if state.is_file():
         load_state(pupil, state)
     for phase, loss, cell_loss in go_on(pupil, schedule, seed):
