@@ -338,7 +338,7 @@ def fingerprint(data: Path) -> str:
     if (data / "manifest.json").is_file():
         found = read_manifest(data).get("content_hash")
         if not isinstance(found, str) or not found:
-            raise InputError(f"{data}: no content_hash in manifest.json; make the folder again")
+            raise InputError(f"{data / 'manifest.json'}: no content_hash; make the folder again")
         return found
     files = sorted(data.rglob("*.parquet"))
     if not files:
