@@ -31,7 +31,7 @@ def setup(stage: str, full: bool, batch: int = 4, length: int = 128) -> Callable
     model.lm_head.weight.data.normal_(std=0.02)  # tied to the input embedding
     module = Reconstruction(model, layout=layout)
     if full:
-        module.text_loss = full_logits
+        module.objective = full_logits
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(10, VOCABULARY, (batch, length), generator=generator)
     segments = torch.full_like(ids, A)

@@ -145,10 +145,6 @@ def test_what_a_gpu_gave_is_said_as_the_records_have_it():
     singly = share["stage1, pictures singly / plain, 16 rows of 1024"]
     assert f"a step of stage 1 takes {singly:.2f} times as long without" in cluster
     assert f"{100 * compiled[0]['ratio']:.0f} % of the peak instead of {100 * plain[0]:.0f}" in cluster
-    assert (
-        f"On an H200 steps of stages 1 and 3 reach {100 * compiled[0]['ratio']:.0f} and {100 * compiled[1]['ratio']:.0f} %"
-        in readme
-    )
     missing = {name: list(CONTENTS[name]["not_measured"]) for name in ("gpu", "attention_gpu", "gpu_earlier")}
     assert (
         len(missing["gpu"]) == 3
@@ -193,7 +189,7 @@ def test_the_page_says_where_growth_stops_being_linear():
     assert sentence in page, f"docs/speed.md should say: {sentence}"
 
 
-@pytest.mark.parametrize("page, at_least", [("README.md", 12), ("docs/speed.md", 40)])
+@pytest.mark.parametrize("page, at_least", [("docs/speed.md", 40)])
 def test_the_ratios_on_the_pages_are_the_measured_ones(page, at_least):
     text = (ROOT / page).read_text(encoding="utf-8")
     section = text.split("\n## Speed\n")[1].split("\n## ")[0] if page == "README.md" else text
@@ -347,7 +343,7 @@ def test_stage_2_is_counted_by_the_pairs_that_its_layout_allows():
     count_a, count_b = ((columns[0]["segment_ids"] == segment).sum() for segment in (1, 3))
     assert columns[0]["input_ids"].shape == (2, 40) and count_a + count_b == 2 * 39
     barred = 2 * 2 * int(count_a / 2) * int(count_b / 2)  # A to B and back, two rows
-    less = gpu.flops_of(module, open_recipe, columns, 32) - gpu.flops_of(module, recipe, columns, 32)
+    less = gpu.flops_of(module, "stage2", open_recipe, columns) - gpu.flops_of(module, "stage2", recipe, columns)
     assert less == pytest.approx(3 * 4 * barred * 64 * 2)  # backward twice forward; width 64, two layers
 
 
