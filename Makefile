@@ -80,7 +80,7 @@ test-browser: $(STAMP) ## the pages and a live JupyterLab in headless Chromium, 
 		echo "Browser tests skipped: no playwright ($(PY) -m pip install -e '.[browser]')."; \
 	else $(TESTENV) BROWSER_TESTS=1 $(PY) -m pytest -q -n 0 tests/browser; fi
 
-bench: $(STAMP) ## what is fast and by how much: ratios -> benchmarks/results
+bench: $(STAMP) ## twelve ratios that a user decides by, two processes at a time -> docs/speed.md
 	@OMP_NUM_THREADS=1 $(ENV) HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES= $(PY) benchmarks/bench.py
 
 soak: $(STAMP) ## kill runs at random moments for MINUTES (6) and compare what they leave with undisturbed ones

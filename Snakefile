@@ -67,13 +67,13 @@ rule data:
     """The data, and a backbone of another shape where the run names one."""
     output:
         touch(f"{PLACE}/data.done"),
+    benchmark: f"{PLACE}/times/data/data.tsv"
     params:
         values=json.dumps([MAIN.values.get(name) for name in ("benchmark", "pairs", "backbone", "causal")]),
         line=command(MAIN, "prepare"),
     threads: workflow.cores
     resources: gpu=1
-    shell:
-        SLOT + "{params.line}"
+    shell: SLOT + "{params.line}"
 
 rule shared:
     """A stage that several arms share."""
@@ -82,12 +82,12 @@ rule shared:
         lambda w: shared_before(*stage_of(w)),
     output:
         touch(f"{PLACE}/seed{{seed}}/{{stage}}/{{key}}.done"),
+    benchmark: f"{PLACE}/times/shared/seed{{seed}}-{{stage}}-{{key}}.tsv"
     params:
         recipe=lambda w: str(stage_of(w)[0].recipe(w.stage)),
         line=lambda w: command(*stage_of(w)),
     resources: gpu=1
-    shell:
-        SLOT + "{params.line}"
+    shell: SLOT + "{params.line}"
 
 rule run:
     """One arm with one seed: what is missing of its stages, the evaluation, the probes."""
@@ -96,12 +96,12 @@ rule run:
         lambda w: shared_before(run_of(w)),
     output:
         touch(f"{PLACE}/seed{{seed}}/evaluate/{{arm}}.done"),
+    benchmark: f"{PLACE}/times/run/{{arm}}-seed{{seed}}.tsv"
     params:
         values=lambda w: json.dumps(run_of(w).values, sort_keys=True),
         line=lambda w: command(run_of(w), "all"),
     resources: gpu=1
-    shell:
-        SLOT + "{params.line}"
+    shell: SLOT + "{params.line}"
 
 rule notebook:
     """A notebook of the main arm, written aside and renamed when all its cells have run."""
@@ -110,6 +110,7 @@ rule notebook:
         lambda w: f"{PLACE}/data.done" if w.notebook.startswith("00") else [f"{PLACE}/seed{run.seed}/evaluate/{run.arm}.done" for run in RUNS],
     output:
         f"{PLACE}/notebooks/{{notebook}}.ipynb",
+    benchmark: f"{PLACE}/times/notebook/{{notebook}}.tsv"
     params:
         names=shlex.join(MAIN.parameters()),
         aside=lambda w: f"{PLACE}/notebooks/{w.notebook}.partial.ipynb",

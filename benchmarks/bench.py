@@ -1,61 +1,48 @@
-"""Every measurement, each in a process of its own, two at a time: `make bench`.
+"""`make bench`: twelve ratios that a user decides by -> results/bench.json and docs/speed.md.
 
-A process has one thread, so that each has a core to itself on two; what a neighbour takes of the memory's speed hits both sides
-of a ratio, which run in turn. A script that starts loaders beside the model takes both cores: it runs alone, first.
-
-The libraries are imported once, in the process that multiprocessing's forkserver forks the scripts from: each starts as in a
-fresh interpreter, with nothing that another one left (threads, compiled code, freed blocks). One that measures memory imports
-them once more, for a forkserver of its own.
+Two processes at a time, one thread each. A row that fails is named; the others are measured.
 """
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import sys
+import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.context import ForkServerContext
+from concurrent.futures import ProcessPoolExecutor
 
-PRELOAD = ["torch", "transformers", "sentence_transformers", "cocoa_lib.embedder", "cocoa_lib.reconstruction"]
-ALONE = ["input_side"]
-# The longest first.
-BESIDE = ["gradcache", "growth", "logits", "stages", "packing", "ranking", "attention"]
-
-
-def forkserver() -> ForkServerContext:
-    """What starts processes with the libraries imported, and clean of threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    return context
+import page
+import step
+import torch
+from common import Record, keep, say
+from rows import rows
 
 
-def run(script: str) -> None:
-    sys.argv = [script]  # called by itself, without arguments
-    # A forkserver's child starts its own processes by forkserver as well, and then a loader's workers import everything anew.
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    importlib.import_module(script).main()
-
-
-def measure(script: str) -> str | None:
-    """Runs it and says how long it took; its name if it failed."""
+def measure(name: str, runs: str) -> Record | str:
+    """The row, or why there is none."""
+    torch.set_num_threads(1)
     start = time.monotonic()
-    process = forkserver().Process(target=run, args=(script,))
-    process.start()
-    process.join()
-    sys.stdout.write(f"{script} took {time.monotonic() - start:.0f} s\n")
-    sys.stdout.flush()
-    return script if process.exitcode else None
+    try:
+        return rows(runs)[name]() | {"took": round(time.monotonic() - start)}
+    except Exception as error:  # a kernel, memory, an assertion: each in its own type
+        return f"{name}: not measured: {type(error).__name__}: {error}"
 
 
 def main() -> None:
-    start = time.monotonic()
-    failed = [measure(script) for script in ALONE]
-    with ThreadPoolExecutor(2) as pool:
-        failed += pool.map(measure, BESIDE)
-    sys.stdout.write(f"all took {time.monotonic() - start:.0f} s\n")
-    if names := ", ".join(f"benchmarks/{script}.py" for script in failed if script):
-        raise SystemExit(f"failed, see above why: {names}; the others are measured")
+    start, records, failed = time.monotonic(), [], []
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(2, context) as pool:
+        _ = step.few_rows(folder).data  # written once
+        for future in [pool.submit(measure, name, folder) for name in rows(folder)]:
+            found = future.result()
+            (failed if isinstance(found, str) else records).append(found)
+            print(found if isinstance(found, str) else say(found), flush=True)
+    seconds = round(time.monotonic() - start)
+    print(f"all took {seconds} s")
+    if failed:
+        sys.exit(f"{len(failed)} of {len(records) + len(failed)} rows not measured; nothing kept")
+    keep("bench", records, seconds=seconds)
+    page.write()
 
 
 if __name__ == "__main__":

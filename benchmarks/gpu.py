@@ -1,225 +1,216 @@
-"""Training steps and `encode` at Qwen2-VL-2B's shape with random weights: tokens/s, utilisation, memory, what options cost.
+"""Training steps at Qwen2-VL-2B's shape, random weights: utilisation, tokens a second, memory.
 
-    python benchmarks/gpu.py                          # needs a GPU of 80 GB: writes results/gpu.json, part by part
-    python benchmarks/gpu.py --device cpu --tiny      # that it runs; prints, keeps nothing unless --out says where
+    python benchmarks/gpu.py --out DIR                      # a GPU of 80 GB or more -> DIR/gpu_steps.json
+    python benchmarks/gpu.py --out DIR --device cpu --tiny  # a rehearsal: shows that it runs
 
-What one H200 gave is in docs/speed.md. A step is forward, backward and fused AdamW, under bf16 autocast, all weights trained, or
-the adapter of profile `paper`, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
-`cocoa_lib.run.estimate.count_flops`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
-checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in the
-output (H100 and H200, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
-reproduce PROFILE=gpu`.
+A step is forward, backward and fused AdamW under bf16 autocast, all weights trained, rows of one
+picture and words. FLOPs are torch's own count of forward and backward (`run.estimate`), without
+what is computed twice. The peak is that of H100 and H200: 989 TFLOP/s, dense bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from common import RESULTS, ROOT, WORDS, in_turn, record, save_parts, small_model, truly_compiled
+from common import ROOT, WORDS, Record, in_turn, keep, record, say, small_model
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from cocoa_lib.attention import dense_mask
+from cocoa_lib import attention
 from cocoa_lib.backbone import language_model, set_bidirectional
 from cocoa_lib.contrastive import CachedInfoNCE
-from cocoa_lib.corruption import stage1_batch, stage2_batch
+from cocoa_lib.corruption import stage2_batch
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.kernels import PICTURES, compile_layers
+from cocoa_lib.inputs import Batch, Inputs
+from cocoa_lib.kernels import PICTURES, compile_layers, multiply_patches
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
-from cocoa_lib.run.adapters import add_adapter
-from cocoa_lib.run.estimate import count_flops, make_item
-from cocoa_lib.run.profiles import load_profile
+from cocoa_lib.run.estimate import count_flops
 
-SHAPE = ROOT / "data/configs/qwen2_vl_2b"
-WITH_ADAPTER = "stage1 with adapter"
-COMPILED, CHECKPOINTING, FLEX, CACHE = "compiled layers", "gradient checkpointing", "Flex", "GradCache"
-SINGLY = "pictures singly"  # the vision tower's attention: transformers' SDPA, a call for each picture
-# Stage and ways of taking a step; of two ways, time of the first over that of the second. "plain": SDPA, no option on, a whole
-# batch at once. Its rate comes with the first part of a stage that has it.
-PARTS: list[tuple[str, tuple[str, ...]]] = [
-    ("stage1", (SINGLY, "plain")), ("stage1", ("plain", COMPILED)), ("stage3", (CACHE, "plain")),
-    ("stage3", ("plain", COMPILED)), ("stage2", ("plain", FLEX)), ("stage1", (CHECKPOINTING, "plain")),
-    (WITH_ADAPTER, (CHECKPOINTING, "plain")), ("stage3", (CACHE,)),
-]  # fmt: skip
+PEAK = 989e12
+# Stage, rows, tokens a row, ways. Of two ways, time of the first over that of the second.
+PARTS = [
+    ("stage3", 8, 1024, ("plain", "compiled")),
+    ("stage3", 12, 1024, ("compiled",)),
+    ("stage2", 4, 4096, ("plain", "flex")),
+    ("stage2", 2, 8192, ("plain", "flex")),
+]
 
 
-def model_of(tiny: bool, device: str, max_length: int):
-    """Random weights, and inputs with a small tokenizer, whose picture mark the model is told: nothing is downloaded."""
-    model, inputs = small_model(
-        64, patch_size=8 if tiny else 14, image_pixels=pixels(1344, tiny) ** 2, max_length=max_length
-    )
+def open_model(length: int, tiny: bool, device: str) -> tuple[PreTrainedModel, Inputs]:
+    """Random weights and a small tokenizer, whose picture mark the model is told."""
+    side = 32 if tiny else 448
+    patch = 8 if tiny else 14
+    model, inputs = small_model(64, patch_size=patch, image_pixels=side**2, max_length=length)
     if not tiny:
+        shape = AutoConfig.from_pretrained(ROOT / "data/configs/qwen2_vl_2b")
         with torch.device(device):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(SHAPE), dtype=torch.float32)
+            model = AutoModelForImageTextToText.from_config(shape, dtype=torch.float32)
         model.config.image_token_id = inputs.image_pad_id
-    model.model.visual.config._attn_implementation = PICTURES  # as `open_backbone` has it on a GPU
+    model.model.visual.config._attn_implementation = PICTURES
+    multiply_patches(model.model.visual)
     return set_bidirectional(model.to(device), True), inputs
 
 
-def pixels(side: int, tiny: bool) -> int:
-    """A picture's side: the tiny model is shown one fourteenth of it."""
-    return side // 14 if tiny else side
-
-
-def pictures(n: int, side: int) -> list[Image.Image]:
-    noise = np.random.default_rng(0).integers(0, 255, (n, side, side, 3), dtype=np.uint8)
-    return [Image.fromarray(values) for values in noise]
-
-
-def switch(model, way: str, device: str) -> None:
-    """From now on, steps in this way. (Compiled layers are so for good: `set_stance` says whether that is used.)"""
-    language_model(model).config._attn_implementation = "flex_attention" if way == FLEX else "sdpa"
-    model.model.visual.config._attn_implementation = "sdpa" if way == SINGLY else PICTURES
-    model.gradient_checkpointing_enable() if way == CHECKPOINTING else model.gradient_checkpointing_disable()
-    if way == COMPILED and language_model(model).layers[0]._compiled_call_impl is None:
-        compile_layers(model, "eager" if device == "cpu" else "inductor")  # on a CPU: only that it can be traced
-
-
-def batches(stage: str, recipe, inputs, rows: int, side: int) -> list[dict[str, torch.Tensor]]:
-    """One batch, in stage 3 two columns, as training makes them; every row is cut to the same length."""
-    text = " ".join(WORDS * (inputs.max_length // len(WORDS) + 1))  # a token a word or more
+def make_columns(stage: str, inputs: Inputs, rows: int, side: int) -> list[Batch]:
+    """One batch, in stage 3 two columns; every row is cut to the same length."""
+    words = " ".join(WORDS * (inputs.max_length // len(WORDS) + 1))
+    noise = np.random.default_rng(0).integers(0, 255, (2 * rows, side, side, 3), dtype=np.uint8)
     items = [
-        {"text": text, "target": text, "image": image, "draw": i} for i, image in enumerate(pictures(2 * rows, side))
+        {"text": words, "target": words, "image": Image.fromarray(pixels), "draw": i}
+        for i, pixels in enumerate(noise)
     ]
     if stage == "stage3":
         return [inputs.collate(items[:rows]), inputs.collate(items[rows:])]
-    return [{"stage1": stage1_batch, "stage2": stage2_batch}[stage](items[:rows], inputs, recipe, 0)]
+    return [stage2_batch(items[:rows], inputs, make_recipe("stage2", {}), 0)]
 
 
-def flops_of(module: Reconstruction, stage: str, recipe, columns: list[dict[str, torch.Tensor]]) -> float:
-    """Forward and backward of a step; attention, backward twice forward, of the pairs that the layout allows."""
-    rows, length = columns[0]["input_ids"].shape
-    cells = int(columns[0]["mm_token_type_ids"][0].sum())
-    masked = float((columns[0]["labels"] >= 0).sum()) / rows if "labels" in columns[0] else 0.0
-    bare = copy.deepcopy(module).to("meta")
-    item = make_item(bare, length - cells - 3, cells, round(masked))  # adds the picture's marks and EOS itself
-    forward, backward = count_flops(bare, stage, item)
-    words = language_model(module.model).config
-    barred = 1 - float(dense_mask(recipe.layout, columns[0]["segment_ids"]).float().mean())
-    layers = words.num_hidden_layers + (len(module.decoder.layers) if module.decoder else 0)
-    unseen = 3 * 4 * length**2 * words.hidden_size * layers * barred
-    return len(columns) * rows * (forward + backward - unseen)
+def count_step(stage: str, module: Reconstruction, columns: list[Batch], layout: str) -> float:
+    """FLOPs of forward and backward; attention of the pairs that the layout allows. `module` is on
+    the meta device."""
+    first = {name: value[:1] for name, value in columns[0].items() if name != "pixel_values"}
+    first["image_grid_thw"] = columns[0]["image_grid_thw"][:1]
+    n_patches = int(first["image_grid_thw"].prod())
+    first["pixel_values"] = columns[0]["pixel_values"][:n_patches].to("meta")
+    shape = language_model(module.model).config
+    flops = sum(count_flops(module, stage, first))
+    length = first["input_ids"].shape[1]
+    allowed = float(attention.dense_mask(layout, first["segment_ids"]).float().mean())
+    unseen = 3 * 4 * length**2 * shape.hidden_size * shape.num_hidden_layers * (1 - allowed)
+    return sum(len(column["input_ids"]) for column in columns) * (flops - unseen)
 
 
-@truly_compiled()
-def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: int, chunk: int, length: int, peak: float,
-          n: int = 5) -> list[dict[str, Any]]:  # fmt: skip
-    """Steps in each way, in turn: utilisation, tokens/s and peak memory of each (of "plain" where it is alone), and the ratio."""
-    cuda, side = device != "cpu", pixels(448, tiny)
-    part, stage = stage, stage.split()[0]
-    adapter = {"lora_r", "lora_alpha", "lora_dropout", "dora"} if part == WITH_ADAPTER else set()
-    recipe = make_recipe(stage, {name: load_profile("paper")[stage][name] for name in adapter} | {"bf16": cuda})
-    model, inputs = model_of(tiny, device, length)
-    module = Reconstruction(model, layout=recipe.layout, image_weight=getattr(recipe, "image_weight", 0.0))
-    if adapter:
-        add_adapter(model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora)
-    module.to(device).train()
-    columns = batches(stage, recipe, inputs, rows, side)
-    flops, tokens = flops_of(module, stage, recipe, columns), sum(column["input_ids"].numel() for column in columns)
+def measure(
+    stage: str, rows: int, length: int, ways: Sequence[str], *, tiny: bool, device: str, n: int
+) -> list[Record]:
+    """Steps in each way, in turn."""
+    torch._dynamo.reset()  # past dynamo's limit of shapes, Flex would go on unfused
+    cuda, side = device != "cpu", 32 if tiny else 448
+    layout = make_recipe(stage, {}).layout
+    model, inputs = open_model(length, tiny, device)
+    module = Reconstruction(model, layout=layout).train()
+    columns = make_columns(stage, inputs, rows, side)
+    shape = copy.deepcopy(model.config)
+    shape._attn_implementation = "sdpa"  # of the tower too
+    with torch.device("meta"):
+        twin = Reconstruction(type(model)(shape), layout=layout).train()
+    flops = count_step(stage, twin, columns, layout)
     columns = [{name: value.to(device) for name, value in column.items()} for column in columns]
-    taken = EosEmbedding(model, inputs) if stage == "stage3" else module
-    taken.forward = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cuda)(taken.forward)
-    optimiser, memory = torch.optim.AdamW(taken.parameters(), lr=1e-5, fused=True), dict.fromkeys(ways, 0.0)
+    embed = EosEmbedding(model, inputs)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    autocast = partial(torch.autocast, torch.device(device).type, torch.bfloat16, enabled=cuda)
+    memory = dict.fromkeys(ways, 0.0)
+    compiled_mask = torch.compile(create_block_mask, backend="inductor" if cuda else "eager")
 
     def step(way: str) -> None:
-        switch(model, way, device)
+        language_model(model).config._attn_implementation = (
+            "flex_attention" if way == "flex" else "sdpa"
+        )
+        if way == "compiled" and language_model(model).layers[0]._compiled_call_impl is None:
+            compile_layers(model, "inductor" if cuda else "eager")
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        with torch.compiler.set_stance("default" if way in (COMPILED, FLEX) else "force_eager"):
-            if stage == "stage3":
-                size = chunk if way == CACHE else rows
-                loss = CachedInfoNCE(taken, temperature=recipe.temperature, mini_batch_size=size)(map(dict, columns))
-            else:
-                loss = taken(**columns[0])["loss"]
+        stance = "force_eager" if way == "plain" else "default"
+        with (
+            torch.compiler.set_stance(stance),
+            mock.patch.object(attention, "create_block_mask", compiled_mask),
+        ):
+            with autocast():
+                if stage == "stage3":
+                    loss = CachedInfoNCE(embed, mini_batch_size=rows)(map(dict, columns))
+                else:
+                    loss = module(**dict(columns[0]))["loss"]
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
         memory[way] = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
 
-    seconds = in_turn({way: partial(step, way) for way in ways}, n)
-    shape = f"{rows} rows of {length}"
+    seconds = in_turn({way: partial(step, way) for way in ways}, n, clock=time.perf_counter)
+    tokens, size = (
+        sum(column["input_ids"].numel() for column in columns),
+        f"{rows} rows of {length}",
+    )
     lines = []
     for way in ways:
-        rates = [flops / x / 1e12 for x in seconds[way]]
-        more = {"tokens_per_second": tokens / float(np.median(seconds[way])), "peak_memory_gb": memory[way]}
-        lines.append(record(f"{part}, {way}, {shape}", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), step with AdamW", rates,
-                            [peak] * n, **more))  # fmt: skip
+        rates = [flops / taken for taken in seconds[way]]
+        line = record(f"{stage}, {way}, {size}", "share of the peak", rates, [PEAK] * n)
+        middle = float(np.median(seconds[way]))
+        lines.append(line | {"tokens_per_second": tokens / middle, "peak_memory_gb": memory[way]})
     if len(ways) == 2:
-        more = {"peak_memory_gb": [memory[way] for way in ways]}
-        lines.append(
-            record(f"{part}, {ways[0]} / {ways[1]}, {shape}", "step time", *(seconds[way] for way in ways), **more)
-        )
+        name = f"{stage}, {ways[0]} / {ways[1]}, {size}"
+        lines.append(record(name, "time of a step", *(seconds[way] for way in ways)))
     return lines
 
 
-def unshown(measure: Callable[[], list[dict[str, Any]]], shown: set[str]) -> list[dict[str, Any]]:
-    """Of its records those whose names no part before has shown: several parts take steps in the same way."""
-    lines = [line for line in measure() if line["name"] not in shown]
-    shown.update(line["name"] for line in lines)
-    return lines
-
-
-def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> list[dict[str, Any]]:
-    """`encode` of pictures in memory, bf16 weights on a GPU: preparing, copying and computing in turn."""
-    cuda, size = device != "cpu", pixels(side, tiny)
-    model, inputs = model_of(tiny, device, 4096)
-    module = Reconstruction(model, layout="bidirectional")
-    embedder = CocoaEmbedder(EosEmbedding(model.to(torch.bfloat16 if cuda else torch.float32), inputs))
-    number, batch = (4, 2) if tiny else (512 * 448**2 // side**2, max(1, 32 * 448**2 // side**2))
-    items = (pictures(min(number, 32), size) * number)[:number]
-    seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch)}, n)[""]
-    cells = inputs.collate([{"text": "", "image": items[0]}])["mm_token_type_ids"].sum()
-    bare = copy.deepcopy(module).to("meta")
-    forward, _ = count_flops(bare, "stage3", make_item(bare, 0, int(cells), 0))
-    rates = [number * forward / x / 1e12 for x in seconds]
-    return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), preparing included", rates,
-                   [peak] * n, images_per_second=number / float(np.median(seconds)))]  # fmt: skip
-
-
-def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description="Tokens/s, utilisation, peak memory of each stage; images/s of encode."
+def encode(tiny: bool, device: str, n: int) -> list[Record]:
+    """`encode` of pictures in memory, bf16 weights on a GPU, preparing included."""
+    model, inputs = open_model(4096, tiny, device)
+    shape = copy.deepcopy(model.config)
+    shape._attn_implementation = "sdpa"
+    with torch.device("meta"):
+        twin = Reconstruction(type(model)(shape), layout="bidirectional")
+    number, side = (4, 32) if tiny else (512, 448)
+    column = make_columns("stage3", inputs, 1, side)[0]
+    flops = count_step("stage3", twin, [column], "bidirectional") / 3  # backward is twice forward
+    flops *= (column["mm_token_type_ids"].sum() + 3) / column["input_ids"].numel()  # no words
+    embedder = CocoaEmbedder(
+        EosEmbedding(model.to(torch.float32 if device == "cpu" else torch.bfloat16), inputs)
     )
+    noise = np.random.default_rng(0).integers(
+        0, 255, (min(number, 32), side, side, 3), dtype=np.uint8
+    )
+    items = ([Image.fromarray(pixels) for pixels in noise] * number)[:number]
+    sides = {"": lambda: embedder.encode(items, batch_size=32)}
+    seconds = in_turn(sides, n, clock=time.perf_counter)[""]
+    rates = [number * float(flops) / taken for taken in seconds]
+    line = record(f"encode, {side} x {side} pixels", "share of the peak", rates, [PEAK] * n)
+    return [line | {"images_per_second": number / float(np.median(seconds))}]
+
+
+def main(argv: Sequence[str] | None = None) -> list[Record]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model: checks that the script runs")
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=6,
-        help="rows of a step; stage 3 and the adapter take half, GradCache alone twice as many",
-    )
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--peak", type=float, default=989, help="TFLOP/s of the device at the precision used")
-    parser.add_argument("--out", type=Path, help="folder of gpu.json (benchmarks/results; of a CPU's numbers none)")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
-    cpu = args.device == "cpu"
-    if not cpu and not torch.cuda.is_available():
-        raise SystemExit("no GPU here: nothing measured. `--device cpu --tiny` checks that the script runs.")
-    common = {"tiny": args.tiny, "device": args.device, "peak": args.peak}
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        f"encode, {side} pixels": partial(encode, side, **common) for side in (448, 1344)
-    }
-    shown: set[str] = set()
-    for stage, ways in PARTS:
-        if cpu and FLEX in ways:
-            continue  # Flex has no backward on a CPU
-        half = max(2, args.batch // 2)
-        rows, chunk = (2 * args.batch, args.batch) if ways == (CACHE,) else (half, (half + 1) // 2)
-        rows = rows if stage == "stage3" else half if stage == WITH_ADAPTER else args.batch  # it keeps twice as much
-        measure = partial(train, stage, ways, rows=rows, chunk=chunk, length=args.length, **common)
-        parts[f"{stage}, {' / '.join(ways)}"] = partial(unshown, measure, shown)
-    note = "random weights at Qwen2-VL-2B's shape, bf16, a picture of 448 x 448 a row; n 5"
-    if cpu:
-        note = "runs; a CPU's numbers mean nothing here and are not kept."
-    return save_parts("gpu", parts, note, args.out or (None if cpu else RESULTS), args.device)
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise SystemExit("no GPU here; `--device cpu --tiny` shows that the script runs")
+    lines: list[Record] = []
+    failed: dict[str, str] = {}
+    how = {"tiny": args.tiny, "device": args.device, "n": args.rounds}
+    parts: dict[str, Callable[[], list[Record]]] = {"encode": partial(encode, **how)}
+    for stage, rows, length, ways in PARTS:
+        if args.device == "cpu":  # no backward pass of Flex there
+            ways = tuple(way for way in ways if way != "flex")
+        if args.tiny:
+            rows, length = rows // 2, 64
+        parts[f"{stage}, {rows} rows of {length}"] = partial(
+            measure, stage, rows, length, ways, **how
+        )
+    for name, part in parts.items():
+        try:
+            found = part()
+            print(*map(say, found), sep="\n", flush=True)
+            lines += found
+        except Exception as error:  # memory, a compiler, a kernel: the other parts go on
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+        gc.collect()
+        torch.cuda.empty_cache()
+        keep("gpu_steps", lines, args.out, not_measured=failed)
+    if failed:
+        raise SystemExit(f"not measured: {failed}")
+    return lines
 
 
 if __name__ == "__main__":

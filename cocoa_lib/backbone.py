@@ -1,9 +1,10 @@
 """Open a Qwen2-VL, Qwen2.5-VL or Qwen3-VL and give its attention the layout that is asked for.
 
-The models are transformers' own classes, unmodified. Three things are set from outside: whether the
-language model is causal, which mask a forward pass uses, and the 3-D rotary positions (computed
-here from the 2-D mask, because they cannot be derived from a 4-D one). A probe checks that the
-causal switch took before anything trains.
+The models are transformers' own classes; `kernels` swaps a few of their parts for faster ones with
+the same weights and values. Three things are set from outside: whether the language model is
+causal, which mask a forward pass uses, and the 3-D rotary positions (computed here from the 2-D
+mask, because they cannot be derived from a 4-D one). A probe checks that the causal switch took
+before anything trains.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from .attention import EOS, PAD, A, block_mask, dense_mask, make_additive
 from .inputs import Batch, Inputs
 from .items import IMAGE_PAD, VISION_END, VISION_START, InputError
-from .kernels import use_flex, use_picture_kernel
+from .kernels import fuse_norms, multiply_patches, use_flex, use_picture_kernel
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,9 @@ def open_backbone(
         trust_remote_code=False,
     )
     set_bidirectional(model, bidirectional)
-    if torch.cuda.is_available() and attn_implementation in ("sdpa", "flex_attention"):
+    multiply_patches(model.model.visual)
+    fuse_norms(language_model(model))
+    if attn_implementation in ("sdpa", "flex_attention"):
         use_picture_kernel(model.model.visual)
     if (flex or flash) and torch.accelerator.is_available():  # no such kernels on a CPU
         model.to(torch.accelerator.current_accelerator())
@@ -122,19 +125,32 @@ def _text_batch(input_ids: LongTensor, segment_ids: LongTensor) -> Batch:
 
 
 def position_ids(model: PreTrainedModel, batch: Batch) -> LongTensor:
-    """transformers' own 3-D rotary positions (3, B, L), from the 2-D mask.
+    """3-D rotary positions (3, B, L): time, height and width; 0 at padding.
 
-    A packed batch brings its own.
+    A word takes one place. A cell stands at its row and column behind the words before its picture,
+    and the words after it go on behind its longer side. The values are those of transformers'
+    `get_rope_index`, which goes through rows and pictures one by one. A packed batch brings its own.
     """
     if "position_ids" in batch:
         return batch["position_ids"]
+    mask = batch["attention_mask"]
     if not len(batch.get("image_grid_thw", ())):  # text alone: the tokens, counted
-        mask = batch["attention_mask"]
         return ((mask.cumsum(1) - 1) * mask).expand(3, -1, -1)
-    # On the CPU: it takes thousands of small operations, each of which would stop a GPU.
-    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    positions, _ = model.model.get_rope_index(**{name: batch[name].cpu() for name in names})
-    return positions.to(batch["input_ids"].device)
+    n_time, height, width = batch["image_grid_thw"].T  # (images,) each, in patches
+    merge = model.config.vision_config.spatial_merge_size
+    height, width = height // merge, width // merge
+    n_cells = n_time * height * width
+    image = torch.arange(len(n_cells), device=mask.device).repeat_interleave(n_cells)  # (cells,)
+    number = torch.arange(len(image), device=mask.device) - (n_cells.cumsum(0) - n_cells)[image]
+    frame, cell = number // (height * width)[image], number % (height * width)[image]
+    inside = torch.stack([frame, cell // width[image], cell % width[image]])  # (3, cells)
+    last = number == n_cells[image] - 1
+    takes = mask.clone()  # (B, L): places that a token takes
+    cells = batch["mm_token_type_ids"] == 1
+    takes[cells] = torch.maximum(height, width)[image] * last
+    positions = (takes.cumsum(1) - takes).expand(3, -1, -1).clone()
+    positions[:, cells] += inside
+    return positions * mask
 
 
 def layout_mask(model: PreTrainedModel, batch: Batch, layout: str) -> Any:
@@ -179,18 +195,26 @@ def hidden_states(model: PreTrainedModel, batch: Batch, layout: str | None = Non
 
 def pool(hidden: Tensor, batch: Batch, pooling: str = "eos") -> Tensor:
     """(B, L, H) -> (B, H), not normalised: the state at EOS (script) or the mean over tokens
-    (MoCa).
+    (MoCa); of packed rows (R, L, H) one state a sample, in the samples' order.
 
     The EOS position comes from segment_ids, so padding side and padding token play no part.
     Raises ValueError for another `pooling`.
     """
+    if pooling not in ("eos", "mean"):
+        raise ValueError(f"unknown pooling {pooling!r}; choose 'eos' or 'mean'")
+    samples = batch.get("sample_ids")
+    if pooling == "eos" and samples is not None:
+        place = batch["segment_ids"] == EOS  # (R, L), one a sample
+        return hidden[place][samples[place].argsort()]
     if pooling == "eos":
         position = (batch["segment_ids"] == EOS).int().argmax(dim=1)  # (B,)
         return hidden[torch.arange(len(hidden), device=hidden.device), position]
-    if pooling == "mean":
+    if samples is None:
         weight = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)  # (B, L, 1)
         return (hidden * weight).sum(1) / weight.sum(1)
-    raise ValueError(f"unknown pooling {pooling!r}; choose 'eos' or 'mean'")
+    real = samples >= 0  # (R, L)
+    own = samples[real] == torch.arange(samples.max() + 1, device=hidden.device)[:, None]
+    return own.to(hidden.dtype) @ hidden[real] / own.sum(1, keepdim=True)  # own (B, tokens)
 
 
 def set_mask_token(model: PreTrainedModel, inputs: Inputs, token: str) -> None:

@@ -26,9 +26,10 @@ from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util.file_io import load_dir_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import hidden_states, language_model, open_backbone, pool
+from .backbone import hidden_states, language_model, open_backbone, pool, position_ids
 from .inputs import Batch, Inputs
 from .items import InputError
+from .packing import pack
 from .store.checkpoint import META, CheckpointError, load_inputs, read_meta, save_checkpoint
 
 
@@ -43,9 +44,11 @@ class EosEmbedding(InputModule):
         inputs: Inputs,
         pooling: str = "eos",
         meta: dict[str, Any] | None = None,
+        packing: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.inputs, self.pooling, self.meta = model, inputs, pooling, meta or {}
+        self.packing = packing  # several items in a row; the vectors are the same
 
     @property
     def modalities(self) -> list[str | tuple[str, ...]]:
@@ -72,8 +75,11 @@ class EosEmbedding(InputModule):
         return self.inputs.collate(items)
 
     def forward(self, features: Batch, **_: Any) -> Batch:
-        hidden = hidden_states(self.model, features)  # (B, L, H)
-        state = pool(hidden, features, self.pooling)  # (B, H)
+        batch = features
+        if self.packing:
+            batch = pack(features, position_ids(self.model, features))
+        hidden = hidden_states(self.model, batch)  # (B, L, H), of packed rows (R, L, H)
+        state = pool(hidden, batch, self.pooling)  # (B, H)
         features["sentence_embedding"] = F.normalize(state.float(), dim=-1)
         return features
 

@@ -102,8 +102,45 @@ def use_flex(text: nn.Module, trial: Callable[[], None]) -> None:
         )
 
 
+class PatchProduct(nn.Conv3d):
+    """A vision tower's patch embedding: a patch is the kernel's size, so it is a matrix product.
+
+    Same weights, same values; torch's 3-D convolution takes several times as long.
+    """
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(patches, C, T, P, P) -> (patches, H, 1, 1, 1)."""
+        rows = F.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+        return rows[:, :, None, None, None]
+
+
+def multiply_patches(visual: nn.Module) -> None:
+    """Let a vision tower embed its patches by `PatchProduct`; its weights stay where they are."""
+    visual.patch_embed.proj.__class__ = PatchProduct
+
+
+class FusedNorm(nn.Module):
+    """An RMS norm in one operation of torch's; transformers' own takes five, with the same values."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., H), in the weight's dtype."""
+        hidden = hidden.to(self.weight.dtype)
+        return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+
+def fuse_norms(text: nn.Module) -> None:
+    """Let a language model normalise by `FusedNorm`; its weights stay where they are."""
+    kind = type(text.norm)
+    for module in text.modules():
+        if type(module) is kind:
+            module.__class__ = FusedNorm
+
+
 def use_picture_kernel(visual: nn.Module) -> None:
-    """Let a vision tower on a GPU attend to all pictures at once, or warn why it does not."""
+    """Let a vision tower attend to all pictures at once; on a GPU, warn where it cannot."""
+    if not torch.cuda.is_available():
+        visual.config._attn_implementation = PICTURES
+        return
     tower = visual.config  # Qwen2-VL's `hidden_size` is the text's, so its `embed_dim` comes first
     width = getattr(tower, "embed_dim", tower.hidden_size) // tower.num_heads
     if (fault := find_picture_fault(width)) is None:

@@ -15,10 +15,12 @@ from .corruption import IGNORE
 from .inputs import Batch
 
 NO_SAMPLE = -1  # `sample_ids` of padding
+# Room of a row, in lengths of the longest sample: more holds less padding, and costs attention (ours).
+ROOM = 1.5
 
 
 def pack(batch: Batch, position_ids: LongTensor) -> Batch:
-    """Put the samples of a padded batch (B, L) into fewer rows (R, L'), L' <= L.
+    """Put the samples of a padded batch (B, L) into fewer rows (R, L'), L' <= ROOM * L.
 
     position_ids: (3, B, L). Adds `position_ids` (3, R, L') and `sample_ids` (R, L'), the sample
     that a token belongs to. Pictures come in the order of their samples.
@@ -59,7 +61,7 @@ def _first_fit(lengths: list[int]) -> list[list[int]]:
         at = next((row for row, room in enumerate(free) if lengths[sample] <= room), len(rows))
         if at == len(rows):
             rows.append([])
-            free.append(max(lengths))
+            free.append(int(ROOM * max(lengths)))
         rows[at].append(sample)
         free[at] -= lengths[sample]
     return rows

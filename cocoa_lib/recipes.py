@@ -73,7 +73,7 @@ class Recipe:
     lora_dropout: Rate = 0.1
     dora: bool = True
     gradient_checkpointing: bool = False
-    torch_compile: bool = False  # the layers, on a GPU also the vision tower's
+    torch_compile: bool = False  # the layers, the vision tower's too
     workers: CountOrOff = 0  # processes that decode and tokenise ahead; the batches are the same
     save_steps: Count = 500  # at most this many steps of work are lost in a kill
     logging_steps: Count = 10
@@ -143,6 +143,7 @@ class Stage3Recipe(Recipe):
     pooling: Literal["eos", "mean"] = "eos"  # script; MoCa pools the mean when bidirectional
     hard_negatives: bool = False  # script: none; MoCa 2 a query
     max_per_subset: Count = 100_000  # script: rows of each training subset, from the first
+    packing: bool = False  # as in stage 1
     same_task_block: CountOrOff = 0  # rows of one subset together in a batch; 0: mixed (script)
 
 

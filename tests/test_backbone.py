@@ -14,6 +14,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from transformers import (
+    AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -472,16 +473,14 @@ def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch
     assert moves == ["probed", "cpu"]
 
 
-def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(
-    family, monkeypatch, caplog
-):
+def test_the_vision_tower_takes_all_pictures_at_once_where_it_can(family, monkeypatch, caplog):
     _, folder, _ = family
 
     def used(**how):
         opened = open_backbone(folder, bidirectional=True, **how)
         return opened.model.visual.config._attn_implementation
 
-    assert used() == "sdpa"
+    assert (used(), used(attn_implementation="eager")) == (PICTURES, "eager"), "a CPU"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     widths = []
     monkeypatch.setattr("cocoa_lib.kernels.find_picture_fault", lambda width: widths.append(width))
@@ -552,19 +551,41 @@ def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatc
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_positions_of_texts_are_transformers_own(family, side):
+@pytest.mark.parametrize("pictures", [False, True], ids=["texts", "pictures"])
+def test_positions_are_transformers_own(family, picture, side, pictures):
+    """Of texts, and of none, one and two pictures of different sizes in a row."""
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
-    batch = replace(inputs, padding_side=side).collate(
-        [{"text": "a large red circle"}, {"text": "a"}, {"text": "red " * 9}]
-    )
+    items = [{"text": "a large red circle"}, {"text": "a"}, {"text": "red " * 9}]
+    if pictures:
+        items[0]["image"] = picture(96, 32)
+        two = {"text": "from <|image_1|> to <|image_2|> it", "image": [picture(), picture(32, 64)]}
+        items.append(two)
+    batch = replace(inputs, padding_side=side).collate(items)
     names = ("input_ids", "mm_token_type_ids", "attention_mask")
     theirs, _ = model.model.get_rope_index(
-        **{name: batch[name] for name in names}, image_grid_thw=None
+        **{name: batch[name] for name in names}, image_grid_thw=batch.get("image_grid_thw")
     )
-    real = batch["attention_mask"].bool().expand(3, -1, -1)
-    found = position_ids(model, batch)
-    assert found.shape == theirs.shape and torch.equal(found[real], theirs[real])
+    assert torch.equal(position_ids(model, batch), theirs)
+
+
+def test_patches_are_multiplied_as_they_are_convolved(family):
+    """The patch embedding is a matrix product: values and gradients of transformers' convolution."""
+    _, folder, _ = family
+    plain, opened = (
+        AutoModelForImageTextToText.from_pretrained(folder).model.visual.patch_embed,
+        open_backbone(folder, bidirectional=True).model.visual.patch_embed,
+    )
+    assert type(plain.proj) is torch.nn.Conv3d and type(opened.proj) is kernels.PatchProduct
+    assert plain.state_dict().keys() == opened.state_dict().keys()
+    patches = torch.randn(12, plain.proj.weight[0].numel())
+    found = []
+    for embed in (plain, opened):
+        out = embed(patches)
+        out.square().sum().backward()
+        found.append((out.detach(), embed.proj.weight.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_flex):
@@ -577,7 +598,7 @@ def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_fl
         opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
         assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
     assert language_model(opened).config._attn_implementation == "flex_attention"
-    assert opened.config.vision_config._attn_implementation == "sdpa", (
+    assert opened.config.vision_config._attn_implementation == PICTURES, (
         "the vision tower has its own masks"
     )
     ids = torch.tensor([[5, 6, 7]])

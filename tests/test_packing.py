@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask
-from cocoa_lib.backbone import hidden_states, position_ids, set_bidirectional
+from cocoa_lib.backbone import hidden_states, language_model, position_ids, set_bidirectional
 from cocoa_lib.corruption import stage1_batch, stage2_batch
-from cocoa_lib.packing import NO_SAMPLE, pack
+from cocoa_lib.embedder import EosEmbedding
+from cocoa_lib.packing import NO_SAMPLE, ROOM, pack
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.show.masks import segments
@@ -60,7 +61,7 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     real = packed["attention_mask"].bool()
     assert (
         packed["input_ids"].shape[0] <= len(shapes)
-        and packed["input_ids"].shape[1] <= batch["input_ids"].shape[1]
+        and packed["input_ids"].shape[1] <= ROOM * batch["input_ids"].shape[1]
     )
     assert (
         sorted(packed["input_ids"][real].tolist())
@@ -190,3 +191,22 @@ def test_the_models_own_mode_is_kept_in_packed_rows(small, picture):
                 together[packed["sample_ids"] == sample], expected, rtol=1e-4, atol=1e-5
             )
     set_bidirectional(model, False)
+
+
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_packed_rows_give_the_same_embeddings_and_gradients(small, picture, pooling):
+    """Stage 3 packs a column; one sample's state is pooled from its own tokens, in the samples' order."""
+    model, inputs = small
+    set_bidirectional(model, True)
+    items = [{"text": row["target"], "image": row["image"]} for row in mixture(picture)]
+    found = []
+    for packing in (False, True):
+        module = EosEmbedding(model, inputs, pooling=pooling, packing=packing)
+        features = module(inputs.collate(items))
+        weight = language_model(model).layers[0].mlp.up_proj.weight
+        states = features["sentence_embedding"]
+        pull = torch.arange(states.numel()).view_as(states).cos()
+        found.append((states.detach(), *torch.autograd.grad((states * pull).sum(), weight)))
+    set_bidirectional(model, False)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

@@ -339,7 +339,7 @@ def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
     plan = index_plan(sizes, n, seed=job.seed, block=recipe.same_task_block)
     chosen = rows.select(sorted(set(plan.tolist())))
     corpus.check_items((item for side in chosen.column_names for item in chosen[side]), job.data)
-    module = EosEmbedding(model, inputs, pooling=recipe.pooling)
+    module = EosEmbedding(model, inputs, pooling=recipe.pooling, packing=recipe.packing)
     embedder = SentenceTransformer(modules=[module], device="cpu")  # the trainer moves it
     loss = CachedInfoNCE(
         embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size

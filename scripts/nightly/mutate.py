@@ -59,8 +59,7 @@ MUTATIONS = (
     # backbone
     Mutation("the attention switch does nothing", "backbone", "text.config.is_causal = not bidirectional", "pass",
              "test_backbone.py::test_the_switch_takes_in_every_family_and_backend"),
-    Mutation("positions know nothing of images", "backbone", "batch[name].cpu() for name in names",
-             'batch[name].cpu() * (name != "mm_token_type_ids") for name in names',
+    Mutation("positions know nothing of images", "backbone", "positions[:, cells] += inside", "pass",
              "test_backbone.py::test_positions_are_three_dimensional_where_there_is_an_image"),
     Mutation("positions left to the model", "backbone", "position_ids=position_ids(model, batch),", "position_ids=None,",
              "test_backbone.py::test_embedding_alone_batched_and_padded_left_is_the_same"),
