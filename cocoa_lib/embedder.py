@@ -26,10 +26,11 @@ from sentence_transformers.base.modules import InputModule
 from sentence_transformers.util.file_io import load_dir_path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .backbone import hidden_states, language_model, open_backbone, pool, position_ids
+from .backbone import hidden_states, language_model, open_backbone, pool
 from .inputs import Batch, Inputs
 from .items import InputError
 from .packing import pack
+from .positions import position_ids
 from .store.checkpoint import META, CheckpointError, load_inputs, read_meta, save_checkpoint
 
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, load_model
 from torch import BoolTensor, LongTensor, Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbone import hidden_states, language_model, layout_mask, position_ids
+from .backbone import hidden_states, language_model, layout_mask
 from .contrastive import gather_rows
 from .corruption import IGNORE, hide_cells
 from .inputs import Batch
 from .packing import pack
+from .positions import position_ids
 
 
 def mntp_loss(hidden: Tensor, lm_head: nn.Module, labels: LongTensor) -> Tensor:

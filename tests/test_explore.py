@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from cocoa_lib.attention import EOS, LAYOUTS, dense_mask
-from cocoa_lib.backbone import hidden_states, open_backbone, position_ids, set_bidirectional
+from cocoa_lib.backbone import hidden_states, open_backbone, set_bidirectional
 from cocoa_lib.evaluate import paired_effects, score_arms
 from cocoa_lib.evaluate.restore import restored_words
 from cocoa_lib.inputs import Inputs
+from cocoa_lib.positions import position_ids
 from cocoa_lib.reconstruction import PatchDecoder
 from cocoa_lib.show import arms, eos_attention, infonce, masks, panel, restored, retrieval
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 LIB = Path(__file__).resolve().parent.parent / "cocoa_lib"
-LEAVES = {"items", "packing", "kernels"}
+LEAVES = {"items", "packing", "positions", "kernels"}
 METHOD = {
     "attention", "inputs", "corruption", "backbone",
     "reconstruction", "contrastive", "embedder", "recipes",

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cocoa_lib.attention import EOS, PAD, A, B
-from cocoa_lib.backbone import hidden_states, pool, position_ids, set_bidirectional
+from cocoa_lib.backbone import hidden_states, pool, set_bidirectional
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import VISION, InputError, image_size, load_image, split_prompt
+from cocoa_lib.positions import position_ids
 
 
 def build_prompt(text: str, n_images: int, eos_token: str) -> str:

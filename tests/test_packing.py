@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask
-from cocoa_lib.backbone import hidden_states, language_model, position_ids, set_bidirectional
+from cocoa_lib.backbone import hidden_states, language_model, set_bidirectional
 from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.packing import NO_SAMPLE, ROOM, pack
+from cocoa_lib.positions import position_ids
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.show.masks import segments
