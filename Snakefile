@@ -69,7 +69,7 @@ rule data:
         touch(f"{PLACE}/data.done"),
     benchmark: f"{PLACE}/times/data/data.tsv"
     params:
-        values=json.dumps([MAIN.values.get(name) for name in ("benchmark", "pairs", "backbone", "causal")]),
+        values=json.dumps([MAIN.values.get(name) for name in ("benchmark", "pairs", "backbone")]),
         line=command(MAIN, "prepare"),
     threads: workflow.cores
     resources: gpu=1

@@ -85,13 +85,6 @@ class Recipe:
 
 
 @dataclass(frozen=True, config=CONFIG)
-class CausalRecipe(Recipe):
-    """Next-token prediction of captions and answers, for the small backbone of this project."""
-
-    layout: Literal["causal"] = "causal"
-
-
-@dataclass(frozen=True, config=CONFIG)
 class Stage1Recipe(Recipe):
     """Bidirectional warm-up by joint reconstruction."""
 
@@ -148,7 +141,6 @@ class Stage3Recipe(Recipe):
 
 
 RECIPES: dict[str, type[Recipe]] = {
-    "causal": CausalRecipe,
     "stage1": Stage1Recipe,
     "stage2": Stage2Recipe,
     "stage3": Stage3Recipe,

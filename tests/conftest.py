@@ -55,7 +55,7 @@ def picture():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A folder with a tiny `world`, a random model `init`, and the four stages from it (tiny_runs.py)."""
+    """A folder with a tiny `world`, a random model `causal`, and the three stages from it (tiny_runs.py)."""
     from tiny_runs import make_home
 
     return make_home(tmp_path_factory.mktemp("home"))

@@ -1,375 +1,402 @@
-"""The generated benchmark: the same for any number of workers, nothing unseen is seen, one right candidate a row."""
+"""The built-in benchmark: concepts and their words, scenes, questions, tasks, files."""
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
+from collections import Counter, defaultdict
 
 import numpy as np
 import pandas as pd
 import pytest
-import sklearn.utils.parallel
 from PIL import Image
 
-from cocoa_lib.evaluate.floor import pixel_bow_embed
-from cocoa_lib.world.build import GENERATOR_VERSION, _eval_rows, _make, build, read_scenes
+from cocoa_lib.data import tables
+from cocoa_lib.world import build as files
+from cocoa_lib.world.concepts import (
+    held_out_size,
+    load_concepts,
+    read_name,
+    select_names,
+)
+from cocoa_lib.world.pictures import contact_sheet, draw, paste
+from cocoa_lib.world.questions import answer, apply_edit, list_questions
 from cocoa_lib.world.scenes import (
     CANVAS,
-    HELD_OUT,
-    PLACEHOLDER,
-    SHAPES,
     SIDES,
-    _center,
-    _shape_mask,
-    caption,
+    STYLES,
+    WINDOW,
+    Drawn,
+    Scene,
     crop,
+    describe,
+    find_split,
+    is_clear,
+    list_names,
+    overlaps,
     render,
     sample_scene,
 )
-from cocoa_lib.world.scenes import answer as scenes_answer
-from cocoa_lib.world.tasks import LABELS, MAKERS, SUBSETS, TASKS, oracle
+from cocoa_lib.world.tasks import MAKERS, SUBSETS, TASKS, Source, list_labels, paired_names
+from cocoa_lib.world.words import pluralise, read_names, read_vocabulary, with_article
 
-SIZES = {"n_pairs": 64, "n_queries": 12, "n_corpus": 40}
-TRAIN_COLUMNS = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
-EVAL_COLUMNS = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "data"
-    build(folder, **SIZES)
-    return folder
+SNAKE = Drawn("snake", "large", "top left", 2, 3)
+APPLE = Drawn("red apple", "small", "bottom", 30, 54)
+FOXES = (Drawn("fox", "small", "left", 2, 30), Drawn("fox", "large", "right", 45, 30))
+SCENE = Scene((SNAKE, APPLE), 3)
 
 
-@pytest.fixture(scope="module")
-def scenes(root):
-    return read_scenes(root)
+# ---- concepts and words -------------------------------------------------------------------------
 
 
-def eval_rows(root: Path, name: str) -> list[dict]:
-    return pd.read_parquet(root / "eval" / name / "test-00000-of-00001.parquet").to_dict("records")
+def test_there_are_some_hundred_nouns_with_drawings():
+    concepts = load_concepts()
+    assert 400 <= len(concepts) <= 860
+    for concept in concepts.values():
+        assert draw(concept.emoji, 24).shape[2] == 4
 
 
-def train_rows(root: Path, name: str) -> pd.DataFrame:
-    return pd.read_parquet(root / "train" / name / "original-00000-of-00001.parquet")
+def test_the_vocabulary_names_only_emoji_that_exist():
+    groups = read_vocabulary()["groups"]
+    every = {
+        read_name(char)
+        for kinds in groups.values()
+        for line in kinds.values()
+        for char in line.split(" ")
+    }
+    excluded = read_names("not_things") | read_names("not_told_by_eye")
+    assert excluded <= every
+    assert not excluded & set(load_concepts())
+    listed = [name for line in read_vocabulary()["look_alike"] for name in line.split(", ")]
+    for names in (listed, read_names("uncounted"), read_vocabulary()["plurals"]):
+        assert set(names) <= set(load_concepts())
+    assert len(listed) == len(set(listed))
 
 
-def combos(scene) -> set[tuple[str, str]]:
-    return {(obj["color"], obj["kind"]) for obj in scene}
+def test_a_family_has_one_role_and_the_roles_their_shares():
+    roles = defaultdict(set)
+    for concept in load_concepts().values():
+        roles[concept.family].add((concept.role, concept.half))
+    assert all(len(found) == 1 for found in roles.values())
+    counts = Counter(role for ((role, _),) in roles.values())
+    shares = {role: count / len(roles) for role, count in counts.items()}
+    assert shares == pytest.approx({"paired": 0.75, "captioned": 0.15, "unknown": 0.1}, abs=0.01)
+    assert load_concepts()["green book"].family == load_concepts()["blue book"].family
+    assert load_concepts()["cat"].family == load_concepts()["cat face"].family
 
 
-def obj(kind="circle", color="red", size="large", position="center", **more):
-    return {"kind": kind, "color": color, "size": size, "position": position, "offset": [0, 0], **more}
-
-
-# ---- building -------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_settings_give_the_same_and_another_seed_does_not(root, tmp_path):
-    manifest = build(root, **SIZES)
-    two = build(tmp_path / "two", **SIZES)
-    other = build(tmp_path / "other", **SIZES, seed=1)
-    assert two == manifest
-    assert other["content_hash"] != manifest["content_hash"]
-    assert (tmp_path / "two" / "scenes.jsonl").read_bytes() == (root / "scenes.jsonl").read_bytes()
-
-
-def test_several_processes_make_the_same(root, tmp_path, monkeypatch):
-    asked = []
-
-    def parallel(original=sklearn.utils.parallel.Parallel, **options):
-        asked.append(options["n_jobs"])
-        return original(**options | {"n_jobs": 2, "batch_size": 7})
-
-    monkeypatch.setattr("cocoa_lib.world.build.FEW", 0)
-    monkeypatch.setattr("sklearn.utils.parallel.Parallel", parallel)
-    build(tmp_path / "two", **SIZES)
-    assert asked == [-1]
-    names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (root, tmp_path / "two")]
-    assert names[0] == names[1]
-    assert (tmp_path / "two/manifest.json").read_bytes() == (root / "manifest.json").read_bytes()
-
-
-def test_smaller_builds_are_prefixes_of_larger_ones(root, tmp_path):
-    build(tmp_path / "larger", **{**SIZES, "n_pairs": 128, "n_corpus": 60})
-    for name in SUBSETS:
-        small, large = train_rows(root, name), train_rows(tmp_path / "larger", name)
-        assert (len(small), len(large)) == (8, 16)
-        pd.testing.assert_frame_equal(small, large.iloc[:8])
-        for path in small["qry_image_path"]:
-            if path:
-                images = [np.asarray(Image.open(folder / "images" / path)) for folder in (root, tmp_path / "larger")]
-                np.testing.assert_array_equal(*images)
-    small, large = (pd.read_parquet(f / "corpus" / "train.parquet") for f in (root, tmp_path / "larger"))
-    pd.testing.assert_frame_equal(small, large.iloc[: len(small)])
-
-
-def test_a_second_call_does_no_work(root, monkeypatch):
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
-    monkeypatch.setattr("cocoa_lib.world.build._make", lambda *job: pytest.fail("made again"))
-    assert build(root, **SIZES) == json.loads((root / "manifest.json").read_text())
-    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-
-
-def test_refuses_another_configuration_and_says_what_differs(root):
-    with pytest.raises(ValueError, match=r"n_pairs 64, not 128.*delete the folder"):
-        build(root, **{**SIZES, "n_pairs": 128})
-
-
-def test_refuses_data_of_another_version(root, monkeypatch):
-    monkeypatch.setattr("cocoa_lib.world.build.GENERATOR_VERSION", GENERATOR_VERSION + 1)
-    with pytest.raises(ValueError, match="generator_version"):
-        build(root, **SIZES)
-
-
-@pytest.mark.parametrize("content", ["[]", "{", '{"settings": 3}', "{}"])
-def test_a_damaged_manifest_is_named(tmp_path, content):
-    (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
-        build(tmp_path, **SIZES)
-
-
-def test_refuses_an_unfinished_build(tmp_path, monkeypatch):
-    make, made = _make, []
-
-    def stop(*job):
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        made.append(job)
-        return make(*job)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("cocoa_lib.world.build._make", stop)
-        build(tmp_path / "data", **SIZES)
-    assert not (tmp_path / "data" / "manifest.json").exists()
-    with pytest.raises(ValueError, match="no manifest.*delete it"):
-        build(tmp_path / "data", **SIZES)
+def test_half_of_the_paired_concepts_are_in_the_first_half_of_their_families():
+    assert len(paired_names(0.5)) == pytest.approx(len(paired_names(1.0)) / 2, rel=0.05)
+    assert set(paired_names(0.25)) < set(paired_names(0.5)) < set(paired_names(1.0))
 
 
 @pytest.mark.parametrize(
-    ("argument", "message"),
+    ("name", "article", "plural"),
     [
-        ({"n_pairs": 12}, "n_pairs must be a multiple of 8"),
-        ({"n_pairs": 0}, r"n_pairs must be in 8\.\."),
-        ({"n_queries": 1}, "n_queries must be in 2"),
-        ({"n_corpus": 0}, "n_corpus must be in 1"),
-        ({"seed": -1}, "seed must be in 0"),
+        ("snake", "a snake", "snakes"),
+        ("owl", "an owl", "owls"),
+        ("umbrella", "an umbrella", "umbrellas"),
+        ("unicorn", "a unicorn", "unicorns"),
+        ("ewe", "a ewe", "ewes"),
+        ("one-piece swimsuit", "a one-piece swimsuit", "one-piece swimsuits"),
+        ("x-ray", "an x-ray", "x-rays"),
+        ("butterfly", "a butterfly", "butterflies"),
+        ("monkey", "a monkey", "monkeys"),
+        ("wolf", "a wolf", "wolves"),
+        ("wine glass", "a wine glass", "wine glasses"),
+        ("toothbrush", "a toothbrush", "toothbrushes"),
     ],
 )
-def test_bad_arguments_are_named(tmp_path, argument, message):
-    with pytest.raises(ValueError, match=message):
-        build(tmp_path / "data", **{**SIZES, **argument})
-    assert not (tmp_path / "data").exists()
+def test_articles_and_plurals(name, article, plural):
+    assert with_article(name) == article
+    assert pluralise(name) == plural
 
 
-# ---- rows -----------------------------------------------------------------------------------------------------------
+def test_uncounted_names_take_some():
+    assert with_article("grapes") == "some grapes"
+    assert with_article("large grapes") == "some large grapes"
+    assert with_article("large owl") == "a large owl"
+    assert list_names(Scene((FOXES[0], SNAKE, FOXES[1]))) == "two foxes and a snake"
+    grapes = Scene((Drawn("grapes", "small", "top", 30, 3), Drawn("bread", "small", "left", 3, 30)))
+    assert {"Where are the grapes?", "Where is the bread?"} <= set(list_questions(grapes))
+    assert answer("Are the grapes small or large?", grapes) == {"small"}
 
 
-def test_tasks_are_three_a_meta_task_and_eight_in_distribution():
-    assert len(TASKS) == 12 and len(SUBSETS) == 8
-    for meta_task in ("classification", "vqa", "retrieval", "grounding"):
-        assert sum(task.meta_task == meta_task for task in TASKS) == 3
+# ---- pictures -----------------------------------------------------------------------------------
 
 
-def test_columns_sizes_and_files(root, scenes):
-    files = {path.relative_to(root / "images").as_posix() for path in (root / "images").rglob("*.png")}
-    assert set(scenes) == files and json.loads((root / "manifest.json").read_text())["n_images"] == len(files)
-    used = set()
-    for name in SUBSETS:
-        table = train_rows(root, name)
-        assert list(table.columns) == TRAIN_COLUMNS and len(table) == 8
-        used |= set(table[[c for c in TRAIN_COLUMNS if "image" in c]].to_numpy().ravel())
-        assert ((table["pos_text"] != table["neg_text"]) | (table["pos_image_path"] != table["neg_image_path"])).all()
-    for task in TASKS:
-        rows = eval_rows(root, task.name)
-        assert len(rows) == 12 and list(rows[0]) == EVAL_COLUMNS
-        for row in rows:
-            assert len(row["tgt_text"]) == len(row["tgt_img_path"]) <= task.n_candidates
-            assert (PLACEHOLDER in row["qry_text"]) == bool(row["qry_img_path"])
-            used |= {row["qry_img_path"], *row["tgt_img_path"]}
-    for split in ("train", "heldout"):
-        table = pd.read_parquet(root / "corpus" / f"{split}.parquet")
-        assert list(table.columns) == ["image_path", "kind", "question", "answer"]
-        assert (table.groupby("image_path")["kind"].agg(list).map(sorted).map(tuple) == ("caption", *["qa"] * 3)).all()
-        assert not table.duplicated().any() and table["answer"].all()
-        used |= set(table["image_path"])
-    assert used - {""} == files
-    assert pd.read_parquet(root / "corpus" / "heldout.parquet")["image_path"].nunique() == 50
+def test_a_drawing_is_trimmed_and_has_the_side_asked_for():
+    for side in SIDES.values():
+        drawing = draw("🐍", side)
+        assert max(drawing.shape[:2]) == side
+        assert drawing[..., 3].any(axis=0).all() or drawing[..., 3].any(axis=1).all()
 
 
-@pytest.mark.parametrize("name", [task.name for task in TASKS])
-def test_the_oracle_finds_the_right_candidate_wherever_it_stands(root, scenes, name):
-    rng = np.random.default_rng(0)
-    for row in eval_rows(root, name):
-        assert oracle(name, row, scenes) == 0
-        order = rng.permutation(len(row["tgt_text"]))
-        shuffled = {**row, "tgt_text": row["tgt_text"][order], "tgt_img_path": row["tgt_img_path"][order]}
-        assert order[oracle(name, shuffled, scenes)] == 0
+def test_paste_blends_by_alpha():
+    canvas = np.full((2, 2, 3), 200, dtype=np.uint8)
+    drawing = np.array([[[0, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8)
+    paste(canvas, drawing, 0, 1)
+    assert canvas[:, :, 0].tolist() == [[200, 200], [0, 200]]
 
 
-@pytest.mark.parametrize("name", [task.name for task in TASKS])
-def test_candidates_of_a_row_are_distinct(root, name):
-    for row in eval_rows(root, name):
-        candidates = list(zip(row["tgt_text"], row["tgt_img_path"], strict=True))
-        assert len(set(candidates)) == len(candidates) >= 2
-        assert all(bool(text) != bool(path) for text, path in candidates)
+def test_contact_sheet_has_a_cell_a_drawing():
+    sheet = contact_sheet(["🐍", "🍎", "🦊"], 24, columns=2, zoom=1)
+    assert sheet.size == (56, 56)
 
 
-@pytest.mark.parametrize("task", [task for task in TASKS if task.name not in LABELS], ids=lambda task: task.name)
-def test_candidates_drawn_from_other_rows_fill_up(task):
-    """At the full number of queries every row has the declared number of candidates."""
-    rng, rows = np.random.default_rng(0), []
-    for i in range(task.n_candidates):
-        _, right, wrong = MAKERS[task.name](rng, "eval")
-        sides = enumerate([right, *wrong])
-        rows.append((f"q{i}", "", [(side.text, "" if side.text else f"{i}-{j}", side.key) for j, side in sides]))
-    table = _eval_rows(task, rows, seed=0)
-    assert set(table["tgt_text"].map(len)) == {task.n_candidates}
+def test_a_crop_shows_its_drawing_whole():
+    picture = render(SCENE)
+    assert picture.shape == (CANVAS, CANVAS, 3)
+    for one in SCENE.drawings:
+        assert crop(picture, one).shape == (WINDOW, WINDOW, 3)
+    corner = crop(render(Scene((SNAKE,), 0)), SNAKE)
+    height, width = SNAKE.picture.shape[:2]
+    assert (corner[height + 4 :] == 255).all()
 
 
-@pytest.mark.parametrize("name", sorted(LABELS))
-def test_labels_are_complete_at_any_size(root, name):
-    n_candidates = {task.name: task.n_candidates for task in TASKS}[name]
-    assert {len(row["tgt_text"]) for row in eval_rows(root, name)} == {n_candidates}
+# ---- scenes -------------------------------------------------------------------------------------
+
+
+def test_every_style_says_the_same_in_other_words():
+    assert [style(SCENE) for style in STYLES] == [
+        "a large snake at the top left, a small red apple at the bottom",
+        "at the top left a large snake, at the bottom a small red apple",
+        "There is a large snake at the top left and a small red apple at the bottom.",
+        "top left: large snake; bottom: small red apple",
+    ]
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_sampled_scenes_are_clear_and_of_their_split(split):
+    rng, names = np.random.default_rng(0), paired_names(1.0)
+    scenes = [sample_scene(rng, split, names) for _ in range(200)]
+    assert {len(scene) for scene in scenes} == {1, 2, 3, 4}
+    for scene in scenes:
+        assert is_clear(scene)
+        assert find_split(scene) == split
+        assert Scene.from_json(scene.to_json()) == scene
+
+
+def test_overlapping_drawings_are_refused():
+    over = Drawn("fox", "large", "center", 6, 8)
+    assert overlaps(SNAKE, over)
+    assert not is_clear(Scene((SNAKE, over)))
+    assert not is_clear(Scene((SNAKE, SNAKE)))
+
+
+# ---- questions ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "expected"),
+    [
+        ("What is at the top left?", {"snake"}),
+        ("Where is the red apple?", {"at the bottom"}),
+        ("Is the snake small or large?", {"large"}),
+        ("What kind of thing is the snake?", {"reptile"}),
+        ("How many drawings are there?", {"two"}),
+        ("How many red apples are there?", {"one"}),
+        ("How many foxes are there?", {"no"}),
+        ("What is below the snake?", {"red apple"}),
+        ("What is left of the red apple?", {"snake"}),
+        ("Find the drawing above the red apple.", {"large snake"}),
+        ("Find the small red apple.", {"small red apple"}),
+    ],
+)
+def test_answers(question, expected):
+    assert answer(f"<|image_1|> {question}", SCENE) == expected
+
+
+@pytest.mark.parametrize(
+    ("instruction", "expected"),
+    [
+        ("Make the snake small.", "a small snake at the top left, a small red apple at the bottom"),
+        (
+            "Turn the snake into an owl.",
+            "a large owl at the top left, a small red apple at the bottom",
+        ),
+        (
+            "Move the snake to the right.",
+            "a large snake on the right, a small red apple at the bottom",
+        ),
+        ("Remove the snake.", "a small red apple at the bottom"),
+        (
+            "Swap the snake and the red apple.",
+            "a small red apple at the top left, a large snake at the bottom",
+        ),
+    ],
+)
+def test_edits(instruction, expected):
+    edited = apply_edit(SCENE, instruction)
+    assert describe(edited) == expected
+    assert edited == apply_edit(SCENE, instruction)
+    assert expected in answer(instruction, SCENE)
+
+
+@pytest.mark.parametrize(
+    "question", ["What is in the picture?", "Where is the fox?", "Paint the snake red."]
+)
+def test_questions_without_one_answer_are_refused(question):
+    with pytest.raises(ValueError):
+        answer(question, SCENE)
+
+
+def test_listed_questions_have_one_answer_each():
+    rng, names = np.random.default_rng(1), paired_names(1.0)
+    for _ in range(100):
+        scene = sample_scene(rng, "train", names)
+        for text in list_questions(scene):
+            assert len(answer(text, scene)) == 1, text
+
+
+# ---- tasks --------------------------------------------------------------------------------------
+
+
+def make(name: str, split: str, i: int, place: int = 10**8):
+    return MAKERS[name](Source.open(np.random.default_rng([7, i]), split, place))
+
+
+def shown(sides) -> set[tuple[str, str]]:
+    """(name, size) of all drawings of all pictures."""
+    return {(one.name, one.size) for side in sides if side.scene for one in side.scene.drawings}
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_example_has_one_right_candidate(name, split):
+    if split == "train" and name not in SUBSETS:
+        return
+    for i in range(30):
+        query, right, wrong = make(name, split, i)
+        accepted = answer(query.text, query.scene)
+        assert accepted & right.truths
+        assert wrong and not any(accepted & side.truths for side in wrong)
 
 
 @pytest.mark.parametrize("name", SUBSETS)
-def test_training_pairs_answer_their_own_question(root, scenes, name):
-    """The positive is what `answer` says, the hard negative is not."""
-    for row in train_rows(root, name).to_dict("records"):
-        question = {"qry_text": row["qry"], "qry_img_path": row["qry_image_path"]}
-        texts, paths = [row["neg_text"], row["pos_text"]], [row["neg_image_path"], row["pos_image_path"]]
-        assert oracle(name, {**question, "tgt_text": texts, "tgt_img_path": paths}, scenes) == 1
+def test_training_shows_nothing_that_is_held_out(name):
+    for i in range(60):
+        query, right, wrong = make(name, "train", i)
+        for one, size in shown([query, right, *wrong]):
+            assert load_concepts()[one].role == "paired"
+            assert held_out_size(one) != size
+        assert "below" not in query.text
+        for side in (query, right, *wrong):
+            assert side.scene is None or find_split(side.scene) == "train"
+        texts = " ".join([query.text, right.text, *(side.text for side in wrong)])
+        assert not any(f" {name} " in texts for name in ("rose", "lobster"))
 
 
-def test_corpus_answers_are_true(root, scenes):
-    for split in ("train", "heldout"):
-        for row in pd.read_parquet(root / "corpus" / f"{split}.parquet").itertuples():
-            assert scenes_answer(row.question or "Describe the picture.", scenes[row.image_path]) == row.answer
+def test_early_pairs_show_the_first_concepts_only():
+    for place, share in ((0, 0.25), (499, 0.25), (1999, 0.5), (7999, 0.75)):
+        known = set(paired_names(share))
+        for name in SUBSETS:
+            sides = [
+                side
+                for i in range(10)
+                for part in [make(name, "train", i, place)]
+                for side in (*part[:2], *part[2])
+            ]
+            assert {one for one, _ in shown(sides)} <= known
 
 
-# ---- what is unseen -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "role"), [("NamingUnpaired", "captioned"), ("GroundingUnknown", "unknown")]
+)
+def test_development_and_test_ask_for_other_unseen_concepts(name, role):
+    asked = {}
+    for split in ("dev", "test"):
+        rights = [make(name, split, i)[1] for i in range(60)]
+        asked[split] = {side.focus.name if side.focus else side.text for side in rights}
+        assert asked[split] <= set(select_names(role, split))
+    assert not asked["dev"] & asked["test"]
 
 
-def test_handwriting_of_training_and_evaluation_is_disjoint(scenes):
-    used = {"train": set(), "eval": set()}
-    for path, scene in scenes.items():
-        split = "train" if path.startswith(("train/", "corpus/train/")) else "eval"
-        used[split] |= {obj["digit"] for obj in scene if "digit" in obj}
-    assert used["train"] and used["eval"] and not used["train"] & used["eval"]
+def test_composed_targets_have_their_held_out_size():
+    for i in range(30):
+        query, right, wrong = make("GroundingComposed", "test", i)
+        assert right.focus.size == held_out_size(right.focus.name)
+        assert any(side.focus.name == right.focus.name for side in wrong)
 
 
-def test_held_out_combinations_appear_in_their_task_only(root, scenes):
-    for path, scene in scenes.items():
-        assert path.startswith("eval/GroundingCombos/") or not combos(scene) & HELD_OUT
-    for row in eval_rows(root, "GroundingCombos"):
-        assert combos(scenes[row["tgt_img_path"][0]]) <= HELD_OUT
-    words = {f"{color} {kind}" for color, kind in HELD_OUT}
-    tables = [train_rows(root, name)[["qry", "pos_text", "neg_text"]] for name in SUBSETS]
-    tables += [pd.read_parquet(path)[["question", "answer"]] for path in (root / "corpus").glob("[ht]*.parquet")]
-    texts = [text for table in tables for text in table.to_numpy().ravel()]
-    assert not [text for text in texts if any(word in text for word in words)]
+def test_task_sizes_are_those_of_their_labels():
+    for task in TASKS:
+        labels = list_labels().get(task.name)
+        assert labels is None or len(labels) == len(set(labels)) >= task.n_candidates
+    assert {
+        task.name: task.n_candidates for task in TASKS if task.meta_task == "classification"
+    } == {name: len(list_labels()[name]) for name in ("Naming", "Kinds", "NamingUnpaired")}
 
 
-def test_scenes_of_evaluation_are_never_shown_in_training(scenes):
-    """By caption: whole scenes, not crops; in evaluation the queries, whose edited versions may be known scenes."""
-    whole = {path: caption(scene) for path, scene in scenes.items() if "Grounding" not in path}
-    train = {text for path, text in whole.items() if path.startswith(("train/", "corpus/train/"))}
-    asked = {text for path, text in whole.items() if path.startswith("eval/") and path.endswith("_query.png")}
-    asked |= {text for path, text in whole.items() if path.startswith("corpus/heldout/")}
-    assert train and asked and not train & asked
+# ---- files --------------------------------------------------------------------------------------
+
+SETTINGS = {"n_pairs": 20, "n_queries": 8, "n_corpus": 12}
 
 
-def test_unseen_relation_and_transformations_are_not_in_the_training_pairs(root, scenes):
-    assert not any("below" in text for name in SUBSETS for text in train_rows(root, name)["qry"])
-    assert all("below" in row["qry_text"] for row in eval_rows(root, "RelationOOD"))
-    transformed = {path.split("/")[1] for path, scene in scenes.items() if any("transform" in obj for obj in scene)}
-    assert transformed == {"DigitsTransformed"}
-    assert not any("object" in text for text in train_rows(root, "Grounding")["qry"])
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawings") / "world"
+    files.build(folder, **SETTINGS)
+    return folder
 
 
-# ---- scenes, words, pictures ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize("part", ["eval", "dev"])
+def test_the_oracle_answers_every_row(root, part):
+    scenes = files.read_scenes(root)
+    for task in TASKS:
+        rows = tables.load_eval(str(root if part == "eval" else root / part), task.name)
+        assert len(rows) == SETTINGS["n_queries"]
+        for row in rows:
+            assert len(row["tgt_text"]) == files.count_candidates(task, len(rows))
+            assert files.oracle(row, scenes) == 0
 
 
-def test_caption_and_answers_of_a_scene_made_by_hand():
-    scene = [obj("7", "blue", "small", "bottom", digit=0), obj("circle", "red", "large", "top left")]
-    assert caption(scene) == "a large red circle at the top left, a small blue 7 at the bottom"
-    for question, answer in {
-        "<|image_1|> What color is the circle?": "red",
-        "<|image_1|> What color is the object at the bottom?": "blue",
-        "<|image_1|> Which digit is in the picture?": "7",
-        "<|image_1|> How many shapes and digits are there?": "one shape and one digit",
-        "<|image_1|> What is right of the red circle?": "small blue 7",
-        "<|image_1|> What is below the red circle?": "small blue 7",
-        "<|image_1|> Find the object above the blue 7.": "large red circle",
-        "Where is the blue 7?": "bottom",
-        "Make the red circle green.": "a large green circle at the top left, a small blue 7 at the bottom",
-        "Make the blue 7 large.": "a large red circle at the top left, a large blue 7 at the bottom",
-        "Turn the red circle into a star.": "a large red star at the top left, a small blue 7 at the bottom",
-        "Move the red circle to the center.": "a large red circle at the center, a small blue 7 at the bottom",
-        "Remove the blue 7.": "a large red circle at the top left",
-        "Swap the red circle and the blue 7.": "a small blue 7 at the top left, a large red circle at the bottom",
-    }.items():
-        assert scenes_answer(question, scene) == answer
-    for question in ("Where is the green 7?", "What is left of the red circle?", "Is it late?"):
-        with pytest.raises(ValueError, match="answer|question"):
-            scenes_answer(question, scene)
+def test_pictures_are_as_their_scenes_say(root):
+    for path, side in files.read_scenes(root).items():
+        with Image.open(root / "images" / path) as image:
+            if side.focus is None:
+                assert np.array_equal(np.asarray(image), render(side.scene))
+            else:
+                assert image.size == (WINDOW, WINDOW)
 
 
-def test_objects_never_touch_and_keep_inside_the_picture():
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        taken = np.zeros((CANVAS, CANVAS), dtype=int)
-        for shown in sample_scene(rng, n_objects=4):
-            x, y = _center(shown)
-            half = SIDES[shown["size"]] // 2
-            assert half <= min(x, y) and max(x, y) < CANVAS - half
-            taken[y - half : y + half + 1, x - half : x + half + 1] += 1
-        assert taken.max() == 1
+def test_pairs_are_dealt_out_to_the_subsets(root):
+    lengths = [len(tables.load_train(str(root), name, negatives=True)) for name in SUBSETS]
+    assert lengths == [3, 3, 3, 3, 2, 2, 2, 2]
 
 
-def test_rendering_shows_colour_and_size_and_is_repeatable():
-    scene = [obj("square", "green", "large", "center")]
-    pixels = np.asarray(render(scene)).astype(int)
-    assert pixels.shape == (64, 64, 3)
-    np.testing.assert_array_equal(pixels, np.asarray(render(scene)))
-    assert pixels[32, 32, 1] > 140 and pixels[5, 5].max() < 60
-    small = np.asarray(render([obj("square", "green", "small", "center")])).astype(int)
-    assert (pixels[..., 1] > 120).sum() > 2 * (small[..., 1] > 120).sum() > 0
-    assert crop(render(scene), scene[0]).size == (24, 24)
+def test_a_finished_build_is_returned_as_is_and_another_refused(root):
+    before = (root / "manifest.json").stat().st_mtime_ns
+    manifest = files.build(root, **SETTINGS)
+    assert manifest["tasks"][0] == ["Naming", "classification", True, 430]
+    assert (root / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="n_pairs"):
+        files.build(root, **SETTINGS | {"n_pairs": 24})
+    with pytest.raises(ValueError, match="at least 8"):
+        files.build(root / "other", **SETTINGS | {"n_pairs": 7})
 
 
-def test_shapes_and_sizes_are_told_apart_by_their_masks():
-    for size in SIDES.values():
-        masks = [np.asarray(_shape_mask(kind, size)) > 0 for kind in SHAPES]
-        for i, first in enumerate(masks):
-            for second in masks[:i]:
-                assert (first != second).sum() >= size  # pixels
+def test_the_content_depends_on_the_arguments_alone(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "FEW", 10)  # so all cores make it
+    again = files.build(tmp_path / "again", **SETTINGS)
+    assert again["content_hash"] == files.build(root, **SETTINGS)["content_hash"]
+    other = files.build(tmp_path / "other", **SETTINGS | {"seed": 1})
+    assert other["content_hash"] != again["content_hash"]
 
 
-def test_bad_arguments_of_a_scene_are_named():
-    with pytest.raises(ValueError, match="split must be"):
-        sample_scene(np.random.default_rng(0), "test")
-    with pytest.raises(ValueError, match=r"n_objects must be in 1\.\.4"):
-        sample_scene(np.random.default_rng(0), n_objects=5)
-    with pytest.raises(ValueError, match="no task 'Colour'"):
-        oracle("Colour", {}, {})
+def test_a_smaller_set_of_pairs_is_the_beginning_of_a_larger_one(root, tmp_path):
+    files.build(tmp_path, **SETTINGS | {"n_pairs": 12})
+    for name in SUBSETS:
+        small, large = (tables.load_train(str(folder), name)[:] for folder in (tmp_path, root))
+        n = len(small["qry"])
+        assert all(large[column][:n] == small[column] for column in small)
 
 
-# ---- the floor ------------------------------------------------------------------------------------------------------
+def test_every_picture_of_the_corpus_has_labels(root):
+    labels = pd.read_parquet(root / "corpus" / "labels.parquet")
+    parts = [pd.read_parquet(root / "corpus" / f"{name}.parquet") for name in ("train", "heldout")]
+    assert set(labels["image_path"]) == set(pd.concat(parts)["image_path"])
+    assert set(labels.columns) == {"image_path", "count", "kind", "size", "position"}
 
 
-def test_pixel_bow_embed_is_normalised_and_reads_both_kinds(root):
-    row = eval_rows(root, "EditToImage")[0]
-    items = [
-        {"text": row["qry_text"], "image": row["qry_img_path"]}, {"text": "", "image": row["qry_img_path"]},
-        {"text": "a large red circle", "image": None}, {"text": "large circle, a red", "image": ""},
-    ]  # fmt: skip
-    vectors = pixel_bow_embed(items, root / "images")
-    assert vectors.shape == (4, 512) and vectors.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    similarity = vectors @ vectors.T
-    assert similarity[0, 1] > 0.5 and similarity[1, 2] == 0 and similarity[2, 3] > 0.99
-    with pytest.raises(ValueError, match="needs text or an image"):
-        pixel_bow_embed([{"text": "", "image": ""}])
+def test_the_folder_names_the_designers(root):
+    text = (root / "README.md").read_text(encoding="utf-8")
+    assert "OpenMoji" in text and "CC BY-SA 4.0" in text

@@ -1,4 +1,4 @@
-"""Tiny runs for tests: `home` has a world, a random model and the four stages from it."""
+"""Tiny runs for tests: `home` has a world, a random model and the three stages from it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cocoa_lib.store.checkpoint import read_meta, save_checkpoint
 from cocoa_lib.world.backbone import new_backbone
 from cocoa_lib.world.build import build
 
-STAGES = ("causal", "stage1", "stage2", "stage3")
-PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+STAGES = ("stage1", "stage2", "stage3")
+PARENT = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 # Checkpoints at 2 and 4, log rows at 4 and 6: neither falls together, so a resumed run must carry half a log row.
 TINY = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
         "logging_steps": 4}  # fmt: skip
@@ -30,7 +30,7 @@ def tiny(stage, **values):
 
 
 def make_home(folder: Path) -> Path:
-    """Write `world`, `init` and the four stages from it, seed 0, uninterrupted."""
+    """Write `world`, `causal` and the three stages from it, seed 0, uninterrupted."""
     torch.set_num_threads(1)
     build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
@@ -38,7 +38,7 @@ def make_home(folder: Path) -> Path:
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
         layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
     )  # fmt: skip
-    save_checkpoint(folder / "init", model, inputs, {"stage": "init"})
+    save_checkpoint(folder / "causal", model, inputs, {"stage": "causal"})
     for stage in STAGES:
         go(folder, stage, folder / stage)
     return folder

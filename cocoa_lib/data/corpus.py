@@ -107,20 +107,6 @@ def questions(data: Path, split: str = "train") -> Rows:
     return _read_corpus(data, "qa", split)
 
 
-def conversations(data: Path, split: str = "train") -> list[dict[str, Any]]:
-    """List what next-token prediction reads: each scene twice, {image, turns}.
-
-    Once with its caption alone, once with all its questions.
-    """
-    rows = [
-        {"image": row["image"], "turns": [("", row["target"])]} for row in captions(data, split)
-    ]
-    asked: dict[str, list[tuple[str, str]]] = {}
-    for row in questions(data, split):
-        asked.setdefault(row["image"], []).append((row["text"], row["target"]))
-    return rows + [{"image": image, "turns": turns} for image, turns in asked.items()]
-
-
 def subsets(data: Path) -> list[str]:
     """List the names of the training subsets in the folder, sorted."""
     folder = data / "train"

@@ -20,11 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 STAGES = ("stage1", "stage2", "stage3")
-SHAPE = dict.fromkeys(
-    "hidden_size layers heads vision_dim vision_layers patch_size vocab_size image_pixels "
-    "n_corpus seed".split(),
-    int,
-)
 # Sections beside the recipes, and the type of each value. `launch`: how several GPUs are used.
 SETTINGS: dict[str, dict[str, type]] = {
     "benchmark": {"n_pairs": int, "n_queries": int, "n_corpus": int, "seed": int},
@@ -33,7 +28,10 @@ SETTINGS: dict[str, dict[str, type]] = {
         "n_eval": int,
         "max_side": int,
     },
-    "backbone": SHAPE,
+    "backbone": {
+        **dict.fromkeys("seed hidden_size layers heads vision_dim vision_layers".split(), int),
+        "effort": float,
+    },
     "evaluation": {"n_queries": int, "batch_size": int, "dtype": str, "tasks": list},
     "launch": {"processes": int, "config_file": str},
 }

@@ -9,15 +9,13 @@ Notebooks, the graph (Snakefile) and `python -m cocoa_lib.run` all use this one 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from ..items import InputError
-from ..world.build import build
+from ..world.pretrain import Schedule, train_backbone
 from . import checks, launch, results
-from .backbone import train_backbone
 from .spec import RunSpec
 from .stage import Progress, run_stage
 
@@ -34,18 +32,12 @@ class Run(RunSpec):
             self._checked = True
 
     def prepare(self) -> None:
-        """Check the run, write its data, and train the backbone where it is of another shape."""
+        """Check the run, write its data, and train the backbone where it is another one."""
         self.check()
-        if self.model or self._shipped:
-            return
-        shape = dict(self.values["backbone"])
-        settings = {name: shape.pop(name) for name in ("n_corpus", "seed")}
-        words = "-".join(f"{name}{n}" for name, n in settings.items())
-        corpus = self._write(
-            f"corpus-{words}", partial(build, n_pairs=800, n_queries=200, **settings)
-        )
-        recipe, out = self.recipe("causal"), Path(self.backbone)
-        train_backbone(corpus, out, shape, recipe, seed=settings["seed"])
+        if not (self.model or self._shipped):
+            settings = dict(self.values["backbone"])
+            seed = settings.pop("seed")
+            train_backbone(Path(self.backbone), Schedule(**settings), seed=seed)
 
     def stage(self, stage: str, *, show_progress: Progress = True) -> Path:
         """Train a stage, and those before it, where they are missing; return its checkpoint folder.

@@ -162,7 +162,7 @@ class RunSpec:
             return place / self.arm
         if step not in ("stage1", "stage2"):
             raise unknown_name(step, [*STAGES, "evaluate"], "folder")
-        sections = [name for name in ("backbone", "causal", "stage1", "stage2") if name <= step]
+        sections = [name for name in ("backbone", "stage1", "stage2") if name <= step]
         differs = {
             name: part for name in sections if (part := self._arm.changes.get(name, {})) != {}
         }
@@ -177,21 +177,18 @@ class RunSpec:
     @property
     def _shipped(self) -> bool:
         """Does neither the arm nor `changes` ask for another backbone?"""
-        changed = merge(self._arm.changes, self.changes)
-        return not any(changed.get(section) for section in ("backbone", "causal"))
+        return not merge(self._arm.changes, self.changes).get("backbone")
 
     @property
     def backbone(self) -> Path | str:
-        """The causal checkpoint: `model`, the shipped one, or one of another shape that the run
-        trains.
-        """
+        """The causal checkpoint: `model`, the shipped one, or another that the run trains."""
         if self.model:
             here = ROOT / self.model
             return Path(os.path.relpath(here)) if here.is_dir() else self.model
         if self._shipped:
             return Path(os.path.relpath(SHIPPED))
-        made = {name: self.values[name] for name in ("backbone", "causal")}
-        words = slug("_".join(str(value) for value in made["backbone"].values()))
+        made = self.values["backbone"]
+        words = slug("_".join(f"{name}{value}" for name, value in made.items()))
         return self.runs / "backbones" / f"{words}-{digest(made)}"
 
     def done(self, step: str) -> bool:

@@ -1,6 +1,6 @@
 """The stages as runs: each opens its parent's folder, trains, and leaves a checkpoint folder.
 
-Stages "causal", 1 and 2 run on transformers' Trainer, stage 3 on sentence-transformers' trainer
+Stages 1 and 2 run on transformers' Trainer, stage 3 on sentence-transformers' trainer
 with its GradCache. While a run lasts its state is in `.NAME.work` beside the output folder; the
 same call goes on from the newest whole checkpoint there, and the output folder appears only when
 the stage is done.
@@ -46,7 +46,6 @@ from ..store.checkpoint import (
     weights_hash,
 )
 from ..store.files import locked, write_json
-from ..world.backbone import causal_batch
 from .adapters import add_adapter
 from .plan import Planned, index_plan
 from .resume import TrainingError, Watch, explain_losses, find_checkpoint, list_checkpoints
@@ -60,7 +59,7 @@ from .trainers import (
 )
 
 logger = logging.getLogger(__name__)
-PARENT_STAGE = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+PARENT_STAGE = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 KEPT_IMAGES = (
     1 << 29
 )  # bytes of processed pictures that a process keeps, its workers together (ours)
@@ -154,7 +153,7 @@ def run_stage(
     allow_parent: bool = False,
     show_progress: Progress = True,
 ) -> Path:
-    """Run one stage ("causal", "stage1", "stage2", "stage3") from `parent` on `data` into `out`.
+    """Run one stage ("stage1", "stage2", "stage3") from `parent` on `data` into `out`.
 
     Returns `out`. A finished `out` of the same configuration is returned as it is; of another
     one, CheckpointError. KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the
@@ -293,19 +292,16 @@ def _finish(
 
 
 def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
-    """Build the trainer of stages "causal", 1 and 2: a `Reconstruction` of corrupted rows."""
+    """Build the trainer of stages 1 and 2: a `Reconstruction` of corrupted rows."""
     recipe, data = job.recipe, job.data
-    if job.stage == "causal":
-        parts, collate = [corpus.conversations(data)], partial(causal_batch, inputs=inputs)
-    else:
-        sources = getattr(recipe, "sources", "captions")
-        parts = [corpus.captions(data)] if sources in ("captions", "both") else []
-        if sources in ("pairs", "both"):
-            parts += corpus.text_pairs(data).values()
-        set_mask_token(model, inputs, recipe.mask_token)
-        corrupt = {"stage1": stage1_batch, "stage2": stage2_batch}[job.stage]
-        collate = partial(corrupt, inputs=inputs, recipe=recipe, seed=job.seed)
-    learned = getattr(recipe, "patch_fill", "") == "learned"
+    sources = getattr(recipe, "sources", "captions")
+    parts = [corpus.captions(data)] if sources in ("captions", "both") else []
+    if sources in ("pairs", "both"):
+        parts += corpus.text_pairs(data).values()
+    set_mask_token(model, inputs, recipe.mask_token)
+    corrupt = {"stage1": stage1_batch, "stage2": stage2_batch}[job.stage]
+    collate = partial(corrupt, inputs=inputs, recipe=recipe, seed=job.seed)
+    learned = recipe.patch_fill == "learned"
     options = (
         dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
     )
@@ -314,10 +310,7 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
     rows = ConcatDataset(parts)
     plan = index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=job.seed)
     chosen = (rows[i] for i in sorted(set(plan.tolist())))
-    if job.stage == "causal":
-        corpus.check_images(row["image"] for row in chosen)
-    else:
-        corpus.check_items(map(stage1_item, chosen) if job.stage == "stage1" else chosen, data)
+    corpus.check_items(map(stage1_item, chosen) if job.stage == "stage1" else chosen, data)
     args = training_arguments(TrainingArguments, recipe, job.work, job.seed)
     return ReconstructionTrainer(
         model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate

@@ -1,222 +1,297 @@
-"""A small, generated counterpart of MMEB in MMEB's own file layout: twelve tasks over pictures of coloured objects.
+"""Write the benchmark in MMEB's own file layout, and read it back.
 
-A scene is a list of one to four objects, each a plain dict: kind ("circle", ..., or a digit "0".."9"), color, size
-("small" | "large"), position (a cell of a 3 x 3 grid, "top left"), offset ([dx, dy] from the cell's centre), for a
-digit also `digit` (its index in scikit-learn's real handwritten digits) and, out of distribution only, `transform`
-([name, amount]).
+    ROOT/eval/<Task>/test-*.parquet            test queries, read once
+    ROOT/dev/<Task>/test-*.parquet             development queries: other scenes, other unseen
+    concepts ROOT/train/<Subset>/original-*.parquet     contrastive pairs; the first n // 8 rows of
+    each are the pair set of n ROOT/corpus/{train,heldout}.parquet        captions and questions
+    ROOT/images/...  ROOT/scenes.jsonl  ROOT/manifest.json  ROOT/README.md
 
-Fixed so that "unseen" means unseen: handwriting is split by index; scenes are split by a checksum of their caption;
-HELD_OUT colour and shape combinations appear in one OOD task and nowhere else. `answer` reads a question and a scene
-and knows nothing of the rows, so `oracle` shows that every question has exactly one right candidate.
+Item i of a stream depends on (seed, stream, i) alone, whatever the workers: a smaller build is a
+prefix of a larger one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from PIL import Image
+from sklearn.utils.parallel import Parallel, delayed
 
 from ..data.tables import CORPUS, EVAL, TRAIN, Task, read_finished, write_tables
 from ..store.files import write_json
-from .scenes import POSITIONS, Scene, caption, crop, render, sample_scene
-from .tasks import LABELS, MAKERS, SUBSETS, TASKS, Side, _pick, _questions
+from .lessons import known_concepts
+from .pictures import ATTRIBUTION, describe_versions
+from .questions import answer, list_questions, name_kind
+from .scenes import STYLES, Scene, crop, list_names, render, sample_scene
+from .tasks import MAKERS, SUBSETS, TASKS, Side, Source, list_labels
 
-GENERATOR_VERSION = 1  # raise it whenever the same arguments would give other rows or pixels
-FEW = 4096  # items: of more, all cores make them
-# Position in this list is the stream number of the random generator: append, never reorder.
-STREAMS = tuple(f"train/{name}" for name in SUBSETS) + tuple(f"eval/{task.name}" for task in TASKS)
+GENERATOR_VERSION = 2  # raise it whenever the same arguments would give other rows or pixels
+QUESTIONS_A_SCENE = 3
+LEAST = {"seed": 0, "n_pairs": len(SUBSETS), "n_queries": 2, "n_corpus": 1}
+FEW = 2048  # items: of more, all cores make them
+# Place in this list is the stream's number for the random generator: append, never reorder.
+STREAMS = (
+    *(f"train/{name}" for name in SUBSETS),
+    *(f"{part}/{task.name}" for part in ("eval", "dev") for task in TASKS),
+    "corpus/train",
+    "corpus/heldout",
+)
+SPLITS = {"train": "train", "eval": "test", "dev": "dev"}
 
 
-class _Pictures:
-    """Writes the pictures of one item, each once, and keeps what scenes.jsonl and the content hash need."""
+class Pictures:
+    """Write the pictures of one item, each once; keep its scenes and its digest."""
 
-    def __init__(self, root: Path, stem: str) -> None:
-        self.root, self.stem = root, stem
-        self.paths: dict[tuple[int, int], str] = {}
+    def __init__(self, root: Path, stream: str, index: int) -> None:
+        self.root, self.stem = root, f"{stream}/{index // 1000:03d}/{index % 1000:03d}"
+        (root / "images" / self.stem).parent.mkdir(parents=True, exist_ok=True)
+        self.paths: dict[tuple, str] = {}
         self.scenes: list[dict[str, Any]] = []
         self.digest = hashlib.sha256()
 
-    def path(self, side: Side, suffix: str) -> str:
-        """The picture's path relative to root/images; "" for a side without one."""
+    def write(self, side: Side, suffix: str) -> str:
+        """The picture's path relative to ROOT/images; "" for a side without one."""
         if side.scene is None:
             return ""
-        identity = (id(side.scene), id(side.focus))
-        if identity not in self.paths:
-            image = render(side.scene)
-            image = crop(image, side.focus) if side.focus else image
-            path = self.paths[identity] = f"{self.stem}_{suffix}.png"
-            image.save(
-                self.root / "images" / path, compress_level=1
-            )  # the fastest; these are small anyway
-            self.digest.update(f"{image.size}".encode() + image.tobytes())
-            self.scenes.append({"image": path, "scene": [side.focus] if side.focus else side.scene})
-        return self.paths[identity]
+        if (side.scene, side.focus) not in self.paths:
+            pixels = render(side.scene)
+            pixels = crop(pixels, side.focus) if side.focus else pixels
+            shown = Scene((side.focus,), side.scene.background) if side.focus else side.scene
+            path = self.paths[side.scene, side.focus] = f"{self.stem}_{suffix}.png"
+            Image.fromarray(pixels).save(self.root / "images" / path, compress_level=1)
+            self.digest.update(pixels.tobytes())
+            self.scenes.append({"image": path, "crop": bool(side.focus), "scene": shown.to_json()})
+        return self.paths[side.scene, side.focus]
 
 
-def _make(root: Path, seed: int, stream: str, index: int) -> tuple[Any, list[dict], bytes]:
-    """Item `index` of a stream: its row, the scenes of its pictures, its digest.
+Made = tuple[Any, list[dict], bytes]  # an item's row, the scenes of its pictures, its digest
 
-    A row of pairs is (query text, path, [(text, path, key) of the right candidate and of the hard negatives]); a row
-    of the corpus is the list of its lines.
+
+def make_item(root: Path, seed: int, stream: str, index: int) -> Made:
+    """Make item `index` of a stream.
+
+    Its row is a query or pair {text, path, accepted, sides}, or the lines of one scene of
+    the corpus.
     """
     part, name = stream.split("/")
     rng = np.random.default_rng([seed, STREAMS.index(stream), index])
-    folder = f"{stream}/{index // 1000:03d}"  # a thousand items a folder
-    (root / "images" / folder).mkdir(parents=True, exist_ok=True)
-    pictures = _Pictures(root, f"{folder}/{index % 1000:03d}")
-    if part == "corpus":
-        scene = sample_scene(rng, "train" if name == "train" else "eval")
-        path = pictures.path(Side("", scene), "scene")
-        row = [(path, "caption", "", caption(scene))] + [
-            (path, "qa", *pair) for pair in _questions(rng, scene)
-        ]
-    else:
-        query, right, wrong = MAKERS[name](rng, part)
-        wrong = [_pick(rng, wrong)] if part == "train" else wrong  # one hard negative a pair
-        query_path = pictures.path(query, "query")
-        row = (query.text, query_path, [
-            (side.text, pictures.path(side, f"target{i}"), side.key) for i, side in enumerate([right, *wrong])
-        ])  # fmt: skip
+    pictures = Pictures(root, stream, index)
+    row = (
+        make_corpus_lines(rng, name, pictures)
+        if part == "corpus"
+        else make_row(rng, part, name, index, pictures)
+    )
     pictures.digest.update(json.dumps(row).encode())
     return row, pictures.scenes, pictures.digest.digest()
 
 
-def _eval_rows(task: Task, rows: list, seed: int) -> pd.DataFrame:
-    """Rows of one task with their candidates: the right one, its hard negatives, then others that are not right."""
-    labels = LABELS.get(task.name)
-    pool = [(label, "", label) for label in labels or ()] or list(
-        dict.fromkeys(c for row in rows for c in row[2])
-    )
-    size = task.n_candidates if labels else min(task.n_candidates, len(rows))
+def make_row(
+    rng: np.random.Generator, part: str, name: str, index: int, pictures: Pictures
+) -> dict[str, Any]:
+    """A query with its right candidate and hard negatives; a training pair has one of these."""
+    place = index * len(SUBSETS) + SUBSETS.index(name) if part == "train" else 10**8
+    query, right, wrong = MAKERS[name](Source.open(rng, SPLITS[part], place))
+    if part == "train":
+        wrong = [wrong[int(rng.integers(len(wrong)))]]
+    return {
+        "text": query.text,
+        "path": pictures.write(query, "query"),
+        "accepted": sorted(answer(query.text, query.scene)),
+        "sides": [
+            (side.text, pictures.write(side, f"target{i}"), sorted(side.truths))
+            for i, side in enumerate([right, *wrong])
+        ],
+    }
+
+
+def make_corpus_lines(
+    rng: np.random.Generator, name: str, pictures: Pictures
+) -> list[tuple[str, str, str, str]]:
+    """A scene's caption and some questions, in the columns of the corpus."""
+    scene = sample_scene(rng, "train" if name == "train" else "dev", known_concepts())
+    path = pictures.write(Side("", scene), "scene")
+    style = (*STYLES, list_names)[int(rng.integers(len(STYLES) + 1))]
+    texts = list_questions(scene)
+    chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
+    return [(path, "caption", "", style(scene))] + [
+        (path, "qa", text, min(answer(text, scene))) for text in chosen
+    ]
+
+
+def make_queries(task: Task, rows: list[dict], seed: int) -> pd.DataFrame:
+    """Lay out one task: candidates are the right one, its hard negatives, then others not right."""
+    labels = list_labels().get(task.name)
+    others = [(label, "", [label]) for label in labels or ()] or [
+        tuple(side) for row in rows for side in row["sides"]
+    ]
+    pool = list({side[:2]: side for side in others}.values())
     rng = np.random.default_rng([seed, len(STREAMS), TASKS.index(task)])
+    size = count_candidates(task, len(rows))
     table = []
-    for text, path, own in rows:
-        chosen = dict.fromkeys(candidate[:2] for candidate in own)
+    for row in rows:
+        chosen, accepted = (
+            dict.fromkeys(tuple(side[:2]) for side in row["sides"]),
+            set(row["accepted"]),
+        )
         for i in rng.permutation(len(pool)):
             if len(chosen) >= size:
                 break
-            if pool[i][2] != own[0][2]:
+            if accepted.isdisjoint(pool[i][2]):
                 chosen.setdefault(pool[i][:2])
-        table.append((text, path, *map(list, zip(*chosen, strict=True))))
+        table.append((row["text"], row["path"], *map(list, zip(*chosen, strict=True))))
     return pd.DataFrame(table, columns=EVAL)
 
 
-def _write_tables(root: Path, rows: dict[str, list], seed: int) -> bytes:
-    """All parquet files; returns a digest of their rows."""
+def count_candidates(task: Task, n_queries: int) -> int:
+    """Count the candidates of a query; pools of pictures and captions are as large as n_queries."""
+    return task.n_candidates if task.name in list_labels() else min(task.n_candidates, n_queries)
+
+
+def make_tables(rows: dict[str, list], seed: int) -> dict[str, pd.DataFrame]:
+    """File name below ROOT -> table."""
     tables = {}
     for name in SUBSETS:
         pairs = [
-            (text, path, *right[:2], *wrong[:2])
-            for text, path, (right, wrong) in rows[f"train/{name}"]
+            (row["text"], row["path"], *right[:2], *wrong[:2])
+            for row in rows[f"train/{name}"]
+            for right, wrong in [row["sides"]]
         ]
         tables[f"train/{name}/original-00000-of-00001"] = pd.DataFrame(pairs, columns=TRAIN)
-    for task in TASKS:
-        tables[f"eval/{task.name}/test-00000-of-00001"] = _eval_rows(
-            task, rows[f"eval/{task.name}"], seed
-        )
+    for part in ("eval", "dev"):
+        for task in TASKS:
+            tables[f"{part}/{task.name}/test-00000-of-00001"] = make_queries(
+                task, rows[f"{part}/{task.name}"], seed
+            )
     for split in ("train", "heldout"):
         lines = [line for scene in rows[f"corpus/{split}"] for line in scene]
         tables[f"corpus/{split}"] = pd.DataFrame(lines, columns=CORPUS)
-    write_tables(root, tables)
-    digest = hashlib.sha256()
-    for name, table in tables.items():
-        digest.update(json.dumps([name, table.values.tolist()]).encode())
-    return digest.digest()
+    return tables
 
 
 def label_scene(scene: Scene) -> dict[str, str]:
-    """Label a scene: the number of objects, and what and where the first in reading order is."""
-    first = min(scene, key=lambda obj: POSITIONS.index(obj["position"]))
-    names = ("kind", "color", "size", "position")
-    return {"count": str(len(scene)), **{name: str(first[name]) for name in names}}
+    """What a picture of the corpus shows, for `evaluate.probe`: how many, and the first drawing."""
+    first = scene.drawings[0]
+    return {
+        "count": str(len(scene)),
+        "kind": name_kind(first.name),
+        "size": first.size,
+        "position": first.position,
+    }
 
 
-def _write_labels(root: Path) -> None:
-    """Write what the pictures of the corpus show, for `evaluate.probe`."""
-    rows = [
-        {"image_path": path, **label_scene(scene)}
-        for path, scene in read_scenes(root).items()
+def make_labels(root: Path) -> pd.DataFrame:
+    """The labels of all pictures of the corpus."""
+    found = [
+        {"image_path": path, **label_scene(side.scene)}
+        for path, side in read_scenes(root).items()
         if path.startswith("corpus/")
     ]
-    write_tables(root, {"corpus/labels": pd.DataFrame(rows)})
+    return pd.DataFrame(found)
 
 
-def _check_settings(settings: dict[str, int]) -> None:
-    limits = {
-        "seed": (0, 2**32),
-        "n_pairs": (8, 10**7),
-        "n_queries": (2, 10**5),
-        "n_corpus": (1, 10**7),
+def count_rows(n_pairs: int, n_queries: int, n_corpus: int) -> dict[str, int]:
+    """Stream -> number of its items; pairs are dealt out to the subsets in turn."""
+    lengths = {
+        f"train/{name}": (n_pairs + len(SUBSETS) - 1 - k) // len(SUBSETS)
+        for k, name in enumerate(SUBSETS)
     }
-    for name, (low, high) in limits.items():
-        if not low <= settings[name] <= high:
-            raise ValueError(f"{name} must be in {low}..{high}, got {settings[name]}")
-    if settings["n_pairs"] % len(SUBSETS):
-        raise ValueError(
-            f"n_pairs must be a multiple of {len(SUBSETS)}, one share a subset; got {settings['n_pairs']}"
-        )
+    lengths |= {stream: n_queries for stream in STREAMS if stream.startswith(("eval/", "dev/"))}
+    return lengths | {"corpus/train": n_corpus, "corpus/heldout": max(50, n_corpus // 20)}
+
+
+def make_items(root: Path, seed: int, items: list[tuple[str, int]]) -> Iterable[Made]:
+    """All items in order; many are made by all cores."""
+    workers = Parallel(n_jobs=-1 if len(items) > FEW else 1, return_as="generator", batch_size=64)
+    return workers(delayed(make_item)(root, seed, *item) for item in items)
+
+
+def write_items(root: Path, seed: int, lengths: dict[str, int]) -> tuple[dict[str, list], Any, int]:
+    """Write all pictures and scenes.jsonl; returns (stream -> rows, sha256 so far, pictures)."""
+    items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
+    rows: dict[str, list] = {stream: [] for stream in lengths}
+    content, n_images = hashlib.sha256(), 0
+    with (root / "scenes.jsonl").open("w", encoding="utf-8") as file:
+        made = make_items(root, seed, items)
+        for (stream, _), (row, scenes, digest) in zip(items, made, strict=True):
+            rows[stream].append(row)
+            file.writelines(json.dumps(scene) + "\n" for scene in scenes)
+            content.update(digest)
+            n_images += len(scenes)
+    return rows, content, n_images
 
 
 def build(
     root: Path, *, seed: int = 0, n_pairs: int, n_queries: int, n_corpus: int
 ) -> dict[str, Any]:
-    """Write the benchmark into `root` and return its manifest; a finished build of the same settings is returned as is.
+    """Write the benchmark into `root`, or find it there finished; returns its manifest.
 
-    n_pairs: training pairs in all, a multiple of 8; n_queries: a task; n_corpus: scenes of text for the backbone and
-    for reconstruction. Item i depends on (seed, stream, i) alone: a smaller build is a prefix of a larger one.
-    All cores make a large one. Raises ValueError for a bad argument and where `root` holds something else; nothing is
-    ever overwritten.
+    n_pairs: training pairs in all, at least 8; n_queries: a task, for test and for development
+    each; n_corpus: scenes with captions and questions. Raises ValueError for a number out of range
+    and where `root` holds something else.
     """
     root = Path(root)
     settings = {"seed": seed, "n_pairs": n_pairs, "n_queries": n_queries, "n_corpus": n_corpus}
-    _check_settings(settings)
-    wanted = {"generator": "world", "generator_version": GENERATOR_VERSION, "settings": settings}
+    for name, least in LEAST.items():
+        if settings[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {settings[name]}")
+    version = {"generator": "drawings", "generator_version": GENERATOR_VERSION}
+    wanted = {**version, "settings": settings}
     if (found := read_finished(root, wanted)) is not None:
         return found
-    from sklearn.utils.parallel import (  # here: it takes a second, and a finished build needs none
-        Parallel,
-        delayed,
-    )
-
-    lengths = {f"train/{name}": n_pairs // len(SUBSETS) for name in SUBSETS}
-    lengths |= {f"eval/{task.name}": n_queries for task in TASKS}
-    lengths |= {"corpus/train": n_corpus, "corpus/heldout": max(50, n_corpus // 20)}
     (root / "images").mkdir(parents=True)
-    rows: dict[str, list] = {stream: [] for stream in lengths}
-    content, n_images = hashlib.sha256(), 0
-    items = [(stream, index) for stream, length in lengths.items() for index in range(length)]
-    in_order = Parallel(n_jobs=-1 if len(items) > FEW else 1, return_as="generator", batch_size=64)
-    with (root / "scenes.jsonl").open("w", encoding="utf-8") as scenes:
-        made = in_order(delayed(_make)(root, seed, *item) for item in items)
-        for (stream, _), (row, lines, digest) in zip(items, made, strict=True):
-            rows[stream].append(row)
-            scenes.writelines(json.dumps(line) + "\n" for line in lines)
-            content.update(digest)
-            n_images += len(lines)
-    content.update(_write_tables(root, rows, seed))
-    _write_labels(root)
-    # Candidates a row really has: pools of pictures and captions cannot be larger than the number of queries.
-    pools = {
-        t.name: t.n_candidates if t.name in LABELS else min(t.n_candidates, n_queries)
-        for t in TASKS
-    }
+    (root / "README.md").write_text(f"# The built-in benchmark\n\n{ATTRIBUTION}\n", "utf-8")
+    lengths = count_rows(n_pairs, n_queries, n_corpus)
+    rows, content, n_images = write_items(root, seed, lengths)
+    tables = make_tables(rows, seed) | {"corpus/labels": make_labels(root)}
+    write_tables(root, tables)
+    for name, table in tables.items():
+        content.update(json.dumps([name, table.values.tolist()]).encode())
+    sizes = {task: count_candidates(task, n_queries) for task in TASKS}
     manifest = {
-        **wanted, "n_images": n_images, "rows": lengths,
-        "tasks": [[t.name, t.meta_task, t.in_distribution, pools[t.name]] for t in TASKS],
-        "subsets": list(SUBSETS), "content_hash": content.hexdigest(),
-    }  # fmt: skip
+        **wanted,
+        "n_images": n_images,
+        "rows": lengths,
+        "tasks": [[t.name, t.meta_task, t.in_distribution, n] for t, n in sizes.items()],
+        "subsets": list(SUBSETS),
+        "content_hash": content.hexdigest(),
+        "versions": describe_versions(),
+    }
     write_json(root / "manifest.json", manifest)
     return manifest
 
 
-def read_scenes(root: Path) -> dict[str, Scene]:
-    """Image path -> its scene; for a grounding crop, the one object it shows."""
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def read_scenes(root: Path) -> dict[str, Side]:
+    """Image path -> its scene, and for a grounding crop the one drawing that it is about."""
+    sides = {}
     with (Path(root) / "scenes.jsonl").open(encoding="utf-8") as file:
-        return {line["image"]: line["scene"] for line in map(json.loads, file)}
+        for line in map(json.loads, file):
+            scene = Scene.from_json(line["scene"])
+            sides[line["image"]] = Side("", scene, scene.drawings[0] if line["crop"] else None)
+    return sides
 
 
-STREAMS += ("corpus/train", "corpus/heldout")
+def oracle(row: dict[str, Any], scenes: dict[str, Side]) -> int:
+    """Find the candidate that the question and the scenes make right, wherever it stands.
+
+    Returns its index. Raises ValueError unless exactly one is.
+    """
+    asked = scenes.get(row["qry_img_path"])
+    accepted = answer(row["qry_text"], asked.scene if asked else None)
+    candidates = zip(row["tgt_text"], row["tgt_img_path"], strict=True)
+    right = [
+        i
+        for i, (text, path) in enumerate(candidates)
+        if accepted & (Side(text) if text else scenes[path]).truths
+    ]
+    if len(right) != 1:
+        raise ValueError(f"{len(right)} candidates answer {row['qry_text']!r}")
+    return right[0]

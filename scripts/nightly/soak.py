@@ -42,8 +42,8 @@ from cocoa_lib.store.checkpoint import save_checkpoint, weights_hash
 from cocoa_lib.world.backbone import new_backbone
 from cocoa_lib.world.build import build
 
-STAGES = ("causal", "stage1", "stage2", "stage3")
-PARENT = {"causal": "init", "stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
+STAGES = ("stage1", "stage2", "stage3")
+PARENT = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
 RECIPE = {"steps": 12, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
           "logging_steps": 5, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}  # fmt: skip
 FAULTS = (*STAGES, "evaluation", "saving", "clock back", "second run")
@@ -72,7 +72,7 @@ def prepare(home: Path) -> None:
         [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
         layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
     )  # fmt: skip
-    save_checkpoint(home / "init", model, inputs, {"stage": "init"})
+    save_checkpoint(home / "causal", model, inputs, {"stage": "causal"})
 
 
 def result(out: Path) -> str:

@@ -39,8 +39,8 @@ def home(tmp_path_factory):
 
 
 def go(home, out, **values):
-    recipe = make_recipe("causal", TINY | values)
-    return run_stage("causal", recipe, parent=home / "init", data=home / "world", out=out, show_progress=False)
+    recipe = make_recipe("stage1", TINY | values)
+    return run_stage("stage1", recipe, parent=home / "causal", data=home / "world", out=out, show_progress=False)
 
 
 # --- the soak, in short ------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_numbers_that_blow_up_stop_the_run_and_spoil_no_checkpoint(home, tmp_pat
 def test_a_path_with_spaces_and_letters_of_all_kinds(home, tmp_path):
     odd = tmp_path / "größe 目录 'a' [b] #1"
     (odd / "copy").mkdir(parents=True)
-    for name in ("init", "world"):
+    for name in ("causal", "world"):
         (odd / name).symlink_to(home / name)
     assert (
         read_meta(go(odd, odd / "out it"))["weights_sha256"] == read_meta(go(home, tmp_path / "out"))["weights_sha256"]
@@ -222,7 +222,7 @@ def test_a_second_run_refuses_while_the_first_lives(home, tmp_path):
     with locked(tmp_path / ".out.work"), pytest.raises(TrainingError, match="another run is at work .*wait"):
         go(home, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert read_meta(go(home, tmp_path / "out"))["stage"] == "causal"
+    assert read_meta(go(home, tmp_path / "out"))["stage"] == "stage1"
 
 
 def test_one_graph_at_a_time(tmp_path):

@@ -37,7 +37,6 @@ from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction, load_decoder
 from cocoa_lib.run import stage as stage_module
 from cocoa_lib.run import trainers
-from cocoa_lib.run.backbone import train_backbone
 from cocoa_lib.run.resume import TrainingError
 from cocoa_lib.run.sharding import join_processes
 from cocoa_lib.run.trainers import training_arguments
@@ -45,9 +44,7 @@ from cocoa_lib.store.checkpoint import (
     CheckpointError,
     load_inputs,
     read_meta,
-    weights_hash,
 )
-from cocoa_lib.world.build import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 
@@ -271,27 +268,6 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(home, stage, tmp_path,
     assert not (tmp_path / stage).exists()
     monkeypatch.setattr("cocoa_lib.run.trainers.save_model", save)
     assert_same_run(go(home, stage, tmp_path / stage), home / stage)
-
-
-
-def test_a_backbone_of_another_shape_or_seed_does_not_start_from_what_an_earlier_call_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("cocoa_lib.run.backbone.topics", {})
-    monkeypatch.setattr("cocoa_lib.run.backbone.run_stage", lambda stage, recipe, *, parent, **rest: parent)
-    build(tmp_path / "world", seed=0, n_pairs=8, n_queries=2, n_corpus=4)
-    shape = {"vocab_size": 400, "image_pixels": 1024, "layers": 1, "heads": 2, "vision_dim": 32, "vision_layers": 1}
-
-    def init(hidden_size, seed):
-        sizes = {**shape, "patch_size": 8, "hidden_size": hidden_size}
-        return train_backbone(tmp_path / "world", tmp_path / "out", sizes, make_recipe("causal"), seed=seed)
-
-    weights = {}
-    for hidden_size, seed in [(64, 0), (32, 0), (32, 7), (64, 0)]:
-        folder = init(hidden_size, seed)
-        assert json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"] == hidden_size
-        assert weights.setdefault((hidden_size, seed), read_meta(folder)["weights_sha256"]) == weights_hash(folder)
-    assert len(set(weights.values())) == 3
-    made = (folder / "model.safetensors").stat().st_mtime_ns
-    assert (init(64, 0) / "model.safetensors").stat().st_mtime_ns == made, "what fits is used again"
 
 
 

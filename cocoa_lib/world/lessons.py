@@ -17,6 +17,7 @@ from .questions import answer, list_questions, name_kind
 from .scenes import (
     BACKGROUNDS,
     CANVAS,
+    POSITIONS,
     SIDES,
     STYLES,
     WINDOW,
@@ -34,6 +35,7 @@ COVERED, EMPTY = (
 )  # ink on a cell: from here on it is labelled with the drawing; up to here as background
 BACKGROUND, IGNORE = 0, -100
 QUESTIONS_A_SCENE = 4
+SPOTS = len(POSITIONS) * len(SIDES)
 
 Turns = list[tuple[str, str]]  # question and answer; a caption has no question
 
@@ -42,11 +44,13 @@ Turns = list[tuple[str, str]]  # question and answer; a caption has no question
 class Lesson:
     """A batch before any model sees it.
 
-    pictures: (N, S, S, 3) uint8; cells: (N, cells) int64, the concept on each; turns: what is said.
+    pictures: (N, S, S, 3) uint8; cells: (N, cells) int64, the concept on each; spots: the same of
+    position and size, IGNORE where there is no drawing; turns: what is said.
     """
 
     pictures: np.ndarray
     cells: np.ndarray
+    spots: np.ndarray
     turns: list[Turns]
 
 
@@ -55,8 +59,10 @@ def known_concepts() -> list[str]:
     return select_names("paired") + select_names("captioned")
 
 
-def label_cells(drawings: Sequence[Drawn], side: int) -> np.ndarray:
-    """Label each cell with the concept that covers it: (cells,) int64, in the merger's order."""
+def label_cells(drawings: Sequence[Drawn], side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Label each cell with what covers it: its concept and its spot, (cells,) int64 each, in the
+    merger's order.
+    """
     labels = {name: label for label, name in enumerate(known_concepts(), 1)}
     count = side // CELL
     shares = np.zeros((len(drawings), count * count), dtype=np.float32)
@@ -65,11 +71,20 @@ def label_cells(drawings: Sequence[Drawn], side: int) -> np.ndarray:
         ink[one.top : one.top + alpha.shape[0], one.left : one.left + alpha.shape[1]] = alpha > 127
         row[:] = ink.reshape(count, CELL, count, CELL).mean((1, 3)).ravel()
     most = shares.max(0)
-    owners = np.array([labels[one.name] for one in drawings])[shares.argmax(0)]
-    cells = np.where(most >= COVERED, owners, np.where(most <= EMPTY, BACKGROUND, IGNORE))
-    for row, one in zip(shares, drawings, strict=True):
-        cells[row.argmax()] = labels[one.name]  # thin drawings cover no cell enough
-    return cells
+    owners, thin = shares.argmax(0), shares.argmax(1)
+    owners[thin] = range(len(drawings))  # thin drawings cover no cell enough
+    most[thin] = 1
+    names, spots = zip(*((labels[one.name], number_spot(one)) for one in drawings), strict=True)
+    beside = np.where(most <= EMPTY, BACKGROUND, IGNORE)
+    return (
+        np.where(most >= COVERED, np.array(names)[owners], beside),
+        np.where(most >= COVERED, np.array(spots)[owners], IGNORE),
+    )
+
+
+def number_spot(one: Drawn) -> int:
+    """Position and size of a drawing as one number below SPOTS."""
+    return POSITIONS.index(one.position) * len(SIDES) + list(SIDES).index(one.size)
 
 
 def make_crops(rng: np.random.Generator, n: int, names: Sequence[str]) -> Lesson:
@@ -82,9 +97,10 @@ def make_crops(rng: np.random.Generator, n: int, names: Sequence[str]) -> Lesson
         one = Drawn(name, size, "center", left, top)
         picture[:] = BACKGROUNDS[int(rng.integers(len(BACKGROUNDS)))]
         paste(picture, one.picture, left, top)
-        cells.append(label_cells([one], WINDOW))
+        cells.append(label_cells([one], WINDOW)[0])
         turns.append(talk_about_crop(rng, one))
-    return Lesson(pictures, np.stack(cells), turns)
+    cells = np.stack(cells)
+    return Lesson(pictures, cells, np.full_like(cells, IGNORE), turns)  # a crop has no places
 
 
 def make_scenes(
@@ -97,9 +113,11 @@ def make_scenes(
 ) -> Lesson:
     """Scenes of one to four drawings, or of `count`."""
     scenes = [sample_scene(rng, split, names, n=count) for _ in range(n)]
+    cells, spots = zip(*(label_cells(scene.drawings, CANVAS) for scene in scenes), strict=True)
     return Lesson(
         np.stack([render(scene) for scene in scenes]),
-        np.stack([label_cells(scene.drawings, CANVAS) for scene in scenes]),
+        np.stack(cells),
+        np.stack(spots),
         [talk_about_scene(rng, scene) for scene in scenes],
     )
 

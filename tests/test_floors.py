@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cocoa_lib.drawings import build as files
-from cocoa_lib.drawings import floors
-from cocoa_lib.drawings.tasks import TASKS
+from cocoa_lib.world import build as files
+from cocoa_lib.world import floors
+from cocoa_lib.world.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

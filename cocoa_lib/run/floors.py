@@ -1,6 +1,6 @@
 """What scores mean: chance, pixels and words, random weights, a small CNN, the generator's truth.
 
-    python -m cocoa_lib.drawings.floors runs/laptop/benchmark --pairs 2000 --out floors.csv
+    python -m cocoa_lib.run.floors runs/laptop/benchmark --pairs 2000 --out floors.csv
 
 Each is a row a task, in percent right at rank 1. All read the same files as the models do.
 """
@@ -29,9 +29,9 @@ from ..evaluate.score import evaluate
 from ..items import PLACEHOLDER, load_image
 from ..store.files import write_whole
 from ..world.backbone import new_backbone
-from .build import oracle, read_scenes
-from .pretrain import Schedule
-from .tasks import SUBSETS, TASKS
+from ..world.build import oracle, read_scenes
+from ..world.pretrain import Schedule
+from ..world.tasks import SUBSETS, TASKS
 
 SIDE = 80  # pixels a side that the CNN sees
 WORDS = 1024  # hashed words

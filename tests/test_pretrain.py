@@ -15,9 +15,11 @@ from torch import nn
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.drawings import exam, pretrain
-from cocoa_lib.drawings.concepts import load_concepts
-from cocoa_lib.drawings.lessons import (
+from cocoa_lib.store.checkpoint import load_inputs, read_meta, weights_hash
+from cocoa_lib.world import exam, pretrain
+from cocoa_lib.world.backbone import answer
+from cocoa_lib.world.concepts import load_concepts
+from cocoa_lib.world.lessons import (
     BACKGROUND,
     IGNORE,
     known_concepts,
@@ -25,11 +27,9 @@ from cocoa_lib.drawings.lessons import (
     make_crops,
     make_scenes,
 )
-from cocoa_lib.drawings.muon import Muon, orthogonalise
-from cocoa_lib.drawings.patches import EQUAL_PICTURES, cut_patches
-from cocoa_lib.drawings.scenes import CANVAS, WINDOW, Drawn, Scene, render
-from cocoa_lib.store.checkpoint import load_inputs, read_meta, weights_hash
-from cocoa_lib.world.backbone import answer
+from cocoa_lib.world.muon import Muon, orthogonalise
+from cocoa_lib.world.patches import EQUAL_PICTURES, cut_patches
+from cocoa_lib.world.scenes import CANVAS, WINDOW, Drawn, Scene, render
 
 TINY = pretrain.Schedule(
     hidden_size=32,
@@ -111,7 +111,9 @@ def test_muon_lowers_a_loss():
 
 def test_cells_are_labelled_with_what_covers_them():
     label = known_concepts().index("owl") + 1
-    cells = label_cells([Drawn("owl", "large", "top left", 3, 3)], CANVAS).reshape(4, 4)
+    cells, spots = label_cells([Drawn("owl", "large", "top left", 3, 3)], CANVAS)
+    assert (spots[cells == label] == 1).all() and (spots[cells != label] == IGNORE).all()
+    cells = cells.reshape(4, 4)
     assert cells[0, 0] == label
     assert (cells[2:] == BACKGROUND).all() and (cells[:, 2:] == BACKGROUND).all()
     assert set(cells[:2, :2].ravel().tolist()) <= {label, IGNORE, BACKGROUND}
@@ -119,8 +121,8 @@ def test_cells_are_labelled_with_what_covers_them():
 
 def test_every_drawing_labels_a_cell():
     for name in known_concepts():
-        cells = label_cells([Drawn(name, "small", "center", 28, 28)], CANVAS)
-        assert known_concepts().index(name) + 1 in cells
+        cells, spots = label_cells([Drawn(name, "small", "center", 28, 28)], CANVAS)
+        assert known_concepts().index(name) + 1 in cells and 4 * 2 in spots
 
 
 @pytest.mark.parametrize(("make", "side"), [(make_crops, WINDOW), (make_scenes, CANVAS)])
@@ -200,7 +202,7 @@ def test_an_answer_is_right_if_all_its_tokens_are(monkeypatch):
     labels, rows = torch.tensor([3, 1, 2, 2, 1]), torch.tensor([0, 0, 1, 2, 3])
     logits = torch.eye(4)[[3, 0, 2, 0, 1]]  # the second token of the first answer is wrong
     monkeypatch.setattr(pretrain, "read_words", lambda *_: (None, logits, labels, rows))
-    lesson = pretrain.Lesson(np.zeros(4), np.zeros(4), [[]] * 4)
+    lesson = pretrain.Lesson(np.zeros(4), np.zeros(4), np.zeros(4), [[]] * 4)
     pupil = SimpleNamespace(inputs=inputs)
     assert pretrain.answer_right(pupil, lesson) == [False, True, True, True]
 
@@ -217,5 +219,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_line_shows_its_help():
-    command = [sys.executable, "-m", "cocoa_lib.drawings.pretrain", "--help"]
+    command = [sys.executable, "-m", "cocoa_lib.world.pretrain", "--help"]
     assert "--seed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,12 +1,12 @@
 """Train the small causal backbone, vision first.
 
-    python -m cocoa_lib.drawings.pretrain --out data/backbone --seed 1
+    python -m cocoa_lib.world.pretrain --out data/backbone --seed 1
 
 Tower and merger learn to name drawings, then the language model joins. Five phases:
 
     crops     single drawings; a linear head on the merger's output names the concept on each cell
-    scenes    the same on whole scenes
-    names     the language model says what a single drawing is
+    scenes    the same on whole scenes, and in which place and size it stands
+    names     the language model says what a single drawing is, in a crop and in a scene
     talk      captions and questions about scenes; the tower rests
     together  the same with the tower, at a low rate
 
@@ -38,9 +38,17 @@ from ..corruption import IGNORE
 from ..inputs import Inputs
 from ..store.checkpoint import META, load_inputs, read_meta, save_checkpoint
 from ..store.files import write_whole
-from ..world.backbone import causal_batch, new_backbone
+from .backbone import causal_batch, new_backbone
 from .concepts import SALT
-from .lessons import BACKGROUND, Lesson, known_concepts, make_crops, make_scenes, sample_texts
+from .lessons import (
+    BACKGROUND,
+    SPOTS,
+    Lesson,
+    known_concepts,
+    make_crops,
+    make_scenes,
+    sample_texts,
+)
 from .muon import Muon
 from .patches import EQUAL_PICTURES, cut_patches
 from .scenes import CANVAS
@@ -81,17 +89,25 @@ class Schedule:
     vocab_size: int = 2560
     max_length: int = 256
     texts: int = 20_000  # scenes that the tokenizer is learnt from
+    effort: float = 1.0  # share of each phase's steps: less for tests, more for a better one
     warmup: int = 50
     decay: float = 0.4  # share of a phase over which its rate falls to zero
     measure_every: int = 100
     save_every: int = 50
     phases: tuple[Phase, ...] = (
         Phase("crops", 900, 128, head=1, words=0),
-        Phase("scenes", 400, 64, head=1, words=0),
-        Phase("names", 300, 128, head=0.3, words=1, tower=0.1),
+        Phase("scenes", 500, 64, head=1, words=0),
+        Phase("names", 600, 96, head=0.3, words=1, tower=0.1),
         Phase("talk", 4000, 64, head=0, words=1, learning_rate=0.015, tower=0),
         Phase("together", 1000, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
     )
+
+    @property
+    def course(self) -> list[Phase]:
+        """The phases with their steps by `effort`."""
+        return [
+            replace(phase, steps=max(1, round(phase.steps * self.effort))) for phase in self.phases
+        ]
 
     @property
     def shape(self) -> dict[str, int]:
@@ -130,6 +146,8 @@ class Pupil:
 def make_lesson(phase: Phase, rng: np.random.Generator, split: str = "train", n: int = 0) -> Lesson:
     """A batch of a phase; of the split's own scenes where the phase shows scenes."""
     names, n = known_concepts(), n or phase.batch_size
+    if phase.name == "names" and rng.random() < 0.5:
+        return make_scenes(rng, n, names, split=split, count=1)
     if phase.name in ("crops", "names"):
         return make_crops(rng, n, names)
     return make_scenes(rng, n, names, split=split)
@@ -170,6 +188,16 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
     return cells, logits, batch["labels"][:, 1:][learnt], learnt.nonzero()[:, 0]
 
 
+def measure_cells(cells: Tensor, lesson: Lesson) -> Tensor:
+    """Cross-entropy of the concept on each cell (N, cells, K), plus that of its spot."""
+    cells, of = cells.flatten(0, 1), torch.from_numpy(lesson.cells).flatten()
+    spots = torch.from_numpy(lesson.spots).flatten()
+    loss = F.cross_entropy(cells[:, :-SPOTS], of, ignore_index=IGNORE)
+    if (spots != IGNORE).any():
+        loss = loss + F.cross_entropy(cells[:, -SPOTS:], spots, ignore_index=IGNORE)
+    return loss
+
+
 def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float]:
     """Train one step; returns the loss of the words (else of the cells), and of the cells."""
     words = torch.zeros(())
@@ -179,8 +207,7 @@ def train_step(pupil: Pupil, phase: Phase, lesson: Lesson) -> tuple[float, float
         words = F.cross_entropy(logits, labels)
     else:
         cells = read_cells(pupil, lesson)
-    wanted = torch.from_numpy(lesson.cells)
-    cell_loss = F.cross_entropy(cells.flatten(0, 1), wanted.flatten(), ignore_index=IGNORE)
+    cell_loss = measure_cells(cells, lesson)
     loss = phase.words * words + phase.head * cell_loss
     if not torch.isfinite(loss):
         raise RuntimeError(
@@ -216,7 +243,7 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
     """
     rng = np.random.default_rng([0, 2])
     single = make_scenes(rng, HELD_OUT, known_concepts(), split="dev", count=1)
-    shares = read_cells(pupil, single).softmax(-1)[..., BACKGROUND + 1 :]
+    shares = read_cells(pupil, single)[..., :-SPOTS].softmax(-1)[..., BACKGROUND + 1 :]
     cells = shares.sum(1).argmax(-1) + 1
     truths = torch.from_numpy(single.cells.max(1))
     found = {"cell_naming": float((cells == truths).float().mean())}
@@ -227,9 +254,8 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
         scenes = make_scenes(rng, 2 * HELD_OUT, names, split="dev")
         kept = [i for i, turns in enumerate(scenes.turns) if turns[0][0]][:HELD_OUT]
         asked = [scenes.turns[i][:1] for i in kept]
-        found["answers"] = float(
-            np.mean(answer_right(pupil, Lesson(scenes.pictures[kept], scenes.cells[kept], asked)))
-        )
+        parts = (part[kept] for part in (scenes.pictures, scenes.cells, scenes.spots))
+        found["answers"] = float(np.mean(answer_right(pupil, Lesson(*parts, asked))))
     return found
 
 
@@ -268,7 +294,7 @@ def open_pupil(start: Path, seed: int) -> Pupil:
     model = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).train()
     model.model.visual.config._attn_implementation = EQUAL_PICTURES
     torch.manual_seed(seed)
-    head = nn.Linear(model.config.text_config.hidden_size, len(known_concepts()) + 1)
+    head = nn.Linear(model.config.text_config.hidden_size, len(known_concepts()) + 1 + SPOTS)
     matrices, others = split_weights(model, head)
     adam = torch.optim.AdamW(others, lr=0, betas=(0.9, 0.98), weight_decay=0.01)
     inputs = load_inputs(start, read_meta(start))
@@ -335,8 +361,7 @@ def write_log(pupil: Pupil, path: Path) -> None:
 
 def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, float, float]]:
     """Every step that is left: (its phase, its losses), after it is done."""
-    while pupil.phase < len(schedule.phases):
-        phase = schedule.phases[pupil.phase]
+    for phase in schedule.course[pupil.phase :]:
         while pupil.step < phase.steps:
             begun = time.perf_counter()
             set_rates(pupil, schedule, phase)

@@ -1,6 +1,6 @@
 """What a causal backbone answers about held-out scenes, beside the commonest answer, by kind.
 
-python -m cocoa_lib.drawings.exam data/backbone --out exam.csv
+python -m cocoa_lib.world.exam data/backbone --out exam.csv
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from ..backbone import open_backbone
 from ..store.checkpoint import load_inputs, read_meta
 from ..store.files import write_whole
-from ..world.backbone import answer as decode
+from .backbone import answer as decode
 from .lessons import known_concepts
 from .questions import answer, list_questions
 from .scenes import render, sample_scene

@@ -1,1 +1,0 @@
-"""The next built-in benchmark: scenes of real drawings with real names. Its backbone is not trained yet."""
