@@ -50,9 +50,13 @@ def draw_large(emoji: str) -> Image.Image:
 @cache
 def draw(emoji: str, side: int) -> np.ndarray:
     """Scale a drawing to `side` pixels, its longer side: (height, width, 4) uint8, RGBA."""
-    image = draw_large(emoji)
-    scale = side / max(image.size)
-    size = tuple(max(1, round(scale * length)) for length in image.size)
+    return scale(draw_large(emoji), side)
+
+
+def scale(image: Image.Image, side: int) -> np.ndarray:
+    """Scale an RGBA picture to `side` pixels, its longer side: (height, width, 4) uint8."""
+    factor = side / max(image.size)
+    size = tuple(max(1, round(factor * length)) for length in image.size)
     return np.asarray(image.resize(size, Image.Resampling.BOX))
 
 

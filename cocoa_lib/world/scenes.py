@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .concepts import checksum, held_out_size, load_concepts
 from .pictures import draw, paste
@@ -203,6 +204,19 @@ def render(scene: Scene) -> np.ndarray:
     for one in scene.drawings:
         paste(canvas, one.picture, one.left, one.top)
     return canvas
+
+
+def portray(name: str, size: str = "large", side: int = WINDOW) -> Image.Image:
+    """A drawing alone in the middle of white, `side` pixels square: the look of a crop."""
+    return center(draw(load_concepts()[name].emoji, SIDES[size]), side)
+
+
+def center(drawing: np.ndarray, side: int) -> Image.Image:
+    """A drawing (height, width, 4) uint8 in the middle of white, `side` pixels square."""
+    canvas = np.full((side, side, 3), 255, dtype=np.uint8)
+    height, width = drawing.shape[:2]
+    paste(canvas, drawing, (side - width) // 2, (side - height) // 2)
+    return Image.fromarray(canvas)
 
 
 def crop(picture: np.ndarray, one: Drawn) -> np.ndarray:
