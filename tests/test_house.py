@@ -21,7 +21,6 @@ BELOW = {
     "data": {"leaves", "method", "store"},
     "world": {"leaves", "method", "store", "data"},
     "evaluate": {"leaves", "method", "store", "data"},
-    "drawings": {"leaves", "method", "store", "data", "world", "evaluate"},
     "run": {"leaves", "method", "store", "data", "world", "evaluate"},
     "show": {"leaves", "method", "store", "data", "world", "evaluate"},
 }

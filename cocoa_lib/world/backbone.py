@@ -72,10 +72,9 @@ def small_config(
 ):
     """A plain Qwen2VLConfig of one to four million parameters: every part of the real one, smaller."""
     token = tokenizer.convert_tokens_to_ids
-    head_dim = hidden_size // heads
-    quarter = (
-        head_dim // 8
-    )  # rotary frequencies: a quarter for time, three eighths each for height and width
+    half = hidden_size // heads // 2
+    # Rotary frequencies: a quarter for time, three eighths each for height and width.
+    time, height = half // 4, (half - half // 4) // 2
     return Qwen2VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -88,11 +87,7 @@ def small_config(
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
-                "mrope_section": [
-                    quarter,
-                    (head_dim // 2 - quarter) // 2,
-                    head_dim // 2 - quarter - (head_dim // 2 - quarter) // 2,
-                ],
+                "mrope_section": [time, height, half - time - height],
             },
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),

@@ -51,79 +51,12 @@ from .lessons import (
 )
 from .muon import Muon
 from .patches import EQUAL_PICTURES, cut_patches
-from .scenes import CANVAS
+from .schedule import PATCH, Phase, Schedule
 
 logger = logging.getLogger(__name__)
-PATCH = 10  # pixels
 COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "seconds")
 HELD_OUT = 256  # pictures a measurement
 CLIP = 1.0  # gradient norm of the parameters that AdamW trains
-
-
-@dataclass(frozen=True)
-class Phase:
-    """`head`: weight of the cells' loss; `words`: of the language model's.
-
-    learning_rate: of Muon, AdamW's is a tenth; tower: share of both for the tower, 0 leaves it as
-    it is, which also spares its backward pass.
-    """
-
-    name: str
-    steps: int
-    batch_size: int
-    head: float
-    words: float
-    learning_rate: float = 0.02
-    tower: float = 1.0
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Sizes of the model and the phases of its training. Rates: of Muon; AdamW's is a tenth."""
-
-    hidden_size: int = 160
-    layers: int = 4
-    heads: int = 4
-    vision_dim: int = 128
-    vision_layers: int = 4
-    vocab_size: int = 2560
-    max_length: int = 256
-    texts: int = 20_000  # scenes that the tokenizer is learnt from
-    effort: float = 1.0  # share of each phase's steps: less for tests, more for a better one
-    warmup: int = 50
-    decay: float = 0.4  # share of a phase over which its rate falls to zero
-    measure_every: int = 100
-    save_every: int = 50
-    phases: tuple[Phase, ...] = (
-        Phase("crops", 900, 128, head=1, words=0),
-        Phase("scenes", 500, 64, head=1, words=0),
-        Phase("names", 600, 96, head=0.3, words=1, tower=0.1),
-        Phase("talk", 4000, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 1000, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
-    )
-
-    @property
-    def course(self) -> list[Phase]:
-        """The phases with their steps by `effort`."""
-        return [
-            replace(phase, steps=max(1, round(phase.steps * self.effort))) for phase in self.phases
-        ]
-
-    @property
-    def shape(self) -> dict[str, int]:
-        names = (
-            "hidden_size",
-            "layers",
-            "heads",
-            "vision_dim",
-            "vision_layers",
-            "vocab_size",
-            "max_length",
-        )
-        return {name: getattr(self, name) for name in names} | {
-            "patch_size": PATCH,
-            "image_pixels": CANVAS**2,
-        }
 
 
 @dataclass
