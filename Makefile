@@ -55,9 +55,9 @@ experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computin
 	@$(ENV) $(AVX2) $(PY) scripts/forecast.py $(call quote,$(PROFILE)) --cores $(CORES)
 	@$(ENV) $(AVX2) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
 
-backbone: $(STAMP) ## retrain the small causal backbone of PROFILE under data/
-	@out=$$($(ENV) $(PY) -m cocoa_lib.run prepare --profile=$(call quote,$(PROFILE)) --changes='{backbone: {seed: 1}}') && \
-		rm -rf data/backbone && cp -r "$$out" data/backbone
+backbone: $(STAMP) ## retrain the small causal backbone under data/, some two hours on a core; resumes after a kill
+	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
+	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 
 # The notebooks of runs/PROFILE where it has executed ones, else those of notebooks/; REPORT: whose finding the front page states.
 REPORT ?= long

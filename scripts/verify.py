@@ -5,8 +5,9 @@
     python scripts/verify.py --without-run   # hashes and tables alone: seconds
 
 MANIFEST.sha256 in reports/ and in data/ is in sha256sum's format: `sha256sum -c MANIFEST.sha256`.
-A table in README.md or docs/ between `<!-- reports/long: arm arm -->` and `<!-- end -->` is written
-from that report's ranks: the named arms in their order, or all.
+A table in README.md or docs/ between `<!-- reports/laptop: arm arm -->` and `<!-- end -->` is written
+from that report's ranks: the named arms in their order, or all. Between `<!-- reports/floors.csv -->`
+and `<!-- end -->` stands that file.
 
 reports/smoke_arm.json holds a smoke run of each kind of CPU. One with AVX-512 gives that of one
 without, to the bit, under `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2`: PyTorch's kernels and
@@ -16,6 +17,7 @@ oneDNN's are chosen apart (tried on AMD EPYC).
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import sys
@@ -37,7 +39,7 @@ from cocoa_lib.store.files import file_hash, write_json
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, SMOKE = "MANIFEST.sha256", "smoke_arm.json"
 ARM = "contrastive"  # one stage and the evaluation, from the committed backbone
-TABLE = re.compile(r"<!-- (reports/[\w-]+)(?:: ([\w ]+))? -->\n(.*?)<!-- end -->", re.DOTALL)
+TABLE = re.compile(r"<!-- (reports/[\w.-]+)(?:: ([\w ]+))? -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def list_files(folder: Path) -> dict[str, str]:
@@ -76,14 +78,21 @@ def check_manifest(folder: Path) -> list[str]:
 
 
 def fill_tables(text: str, root: Path) -> str:
-    """Write the tables of a page anew, each from the ranks of its report."""
+    """Write the tables of a page anew, each from the ranks of its report or from a CSV file."""
+
+    def read_rows(path: Path) -> list[str]:
+        if path.suffix != ".csv":
+            return summarise(read_ranks(path)).splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [f"| {' | '.join(cells)} |" for cells in csv.reader(lines)]
+        return [rows[0], "| --- " * len(rows[0].split(" | ")) + "|", *rows[1:]]
 
     def fill(match: re.Match[str]) -> str:
-        head, rule, *rows = summarise(read_ranks(root / match[1])).splitlines()
-        by_arm = {row.split(" ")[1]: row for row in rows}
-        names = match[2].split() if match[2] else list(by_arm)
+        head, rule, *rows = read_rows(root / match[1])
+        by_name = {row.split(" ")[1]: row for row in rows}
+        chosen = [by_name[name] for name in match[2].split()] if match[2] else rows
         start = match[0].split("\n", 1)[0]
-        return "\n".join([start, head, rule, *(by_arm[name] for name in names), "<!-- end -->"])
+        return "\n".join([start, head, rule, *chosen, "<!-- end -->"])
 
     return TABLE.sub(fill, text)
 

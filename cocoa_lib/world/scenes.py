@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,7 @@ class Scene:
         return len(self.drawings)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {"drawings": [vars(one) for one in self.drawings], "background": self.background}
 
     @classmethod
     def from_json(cls, read: dict[str, Any]) -> Scene:
