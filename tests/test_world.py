@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -32,11 +35,15 @@ from cocoa_lib.world.scenes import (
     is_clear,
     list_names,
     overlaps,
+    portray,
     render,
     sample_scene,
 )
 from cocoa_lib.world.tasks import MAKERS, SUBSETS, TASKS, Source, list_labels, paired_names
 from cocoa_lib.world.words import pluralise, read_names, read_vocabulary, with_article
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import out_of_style  # noqa: E402
 
 SNAKE = Drawn("snake", "large", "top left", 2, 3)
 APPLE = Drawn("red apple", "small", "bottom", 30, 54)
@@ -400,3 +407,20 @@ def test_every_picture_of_the_corpus_has_labels(root):
 def test_the_folder_names_the_designers(root):
     text = (root / "README.md").read_text(encoding="utf-8")
     assert "OpenMoji" in text and "CC BY-SA 4.0" in text
+
+
+def test_a_drawing_alone_is_in_the_middle_of_white():
+    pixels = np.asarray(portray("owl"))
+    assert pixels.shape == (WINDOW, WINDOW, 3) and (pixels[0] == 255).all()
+    assert (pixels[10:30, 10:30] != 255).any()
+
+
+def test_another_designers_drawings_are_ranked_in_both_styles(shared_data):
+    """An embedder that knows the truth scores 100, one that knows nothing stays near chance."""
+    truth = SimpleNamespace(encode=lambda items: np.eye(len(items)))
+    found = out_of_style.compare_styles(truth, shared_data / "emoji")
+    assert set(found["style"]) == {"OpenMoji", "another"} and (found["value"] == 100).all()
+    assert found.groupby(["style", "task"])["n"].sum().nunique() == 1
+    rng = np.random.default_rng(0)
+    blind = SimpleNamespace(encode=lambda items: rng.normal(size=(len(items), 8)))
+    assert out_of_style.compare_styles(blind, shared_data / "emoji")["value"].max() < 6
