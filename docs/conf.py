@@ -47,7 +47,7 @@ html_use_index = False
 html_show_search_summary = False  # it fetches pages, which browsers refuse from a disk
 html_show_sourcelink = False
 html_show_sphinx = False
-html_show_copyright = False
+html_show_copyright = True  # build_site.py writes it: licences and provenance
 html_math_renderer = "mathml"
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072B2", "color-brand-content": "#0072B2"},

@@ -90,12 +90,19 @@ def write_finding(report: Path, static: Path) -> str:
             f"alone {row[BASELINE]:.1f} %"
             for x, row in wide.iterrows()
         )
-    commits = sorted(set(runs["commit"].astype(str)))
-    source = f"commit {commits[0]}" if len(commits) == 1 else f"{len(commits)} commits"
     return (
         f"**{title[0].upper()}{title[1:]}.** In report `{report.name}`, {levels} (precision@1, "
-        f"{ranks['task'].nunique()} tasks, {seeds} seeds, {source}).\n\n"
+        f"{ranks['task'].nunique()} tasks, {seeds} seeds).\n\n"
         f'<img src="_static/finding.png" alt="{escape(figure.alt)}" width="640">'
+    )
+
+
+def write_footer(report: Path) -> str:
+    """One line for the foot of each page: licences, and which commit made the numbers."""
+    commits = sorted(set(read_runs(report)["commit"].astype(str)))
+    return (
+        "the authors, Apache-2.0. Drawings: OpenMoji, CC BY-SA 4.0; names: Unicode CLDR. "
+        f"Numbers of report {report.name}: commit {', '.join(commits)}"
     )
 
 
@@ -143,7 +150,8 @@ def build_site(notebooks: list[Path], report: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source, built = Path(folder) / "source", Path(folder) / "site"
         write_source(notebooks, report, source)
-        if build_main(["-q", "-d", f"{folder}/doctrees", str(source), str(built)]):
+        foot = ["-D", f"copyright={write_footer(report)}"]
+        if build_main(["-q", *foot, "-d", f"{folder}/doctrees", str(source), str(built)]):
             raise SystemExit("sphinx-build failed")
         size = sum(path.stat().st_size for path in built.rglob("*") if path.is_file())
         if size > MAX_BYTES:
