@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.tables import META_TASKS, Task, read_manifest
+from ..data.tables import META_TASKS, Task, find_part, read_manifest
 
 PUBLISHED = Path(__file__).resolve().parent.parent.parent / "data" / "published_mmeb.csv"
 
@@ -103,7 +103,7 @@ def choose_tasks(names: Sequence[str], root: str | Path) -> tuple[Task, ...]:
         raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {_list_names(known)}")
     if "all" not in names:
         return tuple(task for task in known if task.name in names)
-    folder = Path(root) / "eval" if (Path(root) / "eval").is_dir() else Path(root)
+    folder = find_part(root, "eval")
     if not (found := tuple(task for task in known if (folder / task.name).is_dir())):
         raise ValueError(f"{folder}: no task's folder; expected some of {_list_names(known)}")
     return found
