@@ -12,6 +12,7 @@ import pandas as pd
 from cocoa_lib.data.tables import Task, write_tables
 from cocoa_lib.evaluate import TASKS
 from cocoa_lib.evaluate.encode import hash_item
+from cocoa_lib.evaluate.score import RANKS
 
 N_QUERIES, DIM = 40, 32
 SMALL = tuple(replace(task, n_candidates=min(task.n_candidates, 8)) for task in TASKS)
@@ -61,3 +62,15 @@ def make_rows(task: Task, n: int = N_QUERIES) -> list[dict]:
 
 def edit(rows: list[dict], row: int, **fields) -> list[dict]:
     return [{**r, **fields} if i == row else r for i, r in enumerate(rows)]
+
+
+def make_ranks(ranks: dict[str, list[int]], tasks=TASKS) -> pd.DataFrame:
+    """Ranks by task, as `evaluate` gives them."""
+    known = {task.name: task for task in tasks}
+    parts = [
+        pd.DataFrame({"query": range(len(r)), "rank": r}).assign(
+            task=name, meta_task=known[name].meta_task, in_distribution=known[name].in_distribution
+        )
+        for name, r in ranks.items()
+    ]
+    return pd.concat(parts, ignore_index=True).assign(n_candidates=9, ties=0)[RANKS]

@@ -65,7 +65,8 @@ def load_train(
 ) -> Dataset:
     """Load the first `n` rows of a training subset: the columns TRAIN.
 
-    Its files are <Subset>/original-*.parquet in ROOT or ROOT/train. The last two columns with `negatives` only. Raises what `read_parquet` raises.
+    Its files are <Subset>/original-*.parquet in ROOT or ROOT/train; the last two columns are read
+    with `negatives` only. Raises what `read_parquet` raises.
     """
     pattern = find_part(root, "train") / subset / "original-*.parquet"
     rows = read_parquet(pattern, TRAIN if negatives else TRAIN[:4])
