@@ -49,7 +49,7 @@ CASES = {
         {"one": LOG}, ["loss", "image_loss"], title="t", smooth=3, chance=3.5
     ),
     "pictures": lambda: figures.draw_pictures(
-        SCENES, ["first", "second", "third"], columns=2, rows=["x", "y"]
+        SCENES, ["first", "second", "third"], columns=2, title="t"
     ),
     "scores": lambda: figures.draw_scores(SCORES, title="t"),
     "forest": lambda: figures.draw_forest(EFFECTS, title="t", xlabel="points"),

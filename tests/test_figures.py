@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from figure_cases import CASES, CURVES, EFFECTS, MASKS, NAMES, SCORES, TABLE
 from matplotlib.colors import to_hex
@@ -26,9 +27,8 @@ def bars(container, dimension: int) -> list[list[float]]:
 
 def test_a_figure_has_its_message_as_title_and_an_alt_text(drawn):
     for name, figure in drawn.items():
-        assert figure.alt and "\n" not in figure.alt
-        if name != "pictures":
-            assert figure.get_suptitle() == "t" and figure.alt.startswith("t. ")
+        assert "\n" not in figure.alt, name
+        assert figure.get_suptitle() == "t" and figure.alt.startswith("t. "), name
 
 
 def test_the_same_data_give_the_same_bytes(tmp_path):
@@ -80,8 +80,8 @@ def test_scores_have_a_row_a_task_and_intervals_where_there_are_some(drawn):
     a, b = axis.containers
     assert bars(a, 0) == [[40, 61], [15, 22]]
     assert b[0].get_xdata()[1] == 30 and not b[2]
-    many = SCORES.assign(task=[f"task {i}" for i in range(3)])
-    figure = figures.draw_scores(many, title="t", order=[f"task {i}" for i in range(36)])
+    many = pd.concat([SCORES[:1].assign(task=f"task {i}") for i in range(36)])
+    figure = figures.draw_scores(many, title="t")
     assert figure.get_size_inches()[1] < 12, "36 tasks fit a page"
 
 

@@ -13,7 +13,10 @@ from IPython.display import HTML
 from scipy import stats
 
 from ..data.tables import META_TASKS
-from ..evaluate import paired_effects, score_arms
+from ..evaluate.effects import format_effect, is_significant, paired_effects
+from ..evaluate.results import average_arms
+from ..evaluate.score import list_tasks, score_arms
+from ..evaluate.tasks import group_tasks
 from .figures import COLOURS
 from .panel import still
 
@@ -47,10 +50,7 @@ def over_seeds(values: pd.Series) -> dict[str, float]:
 
 def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
     """Tabulate mean scores over seeds, the best arm first."""
-    means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed").round(1)
-    means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
-    means.insert(0, "seeds", scores.groupby("arm").size())
-    return means
+    return average_arms(scores).round(1)
 
 
 def list_hypotheses(runs: pd.DataFrame) -> str:
@@ -61,10 +61,10 @@ def list_hypotheses(runs: pd.DataFrame) -> str:
 
 
 def list_groups(ranks: pd.DataFrame) -> list[str]:
-    """List MMEB's averages that have a task in `ranks`."""
-    has = {"overall"} | set(ranks["meta_task"])
-    has |= {"ind", "ood"} if ranks["in_distribution"].nunique() > 1 else set()
-    return [group for group in GROUPS if group in has]
+    """List MMEB's averages that have a task in `ranks`; ind and ood where both have."""
+    groups = group_tasks(list_tasks(ranks))
+    lone = {"ind", "ood"} if not (groups["ind"] and groups["ood"]) else set()
+    return [group for group in GROUPS if groups[group] and group not in lone]
 
 
 def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame:
@@ -82,8 +82,8 @@ def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame
 def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
     """Say the first row of `compare_groups` in one sentence."""
     row, names = effects.iloc[0], [NAMES.get(name, name) for name in (arm, baseline)]
-    if row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0):
-        return f"{names[0]} is {'better' if row['low'] > 0 else 'worse'} than {names[1]} overall"
+    if is_significant(row):
+        return f"{names[0]} is {'better' if row.low > 0 else 'worse'} than {names[1]} overall"
     return f"{names[0]} and {names[1]} cannot be told apart overall"
 
 
@@ -119,8 +119,7 @@ def say_curve(ranks: pd.DataFrame, curve: pd.DataFrame, arm: str, baseline: str)
     for x in sorted(set(lines[0].index) & set(lines[1].index)):
         two = ranks[ranks["arm"].isin([lines[0][x], lines[1][x]])]
         row = paired_effects(two, lines[1][x]).iloc[0]
-        clear = row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
-        word = "level" if not clear else "ahead" if row["low"] > 0 else "behind"
+        word = "level" if not is_significant(row) else "ahead" if row.low > 0 else "behind"
         parts.setdefault(word, []).append(f"{x:,}")
     said = " and ".join(f"{word} after {', '.join(steps)}" for word, steps in parts.items())
     return f"{NAMES.get(arm, arm)} is {said} contrastive steps" if said else ""
@@ -148,14 +147,12 @@ def split_by_group(tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, 
         if metric == "p@1"
     }
     order = parts["overall"].sort_values("difference", ascending=False).index
-    difference = pd.DataFrame({group: part["difference"] for group, part in parts.items()})
-    clear = pd.DataFrame(
-        {
-            group: (part["n_seeds"] > 1) & ((part["low"] > 0) | (part["high"] < 0))
-            for group, part in parts.items()
-        }
-    )
-    return {"difference": difference.loc[order], "clear": clear.loc[order]}
+    difference = {group: part["difference"] for group, part in parts.items()}
+    clear = {group: is_significant(part) for group, part in parts.items()}
+    return {
+        "difference": pd.DataFrame(difference).loc[order],
+        "clear": pd.DataFrame(clear).loc[order],
+    }
 
 
 def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
@@ -202,7 +199,7 @@ def arms_html(table: pd.DataFrame, baseline: str) -> str:
     rows = "".join(
         f"<tr><td>{escape(str(row.arm))}</td><td>{row.score:.1f}</td>"
         f"<td>{interval_svg(row.low, row.difference, row.high, left, right)}</td>"
-        f"<td>{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]</td><td>{row.n_seeds}</td></tr>"
+        f"<td>{format_effect(row)}</td><td>{row.n_seeds}</td></tr>"
         for row in table.itertuples()
     )
     head = f"<th>arm</th><th>score, %</th><th>arm - {escape(baseline)}, {left:+.0f} to {right:+.0f}</th>"

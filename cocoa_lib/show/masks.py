@@ -87,19 +87,16 @@ def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
 
 def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
     """Count the pairs of tokens that each layout allows in a row (1, L): between A and B, and in all."""
-    ids, rows = segment_ids[0], []
+    ids, table = segment_ids[0], {}
     for layout in LAYOUTS:
         mask = dense_mask(layout, segment_ids)[0, 0]
-        rows.append(
-            {
-                "layout": layout,
-                "B looks at A": int(mask[ids == B][:, ids == A].sum()),
-                "A looks at B": int(mask[ids == A][:, ids == B].sum()),
-                "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
-                "share of all pairs": f"{mask.float().mean():.0%}",
-            }
-        )
-    return pd.DataFrame(rows).set_index("layout")
+        table[layout] = {
+            "B looks at A": int(mask[ids == B][:, ids == A].sum()),
+            "A looks at B": int(mask[ids == A][:, ids == B].sum()),
+            "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
+            "share of all pairs": f"{mask.float().mean():.0%}",
+        }
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("layout")
 
 
 def choose_places(batch: Batch, inputs: Inputs, most: int = 4) -> list[int]:
@@ -139,16 +136,13 @@ def tabulate_moves(
     moves: np.ndarray, segment_ids: LongTensor, places: Sequence[int]
 ) -> pd.DataFrame:
     """Tabulate the largest move of another token: a row a changed block, a column a block that moves."""
-    ids, table = segment_ids[0].numpy(), {}
-    moves = moves.copy()
-    moves[range(len(places)), list(places)] = 0
-    for changed in (A, EOS, B):
-        rows = moves[ids[list(places)] == changed]
-        table[f"{SEGMENT_NAMES[changed]} changes"] = {
-            SEGMENT_NAMES[block]: float(rows[:, ids == block].max(initial=0))
-            for block in (A, EOS, B)
-        }
-    return pd.DataFrame(table).T
+    ids, moves = segment_ids[0].numpy(), moves.copy()
+    moves[range(len(places)), places] = 0
+    changed = [f"{SEGMENT_NAMES[block]} changes" for block in ids[places]]
+    table = pd.DataFrame(moves, index=changed, columns=[SEGMENT_NAMES[block] for block in ids])
+    table = table.groupby(level=0).max().T.groupby(level=0).max().T
+    blocks = [SEGMENT_NAMES[block] for block in (A, EOS, B)]
+    return table.reindex([f"{block} changes" for block in blocks], fill_value=0.0)[blocks]
 
 
 def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd.DataFrame:
@@ -157,18 +151,11 @@ def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd
     parts: ratios A : B. Columns label, x (length), value, as `draw_curves` takes them.
     """
     rows = []
-    for (a, b), length in product(parts, lengths):
+    for (a, b), length, layout in product(parts, lengths, ("causal", "eos_bridged")):
         n_b = round((length - 1) * b / (a + b))
-        ids = segments(length - 1 - n_b, n_b)
-        rows += [
-            {
-                "label": f"{layout}, A : B = {a} : {b}",
-                "x": length,
-                "value": 100 - float(block_mask(layout, ids).sparsity()),
-            }
-            for layout in ("causal", "eos_bridged")
-        ]
-    return pd.DataFrame(rows)
+        skipped = float(block_mask(layout, segments(length - 1 - n_b, n_b)).sparsity())
+        rows.append((f"{layout}, A : B = {a} : {b}", length, 100 - skipped))
+    return pd.DataFrame(rows, columns=["label", "x", "value"])
 
 
 def tabulate_layouts() -> dict[str, dict[str, bool]]:
@@ -178,37 +165,31 @@ def tabulate_layouts() -> dict[str, dict[str, bool]]:
     before, 0: the same token, 1: behind), so this table is all that a page needs.
     """
     kinds = list(product((A, EOS, B), (A, EOS, B), (-1, 0, 1)))
-    one = [torch.tensor(column) for column in zip(*kinds, strict=True)]
+    query, key, order = torch.tensor(kinds).T
+    names = ["".join(map(str, kind)) for kind in kinds]
     return {
-        name: {
-            "".join(map(str, kind)): bool(seen)
-            for kind, seen in zip(
-                kinds, rule(one[0], one[1], torch.ones(27), 1 + one[2]), strict=True
-            )
-        }
-        for name, rule in LAYOUTS.items()
+        layout: dict(zip(names, rule(query, key, torch.ones(27), 1 + order).tolist(), strict=True))
+        for layout, rule in LAYOUTS.items()
     }
 
 
-def explore_masks(layout: str = "eos_bridged", n_a: int = 4, n_b: int = 4, layers: int = 2) -> HTML:
+def explore_masks() -> HTML:
     """Make the mask explorer: layout, sizes, depth; the grids, the cost, and any cell in words.
 
     It runs in the page, in Jupyter and without a kernel: the mask comes from `tabulate_layouts`.
     """
-    options = "".join(f"<option{' selected' * (n == layout)}>{n}</option>" for n in LAYOUTS)
-    menus = f'<label>layout <select data-name="layout">{options}</select></label> '
-    sliders = (
-        ("n_a", "tokens of A", n_a, 10),
-        ("n_b", "tokens of B", n_b, 10),
-        ("layers", "layers", layers, 6),
+    layout, n, layers = "eos_bridged", 4, 2
+    options = "".join(
+        f"<option{' selected' * (each == layout)}>{each}</option>" for each in LAYOUTS
     )
-    for name, label, value, high in sliders:
+    menus = f'<label>layout <select data-name="layout">{options}</select></label> '
+    sliders = (("n_a", "tokens of A", n, 10), ("n_b", "tokens of B", n, 10))
+    for name, label, value, high in (*sliders, ("layers", "layers", layers, 6)):
         menus += (
             f'<label>{label} <input type="range" data-name="{name}" value="{value}" min="1" max="{high}">'
             f"<output>{value}</output></label> "
         )
-    ids = segments(n_a, n_b)[0]
-    first = f"<p>{describe(layout, ids, n_a + 1, 0, layers)}</p>"
+    first = f"<p>{describe(layout, segments(n, n)[0], n + 1, 0, layers)}</p>"
     data = {"rules": tabulate_layouts(), "colours": [LIGHT, COLOURS[0], COLOURS[1]]}
     data |= {"segments": {"A": A, "EOS": EOS, "B": B}}
     return HTML(page("mask", menus, first, data))
