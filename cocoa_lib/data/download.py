@@ -71,7 +71,7 @@ def download(
     out, size, commits = Path(out), 0, {}
     chosen: dict[tuple[str, str], list[str]] = defaultdict(list)  # (part, archive) -> tables
     for part in parts:
-        patterns = [f"{name}/{SPLITS[part]}-*.parquet" for name in subsets or "*"]
+        patterns = [f"{name}/{SPLITS[part]}-*.parquet" for name in subsets or ["*"]]
         for file in fetch(out, part, patterns, dry_run=True):
             archive = find_archive(part, Path(file.filename).parent.name)
             chosen[part, archive].append(file.filename)

@@ -56,19 +56,13 @@ def paired_effects(
     return pd.DataFrame([{"arm": arm, **row} for arm, row in zip(others, rows, strict=True)])
 
 
-def contrast(
-    ranks: pd.DataFrame,
-    weights: Mapping[str, float],
-    *,
-    group: str = "overall",
-    n_boot: int = 2000,
-) -> dict[str, Any]:
+def contrast(ranks: pd.DataFrame, weights: Mapping[str, float]) -> dict[str, Any]:
     """Compute a weighted sum of arms in points of P@1: difference, low, high, n_seeds, n_queries.
 
     weights: arm -> factor, such as {"cocoa_few": 1, "contrastive_few": -1, "cocoa": -1,
     "contrastive": 1}. Resampled as in `paired_effects`, whose errors it raises.
     """
-    return _combine(_read_hits(ranks, group), [weights], n_boot, 0)[0]
+    return _combine(_read_hits(ranks, "overall"), [weights], n_boot=2000, seed=0)[0]
 
 
 def _combine(

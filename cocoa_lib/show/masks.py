@@ -99,13 +99,13 @@ def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("layout")
 
 
-def choose_places(batch: Batch, inputs: Inputs, most: int = 4) -> list[int]:
-    """Choose tokens to change in a batch of one: up to `most` words of A and of B, and EOS."""
+def choose_places(batch: Batch, inputs: Inputs) -> list[int]:
+    """Choose tokens to change in a batch of one: up to 4 words of A and of B, and EOS."""
     ids, segment = batch["input_ids"][0], batch["segment_ids"][0]
     vision = torch.tensor([inputs.vision_start_id, inputs.image_pad_id, inputs.vision_end_id])
     words = ~torch.isin(ids, vision)
     parts = [((segment == block) & words).nonzero().flatten().tolist() for block in (A, EOS, B)]
-    return [place for part in parts for place in part[-most:]]
+    return [place for part in parts for place in part[-4:]]
 
 
 @torch.no_grad()

@@ -103,15 +103,15 @@ def list_collection(
 
 
 def find_confusions(
-    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task], *, n: int = 200, most: int = 8
+    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task]
 ) -> tuple[Task, pd.DataFrame, list[tuple[Item, list[Item], np.ndarray]]]:
     """Find what is taken for what, in the task with the fewest candidates a query of its kind.
 
-    Returns the task, a table of truth (rows) against choice for the `most` frequent answers, and
-    the queries that go wrong: (query, candidates, scores), the right candidate first.
+    Returns the task, a table of truth (rows) against choice for the 8 most frequent answers,
+    and the queries that go wrong: (query, candidates, scores), the right candidate first.
     """
     task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
-    found = read_task(data, task, n)
+    found = read_task(data, task, 200)
     vectors, n_queries = embedder.encode(found.items), len(found.queries)
     items, pairs, wrong = found.items[n_queries:], [], []
     names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
@@ -121,7 +121,7 @@ def find_confusions(
         if scores.argmax():
             wrong.append((found.items[i], [items[j] for j in index], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
-    frequent = table["truth"].value_counts().index[:most].rename("truth")
+    frequent = table["truth"].value_counts().index[:8].rename("truth")
     table = pd.crosstab(table["truth"], table["choice"]).loc[frequent]
     return task, table.reindex(columns=frequent.rename("choice"), fill_value=0), wrong
 

@@ -46,10 +46,10 @@ def open_embedder(source: str | Path) -> CocoaEmbedder:
     return CocoaEmbedder(EosEmbedding(model, inputs))
 
 
-def score_floors(data: Path, tasks: Sequence[Task], n_queries: int = 100) -> pd.DataFrame:
+def score_floors(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
     """Score two floors, chance and pixels with words: columns task, label, value, low, high."""
     floor = SimpleNamespace(encode=lambda items, **_: pixel_bow_embed(items))
-    found = evaluate(floor, data, tasks=tasks, n_queries=n_queries, show_progress=False)
+    found = evaluate(floor, data, tasks=tasks, n_queries=100, show_progress=False)
     scores = score_tasks(found)
     return add_chance(scores[scores["metric"] == "p@1"], "pixels and words")
 
