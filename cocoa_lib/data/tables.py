@@ -192,8 +192,10 @@ def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
     """
     if (root / "manifest.json").is_file():
         found = read_manifest(root)
-        if differ := [name for name in wanted if found.get(name) != wanted[name]]:
-            said = "; ".join(f"{name} {found.get(name)}, not {wanted[name]}" for name in differ)
+        held, asked = _flatten({name: found.get(name) for name in wanted}), _flatten(wanted)
+        differ = [name for name in asked | held if asked.get(name) != held.get(name)]
+        if differ:
+            said = "; ".join(f"{name} {held.get(name)}, not {asked.get(name)}" for name in differ)
             raise ValueError(
                 f"{root}: holds other data ({said:.500}); delete the folder or choose another one"
             )
@@ -203,6 +205,12 @@ def read_finished(root: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
             f"{root}: holds files but no manifest, an unfinished build; delete it and run again"
         )
     return None
+
+
+def _flatten(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a manifest's `settings` among its facts, so that one that differs is named alone."""
+    settings = facts.get("settings")
+    return {**facts, "settings": None, **settings} if isinstance(settings, dict) else dict(facts)
 
 
 def write_tables(root: Path, tables: Mapping[str, pd.DataFrame]) -> None:

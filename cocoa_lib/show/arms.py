@@ -70,12 +70,10 @@ def list_groups(ranks: pd.DataFrame) -> list[str]:
 def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame:
     """Compare two arms overall (planned) and by kind of task (exploratory), as `draw_forest` takes it."""
     two = ranks[ranks["arm"].isin([arm, baseline])]
-    rows = [
-        paired_effects(two, baseline, group=group).assign(
-            arm=group, group="planned" if group == "overall" else "exploratory"
-        )
-        for group in list_groups(two)
-    ]
+    rows = []
+    for group in list_groups(two):
+        kind = "planned" if group == "overall" else "exploratory"
+        rows.append(paired_effects(two, baseline, group=group).assign(arm=group, group=kind))
     return pd.concat(rows, ignore_index=True)
 
 
@@ -141,18 +139,11 @@ def tables_of_arms(
 
 def split_by_group(tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Turn `tables_of_arms` into arms x groups: `difference` in points, `clear` where 0 lies outside."""
-    parts = {
-        group: table.set_index("arm")
-        for (metric, group), table in tables.items()
-        if metric == "p@1"
-    }
-    order = parts["overall"].sort_values("difference", ascending=False).index
-    difference = {group: part["difference"] for group, part in parts.items()}
-    clear = {group: is_significant(part) for group, part in parts.items()}
-    return {
-        "difference": pd.DataFrame(difference).loc[order],
-        "clear": pd.DataFrame(clear).loc[order],
-    }
+    parts = {group: tables["p@1", group].set_index("arm") for _, group in tables}
+    difference = pd.DataFrame({group: part["difference"] for group, part in parts.items()})
+    difference = difference.sort_values("overall", ascending=False)
+    clear = pd.DataFrame({group: is_significant(part) for group, part in parts.items()})
+    return {"difference": difference, "clear": clear.loc[difference.index]}
 
 
 def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
@@ -196,12 +187,11 @@ def arms_html(table: pd.DataFrame, baseline: str) -> str:
     """Show arms against the baseline, the best first: arm, score, difference, low, high, n_seeds."""
     table = table.sort_values("difference", ascending=False)
     left, right = np.floor(min(table["low"].min(), 0)) - 1, np.ceil(max(table["high"].max(), 0)) + 1
-    rows = "".join(
-        f"<tr><td>{escape(str(row.arm))}</td><td>{row.score:.1f}</td>"
-        f"<td>{interval_svg(row.low, row.difference, row.high, left, right)}</td>"
-        f"<td>{format_effect(row)}</td><td>{row.n_seeds}</td></tr>"
-        for row in table.itertuples()
-    )
+    rows = ""
+    for row in table.itertuples():
+        drawn = interval_svg(row.low, row.difference, row.high, left, right)
+        cells = (escape(str(row.arm)), f"{row.score:.1f}", drawn, format_effect(row), row.n_seeds)
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = f"<th>arm</th><th>score, %</th><th>arm - {escape(baseline)}, {left:+.0f} to {right:+.0f}</th>"
     return (
         f"<table><thead><tr>{head}<th>points [95 % interval]</th><th>seeds</th></tr></thead>"

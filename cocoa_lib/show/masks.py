@@ -64,20 +64,6 @@ def panel_after(layout: str, segment_ids: LongTensor, layers: int) -> np.ndarray
     return np.minimum(depth, 2)
 
 
-def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers: int) -> str:
-    """Say one cell in words: may `query` look at `key`, and if not, how can it know it."""
-    names, mask = name_tokens(segment_ids), dense_mask(layout, segment_ids[None])[0, 0]
-    q, k, depth = names[query], names[key], int(count_layers(mask, layers)[query, key])
-    if depth == 1:
-        return f"{q} looks at {k}."
-    if depth == 0:
-        return f"{q} does not look at {k}, and cannot know it within {layers} layers."
-    before = reachability(mask, depth - 1)[:, key]
-    between = (mask[query] & before).nonzero().flatten().tolist()
-    through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
-    return f"{q} does not look at {k}, but knows it through {through} after {depth} layers."
-
-
 def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
     """Name the tokens of a batch of one: words, EOS, "picture" for each token of a picture."""
     known = {inputs.eos_id: "EOS", inputs.image_pad_id: "picture"}
@@ -189,7 +175,9 @@ def explore_masks() -> HTML:
             f'<label>{label} <input type="range" data-name="{name}" value="{value}" min="1" max="{high}">'
             f"<output>{value}</output></label> "
         )
-    first = f"<p>{describe(layout, segments(n, n)[0], n + 1, 0, layers)}</p>"
+    ids = segments(n, n)[0]
+    after = count_layers(dense_mask(layout, ids[None])[0, 0], layers)[n + 1, 0]
+    first = f"<p>B1 does not look at A1, but knows it through EOS after {after} layers.</p>"
     data = {"rules": tabulate_layouts(), "colours": [LIGHT, COLOURS[0], COLOURS[1]]}
     data |= {"segments": {"A": A, "EOS": EOS, "B": B}}
     return HTML(page("mask", menus, first, data))
