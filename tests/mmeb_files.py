@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from cocoa_lib.data.tables import Task
+from cocoa_lib.data.tables import Task, write_tables
 from cocoa_lib.evaluate import TASKS
 from cocoa_lib.evaluate.encode import hash_item
+from cocoa_lib.evaluate.score import RANKS
 
 N_QUERIES, DIM = 40, 32
 SMALL = tuple(replace(task, n_candidates=min(task.n_candidates, 8)) for task in TASKS)
@@ -43,29 +44,33 @@ def oracle_vector(text, image):
     return np.random.default_rng(int(re.findall(r"\d+", text)[-1])).normal(size=DIM)
 
 
-def write_task(root: Path, task: str, rows: list[dict], file="test-00000-of-00001.parquet") -> Path:
-    path = root / task / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_parquet(path, index=False)
-    return path
+def write_task(root: Path, task: str, rows, file="test-00000-of-00001.parquet", part="eval"):
+    write_tables(root, {f"{part}/{task}/{Path(file).stem}": pd.DataFrame(rows)})
+    return root / part / task / file
 
 
-def make_rows(task: Task, n: int = N_QUERIES, shuffle: int | None = None) -> list[dict]:
+def make_rows(task: Task, n: int = N_QUERIES) -> list[dict]:
     """Query i is answered by candidate i; the others are other numbers, drawn for each row."""
     rng, rows = np.random.default_rng(len(task.name)), []
     for i in range(n):
         wrong = rng.choice([j for j in range(n) if j != i], task.n_candidates - 1, replace=False)
-        if shuffle is not None:
-            np.random.default_rng(shuffle).shuffle(wrong)
         texts = [f"{task.name} answer {j}" for j in (i, *wrong)]
         row = {"qry_text": f"{task.name} query {i}", "qry_img_path": ""}
         rows.append({**row, "tgt_text": texts, "tgt_img_path": [""] * len(texts)})
     return rows
 
 
-def edit(row: int, **fields):
-    return lambda rows: [{**r, **fields} if i == row else r for i, r in enumerate(rows)]
+def edit(rows: list[dict], row: int, **fields) -> list[dict]:
+    return [{**r, **fields} if i == row else r for i, r in enumerate(rows)]
 
 
-def drop(name: str):
-    return lambda rows: [{key: value for key, value in row.items() if key != name} for row in rows]
+def make_ranks(ranks: dict[str, list[int]], tasks=TASKS) -> pd.DataFrame:
+    """Ranks by task, as `evaluate` gives them."""
+    known = {task.name: task for task in tasks}
+    parts = [
+        pd.DataFrame({"query": range(len(r)), "rank": r}).assign(
+            task=name, meta_task=known[name].meta_task, in_distribution=known[name].in_distribution
+        )
+        for name, r in ranks.items()
+    ]
+    return pd.concat(parts, ignore_index=True).assign(n_candidates=9, ties=0)[RANKS]

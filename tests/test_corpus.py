@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from PIL import Image, ImageFile
 
-from cocoa_lib import items
 from cocoa_lib.data import corpus
+from cocoa_lib.data.tables import write_tables
 from cocoa_lib.items import InputError
 
 CORPUS = {
@@ -30,10 +29,8 @@ PAIRS = {
 
 
 def write(root: Path, name: str, columns: dict) -> Path:
-    path = root / f"{name}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(columns).to_parquet(path, index=False)
-    return path
+    write_tables(root, {name: pd.DataFrame(columns)})
+    return root / f"{name}.parquet"
 
 
 def test_rows_of_the_corpus(tmp_path):
@@ -60,10 +57,8 @@ def test_without_a_corpus_captions_are_the_pairs_of_a_picture_with_a_text(tmp_pa
     image = str(tmp_path / "images" / "a/0.png")
     rows = corpus.captions(tmp_path)
     assert rows[:] == [{"text": q, "image": image, "target": "p0"} for q in ("q0", "r0")]
-    assert len(rows) == 2 and rows[-1]["text"] == "r0"
-    write(tmp_path, "train/S/original-0", PAIRS | {"qry_image_path": [""] * 3})
-    (tmp_path / "train/T/original-0.parquet").unlink()
-    (tmp_path / "train/T").rmdir()
+    for name in "ST":
+        write(tmp_path, f"train/{name}/original-0", PAIRS | {"qry_image_path": [""] * 3})
     with pytest.raises(InputError, match="no corpus/, and no training pair of a picture"):
         corpus.captions(tmp_path)
 
@@ -71,12 +66,9 @@ def test_without_a_corpus_captions_are_the_pairs_of_a_picture_with_a_text(tmp_pa
 def test_rows_of_pairs(tmp_path):
     write(tmp_path, "train/T/original-0", PAIRS)
     assert corpus.pairs(tmp_path)[0].column_names == ["anchor", "positive"]
-    with pytest.raises(ValueError, match="original-0.parquet: no column neg_text"):
+    with pytest.raises(ValueError, match="(?s)original-.*not a table of these columns.*neg_text"):
         corpus.pairs(tmp_path, hard_negatives=True)
     negatives = {"neg_text": ["n0", "n1", ""], "neg_image_path": ["", "", "a/1.png"]}
-    write(tmp_path, "train/T/original-0", PAIRS | negatives | {"neg_text": ["n0", "", ""]})
-    with pytest.raises(ValueError, match="row 1, neg_text/neg_image_path: neither text nor"):
-        corpus.pairs(tmp_path, hard_negatives=True)
     write(tmp_path, "train/T/original-0", PAIRS | negatives)
     images = tmp_path / "images"
     rows, sizes = corpus.pairs(tmp_path, hard_negatives=True)
@@ -131,50 +123,13 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path, rel):
             read()
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_pictures_that_training_would_stop_at_are_named_before_it(tmp_path, monkeypatch):
-    names = ("bomb.png", "fine.png", "floats.tiff", "huge.png", "words.png")
-    paths = [str(tmp_path / name) for name in names]
-    Image.new("1", (10_000, 10_000)).save(paths[0], compress_level=1)
-    Image.new("RGB", (64, 64)).save(paths[1])
-    Image.new("F", (8, 8)).save(paths[2])
-    Image.new("1", (20_000, 10_000)).save(paths[3], compress_level=1)  # PIL refuses to open it
-    Path(paths[4]).write_text("no picture")
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
-    corpus.check_images([paths[1], None, ""])
-    with pytest.raises(InputError) as failure:
+def test_missing_pictures_are_counted(tmp_path):
+    paths = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for path, content in zip(paths, (b"x", b""), strict=False):
+        Path(path).write_bytes(content)
+    corpus.check_images([paths[0], None, ""])
+    with pytest.raises(InputError, match=f"3 of the 4 picture files .*{paths[1]}, {paths[2]}"):
         corpus.check_images(paths)
-    first, *lines = str(failure.value).splitlines()
-    assert first.startswith("4 of the 5 picture files") and "leave their rows out" in first
-    assert lines[0] == (
-        f"  {paths[0]}: 10000 x 10000 pixels is over the limit of 64,000,000; shrink it"
-    )
-    assert lines[1].startswith(f"  {paths[2]}: floating-point") and len(lines) == 3
-    monkeypatch.undo()
-    for path in (paths[0], *paths[2:]):
-        with pytest.raises(InputError):
-            items.load_image(path)  # what training would have said, at its step
-
-
-def test_missing_pictures_are_counted_and_good_ones_are_read_once(tmp_path, monkeypatch):
-    images = tmp_path / "images"
-    paths = [str(images / f"{i}.png") for i in range(4)]
-    with pytest.raises(InputError, match="no folder images/, but rows name 4 pictures"):
-        corpus.check_images(paths, tmp_path)
-    images.mkdir()
-    for path in paths[:2]:
-        Image.new("RGB", (8, 8)).save(path)
-    with pytest.raises(InputError, match=f"2 of the 4 picture files .*{paths[2]}, {paths[3]}"):
-        corpus.check_images(paths, tmp_path)
-    asked: list[str] = []
-    read = items.image_size
-    monkeypatch.setattr(corpus, "image_size", lambda path: asked.append(path) or read(path))
-    for _ in range(2):
-        corpus.check_images(paths[:2], tmp_path)
-    assert asked == paths[:2]
-    Path(paths[0]).write_text("no picture")  # another size and time
-    with pytest.raises(InputError, match="not a readable image"):
-        corpus.check_images(paths[:2], tmp_path)
 
 
 @pytest.mark.parametrize(

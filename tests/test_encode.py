@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from types import SimpleNamespace
 
@@ -52,64 +51,37 @@ def test_an_interrupted_evaluation_goes_on_and_a_second_one_encodes_nothing(root
         run(Embedder(random_vector, fingerprint=""), root, cache_dir=tmp_path)
 
 
-def test_two_processes_share_the_work_and_give_the_same_table(root, tmp_path):
-    plain = run(Embedder(random_vector), root, SMALL[:4])
-    meet, tables = threading.Barrier(2, timeout=30), {}
-    embedders = [Embedder(random_vector), Embedder(random_vector)]
-
-    def process(i):
-        shares = {"process_index": i, "num_processes": 2, "wait": meet.wait}
-        tables[i] = run(embedders[i], root, SMALL[:4], cache_dir=tmp_path, **shares)
-
-    threads = [threading.Thread(target=process, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for i in range(2):
-        pd.testing.assert_frame_equal(tables[i], plain)
-    first, second = (embedder.seen for embedder in embedders)
-    assert not set(first) & set(second)
-    assert min(len(first), len(second)) > 0.3 * len(first + second)
-
-
-def test_every_process_has_its_share_of_the_pictures(tmp_path):
-    """They come last in the order, and take the time: 60 of them among 120 texts, batches of 8."""
+def test_processes_share_the_work_and_the_pictures_and_give_the_same_table(tmp_path):
+    """Pictures come last in the order, and take the time: 60 of them among 120 texts."""
     for i in range(60):
         (tmp_path / f"{i}.png").write_bytes(bytes([i]))
     items = [{"text": f"{i}", "image": None} for i in range(120)]
     items += [{"text": "", "image": tmp_path / f"{i}.png"} for i in range(60)]
-    counts = []
-    for i in range(4):
-        seen: list = []
+    meet, found, embedders = threading.Barrier(4, timeout=30), {}, []
 
-        def encode(some, seen=seen, **_):
-            seen.extend(some)
-            return np.ones((len(some), 1))
+    def process(i):
+        share = {"process_index": i, "num_processes": 4, "wait": meet.wait, "batch_size": 8}
+        how = {"cache_dir": tmp_path / "store", "show_progress": False, **share}
+        found[i] = encode_distinct(embedders[i], items, **how)
 
-        with contextlib.suppress(RuntimeError):  # the others' shares are missing
-            encode_distinct(
-                SimpleNamespace(encode=encode),
-                items,
-                cache_dir=tmp_path / str(i),
-                process_index=i,
-                num_processes=4,
-                batch_size=8,
-                wait=lambda: None,
-                show_progress=False,
-            )
-        counts.append(sum(item["image"] is not None for item in seen))
-    assert sum(counts) == 60 and max(counts) - min(counts) <= 8, counts
+    for _ in range(4):
+        embedders.append(Embedder(random_vector))
+    threads = [threading.Thread(target=process, args=(i,)) for i in range(4)]
+    for step in (threading.Thread.start, threading.Thread.join):
+        for thread in threads:
+            step(thread)
+    plain = encode_distinct(Embedder(random_vector), items, show_progress=False)
+    assert len(found) == 4 and all(np.array_equal(each, plain) for each in found.values())
+    seen = [item for embedder in embedders for item in embedder.seen]
+    assert len(seen) == len(set(seen)) == 180, "each item once"
+    counts = [sum(name is not None for _, name in embedder.seen) for embedder in embedders]
+    assert max(counts) - min(counts) <= 8, counts
 
 
 def test_a_share_that_is_missing_is_reported(tmp_path):
     items = [{"text": f"{i}", "image": None} for i in range(100)]
-    share = {"process_index": 0, "num_processes": 2, "wait": lambda: None, "batch_size": 4}
-    with pytest.raises(RuntimeError, match="48 of 100 embeddings are not in"):
-        encode_distinct(
-            Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False, **share
-        )
-    with pytest.raises(ValueError, match="cache_dir"):
+    share = {"process_index": 0, "num_processes": 2, "batch_size": 4, "cache_dir": tmp_path}
+    with pytest.raises(RuntimeError, match="12 of 25 shards of embeddings are not in"):
         encode_distinct(Embedder(random_vector), items, show_progress=False, **share)
 
 
@@ -123,26 +95,10 @@ def test_keys_follow_content(tmp_path):
     assert key != hash_item({"text": "t", "image": a}) != hash_item({"text": "t", "image": None})
 
 
-@pytest.mark.parametrize(
-    ("encode", "message"),
-    [
-        (lambda items: np.full((len(items), 4), np.nan), "has length nan"),
-        (lambda items: np.ones((len(items), 4)), "'text': 'x'.* has length 2, expected 1"),
-        (lambda items: np.ones((len(items) + 1, 4)) / 2, r"shape \(2, 4\) for 1 items"),
-    ],
-)
-def test_embeddings_that_cannot_be_compared_are_refused_and_not_kept(encode, message, tmp_path):
-    embedder, items = SimpleNamespace(encode=lambda items, **_: encode(items)), []
+@pytest.mark.parametrize("shape, value", [((1, 4), np.nan), ((1, 4), 1), ((2, 4), 0.5), ((1,), 1)])
+def test_embeddings_that_cannot_be_compared_are_refused_and_not_kept(shape, value, tmp_path):
+    embedder = SimpleNamespace(encode=lambda items, **_: np.full(shape, value))
     items = [{"text": "x", "image": None}]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="expected a vector of length 1 an item"):
         encode_distinct(embedder, items, cache_dir=tmp_path, show_progress=False)
     assert not list(tmp_path.rglob("*.safetensors"))
-
-
-def test_a_damaged_shard_is_named(tmp_path):
-    items = [{"text": "x", "image": None}]
-    encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)
-    (shard,) = tmp_path.rglob("*.safetensors")
-    shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=f"{shard.name}: damaged.*delete it"):
-        encode_distinct(Embedder(random_vector), items, cache_dir=tmp_path, show_progress=False)

@@ -1,41 +1,32 @@
-"""Explorers: what they show is what the library computes, what users type is escaped, each answers in 0.3 s."""
+"""Explorers: what they show is what the library computes, what users type is escaped."""
 
 from __future__ import annotations
 
 import copy
 import datetime
 import io
+import itertools
 import json
 import re
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mmeb_files import write_task
 
 from cocoa_lib.attention import EOS, LAYOUTS, dense_mask
-from cocoa_lib.backbone import hidden_states, open_backbone, set_bidirectional
+from cocoa_lib.backbone import hidden_states, set_bidirectional
+from cocoa_lib.data.tables import Task
 from cocoa_lib.evaluate import paired_effects, score_arms
 from cocoa_lib.evaluate.restore import restored_words
-from cocoa_lib.inputs import Inputs
+from cocoa_lib.evaluate.score import RANKS, RUN
 from cocoa_lib.positions import position_ids
-from cocoa_lib.reconstruction import PatchDecoder
 from cocoa_lib.show import arms, eos_attention, infonce, masks, panel, restored, retrieval
 
-ROOT = Path(__file__).resolve().parent.parent
 EVIL = "<script>alert(1)</script> & <b>bold</b>"
-
-
-def seconds(box, name, *values) -> float:
-    """The longest answer to a change of one control, in seconds of CPU: the machine may have other work."""
-    times = []
-    for value in values:
-        start = time.process_time()
-        box.controls[name].value = value
-        times.append(time.process_time() - start)
-    return max(times)
 
 
 def png(image) -> bytes:
@@ -64,29 +55,22 @@ def bidirectional(small):
     set_bidirectional(model, False)
 
 
-def rows_of(picture):
-    return [
-        {"text": "", "image": picture(seed=i), "target": f"a large red circle {i}"}
-        for i in range(3)
-    ]
+# --- the panel -----------------------------------------------------------------------------------
 
 
-# --- the panel ---------------------------------------------------------------------------------------------------
+def make_panel(answer, **cases):
+    menus = {"a": [("one", 1), ("two", 2)], "b": [("nine", 9)]}
+    controls = {name: widgets.Dropdown(options=menus[name]) for name in cases}
+    return panel.Explorer(controls, answer, cases)
 
 
 def test_a_page_without_a_kernel_holds_every_combination_and_its_only_script_is_the_known_one():
-    controls = {"a": panel.menu({"one": 1, "two": 2}, "a"), "b": panel.slider(3, 1, 9, "b")}
-    box = panel.explore(
-        controls, lambda a, b: f"<i>{a * b}</i>{EVIL}", {"a": {"one": 1, "two": 2}, "b": {"9": 9}}
-    )
+    box = make_panel(lambda a, b: f"<i>{a * b}</i>{EVIL}", a={"one": 1, "two": 2}, b={"9": 9})
     assert read_data(box.html) == {"one\t9": f"<i>9</i>{EVIL}", "two\t9": f"<i>18</i>{EVIL}"}
-    assert (
-        "</script> &"
-        not in box.html.split('<script type="application/json">')[1].split("</script>")[0]
-    )
-    assert box.html.endswith(f"<script>{panel.SCRIPT}</script>")
-    controls["a"].value = 2
-    assert box.output.value.startswith("<i>6</i>")
+    held = box.html.split('<script type="application/json">')[1].split("</script>")[0]
+    assert "</script> &" not in held and box.html.endswith(f"<script>{panel.SCRIPT}</script>")
+    box.controls["a"].value = 2
+    assert box.output.value.startswith("<i>18</i>")
 
 
 def test_an_error_is_shown_escaped_and_goes_away():
@@ -95,13 +79,10 @@ def test_an_error_is_shown_escaped_and_goes_away():
             raise ValueError(EVIL)
         return "fine"
 
-    box = panel.explore({"a": panel.menu({"one": 1, "two": 2}, "a")}, answer, {"a": {"one": 1}})
+    box = make_panel(answer, a={"one": 1})
     box.controls["a"].value = 2
-    assert (
-        "&lt;script&gt;" in box.error.value
-        and "<script" not in box.error.value
-        and box.output.value == ""
-    )
+    assert "&lt;script&gt;" in box.error.value and "<script" not in box.error.value
+    assert box.output.value == ""
     box.controls["a"].value = 1
     assert box.error.value == "" and box.output.value == "fine"
 
@@ -109,7 +90,7 @@ def test_an_error_is_shown_escaped_and_goes_away():
 def test_an_output_is_live_in_jupyter_and_a_page_elsewhere(monkeypatch):
     shown = []
     monkeypatch.setattr(panel, "display", lambda data, raw: shown.append(data))
-    panel.explore({"a": panel.menu([1], "a")}, lambda a: "x", {"a": {"1": 1}})._ipython_display_()
+    make_panel(lambda a: "x", a={"one": 1})._ipython_display_()
     assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown[0])
 
 
@@ -134,10 +115,8 @@ def test_reachability_grows_by_one_step_a_layer():
     assert depth[4, 0] == depth[0, 4] == 2 and depth[2, 0] == 1
     strict = dense_mask("eos_bridged_strict", ids[None])[0, 0]
     assert masks.count_layers(strict, 50)[0, 4] == 0, "A never learns of B"
-    assert masks.describe("eos_bridged", ids, 4, 0, 3) == (
-        "B2 does not look at A1, but knows it through EOS after 2 layers."
-    )
-    assert "cannot know it within 9 layers" in masks.describe("eos_bridged_strict", ids, 0, 4, 9)
+    said = "B1 does not look at A1, but knows it through EOS after 2 layers."
+    assert said in masks.explore_masks().data
 
 
 def test_changed_tokens_move_what_the_mask_allows_and_nothing_else(small, picture):
@@ -173,28 +152,25 @@ def test_words_are_marked_right_or_wrong_with_the_truth_escaped(bidirectional, p
     batch, predicted, _ = restored.reconstruct(model, inputs, row, text_rate=0.5)
     html = restored.words_html(batch, predicted, inputs)
     assert "<script" not in html and "<b>bold" not in html
-    right = sum(
-        text == truth
-        for text, truth in restored_words(batch, predicted, inputs)
-        if truth is not None
-    )
-    assert (
-        f"<b>{right} of {len(predicted)}</b>" in html
-        and html.count("&#10007;") == len(predicted) - right
-    )
+    right = sum(text == truth for text, truth in restored_words(batch, predicted, inputs))
+    assert f"<b>{right} of {len(predicted)}</b>" in html
+    assert html.count("&#10007;") == len(predicted) - right
 
 
 def test_restored_explorer_compares_three_pictures_in_stage_2(bidirectional, picture):
     model, inputs = bidirectional
-    how = {"text_rate": 0.7, "layout": "eos_bridged"}
-    box = restored.explore_restored(model, inputs, rows_of(picture), **how)
-    assert box.error.value == ""
+    rows = [
+        {"text": "", "image": picture(seed=i), "target": "a large red circle"} for i in range(3)
+    ]
+    box = restored.explore_restored(model, inputs, rows, text_rate=0.7, layout="eos_bridged")
     for title in ("right picture", "wrong picture", "grey picture"):
         assert f"<b>{title}</b>" in box.output.value
     before = box.output.value
-    assert seconds(box, "hidden", 0.2, 0.9) < 0.3 and box.output.value != before
+    box.controls["hidden"].value = 0.2
+    assert box.output.value != before and box.error.value == ""
+    box = restored.explore_restored(model, inputs, rows, text_rate=0.2, patch_rate=0.5)
     box.controls["words"].value = EVIL
-    assert "<script" not in box.output.value and box.error.value == ""
+    assert "seen by the model" in box.output.value and "<script" not in box.output.value
 
 
 # --- retrieval ---------------------------------------------------------------------------------------------------
@@ -207,19 +183,11 @@ def encode(items):
 
 
 def test_ranked_html_marks_the_right_one_and_a_tie_counts_against_it():
-    candidates = [{"text": f"text {i} {EVIL * (i == 0)}", "image": None} for i in range(10)]
-    html = retrieval.ranked_html({"text": "q"}, candidates, np.arange(10.0), right=0, k=3)
-    assert (
-        "ranks <b>10</b> of 10" in html
-        and html.count("&#10003; right") == 1
-        and "<script" not in html
-    )
-    assert html.count("text ") == 4, "three best, and the right one"
-    assert "ranks <b>10</b>" in retrieval.ranked_html(
-        {"text": "q"}, candidates, [0.5] * 10, right=0
-    )
-    with pytest.raises(ValueError, match="9 scores"):
-        retrieval.ranked_html({"text": "q"}, candidates, np.arange(9.0))
+    query, candidates = {"text": "q"}, [{"text": f"text {i} {EVIL * (i == 0)}"} for i in range(10)]
+    html = retrieval.ranked_html(query, candidates, np.arange(10.0), right=0, k=3)
+    assert "ranks <b>10</b> of 10" in html and html.count("&#10003; right") == 1
+    assert "<script" not in html and html.count("text ") == 4, "three best, and the right one"
+    assert "ranks <b>10</b>" in retrieval.ranked_html(query, candidates, [0.5] * 10, right=0)
 
 
 def test_retrieval_by_query_typed_text_and_uploaded_picture(picture):
@@ -237,27 +205,24 @@ def test_retrieval_by_query_typed_text_and_uploaded_picture(picture):
         "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value
         and box.output.value == ""
     )
-    assert seconds(box, "k", 2, 3) < 0.3
+    box.controls["upload"].value = ()
+    box.controls["k"].value = 2
+    assert box.output.value.count("<b>") == 4, "the query, two, and the rank of the right one"
 
 
-def test_confusions_are_counted(tmp_path, picture):
-    from cocoa_lib.data.tables import Task
-
-    folder = tmp_path / "eval" / "Kinds"
-    folder.mkdir(parents=True)
-    rows = [{"qry_text": "y" * n, "qry_img_path": "", "tgt_text": [a, b], "tgt_img_path": ["", ""]}
-            for n, a, b in ((10, "x" * 10, "x" * 30), (29, "x" * 10, "x" * 30), (30, "x" * 30, "x" * 10))]  # fmt: skip
-    pd.DataFrame(rows).to_parquet(folder / "test-00000-of-00001.parquet")
-    embedder = type("E", (), {"encode": staticmethod(encode)})
-    task, table, wrong = retrieval.find_confusions(
-        embedder, tmp_path, [Task("Kinds", "classification", True, 2)]
-    )
-    short, long = "x" * 10, "x" * 20 + " ..."
-    assert (
-        table.loc[short, short] == 1 and table.loc[short, long] == 1 and table.loc[long, long] == 1
-    )
+def test_confusions_are_counted(tmp_path):
+    short, long = "x" * 10, "x" * 30
+    rows = [
+        {"qry_text": "y" * n, "qry_img_path": "", "tgt_text": texts, "tgt_img_path": ["", ""]}
+        for n, texts in ((10, [short, long]), (29, [short, long]), (30, [long, short]))
+    ]
+    write_task(tmp_path, "Kinds", rows)
+    embedder, task = SimpleNamespace(encode=encode), Task("Kinds", "classification", True, 2)
+    _, table, wrong = retrieval.find_confusions(embedder, tmp_path, [task])
+    names = [short, "x" * 20 + " ..."]
+    assert table.loc[names, names].to_numpy().tolist() == [[1, 1], [0, 1]]
     ((query, candidates, scores),) = wrong
-    assert query["text"] == "y" * 29 and candidates[0]["text"] == "x" * 10 and scores.argmax() == 1
+    assert query["text"] == "y" * 29 and candidates[0]["text"] == short and scores.argmax() == 1
 
 
 # --- attention ---------------------------------------------------------------------------------------------------
@@ -269,29 +234,21 @@ def test_attention_is_the_models_own(small, picture, mode):
     model, inputs = small
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
-    set_bidirectional(eager, mode)
-    set_bidirectional(model, mode)
+    for each in (eager, model):
+        set_bidirectional(each, mode)
+    item, other = {"text": "a red circle", "image": picture()}, inputs.collate([{"text": "red"}])
     try:
-        before = hidden_states(model, inputs.collate([{"text": "red"}]))
-        found = eos_attention.measure_attention(
-            model, inputs, {"text": "a red circle", "image": picture()}
-        )
-        assert torch.equal(before, hidden_states(model, inputs.collate([{"text": "red"}]))), (
-            "left as it was"
-        )
-        assert model.model.language_model.config._attn_implementation == "sdpa"
+        before = hidden_states(model, other)
+        found = eos_attention.measure_attention(model, inputs, item)
+        assert torch.equal(before, hidden_states(model, other)), "left as it was"
     finally:
         set_bidirectional(model, False)
     batch, place = found.batch, int((found.batch["segment_ids"][0] == EOS).nonzero())
     names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw")
+    given = {name: batch[name] for name in names} | {"position_ids": position_ids(eager, batch)}
     with torch.no_grad():
-        truth = eager.model(
-            **{name: batch[name] for name in names},
-            position_ids=position_ids(eager, batch),
-            output_attentions=True,
-        ).attentions
-    truth = torch.cat(truth).numpy()  # (layers, heads, L, L)
-    assert np.allclose(found.from_eos, truth[:, :, place], atol=1e-6)
+        truth = torch.cat(eager.model(**given, output_attentions=True).attentions).numpy()
+    assert np.allclose(found.from_eos, truth[:, :, place], atol=1e-6)  # (layers, heads, L)
     assert np.allclose(found.to_eos, truth[:, :, :, place], atol=1e-6)
 
 
@@ -299,13 +256,11 @@ def test_the_area_of_a_square_is_its_weight(bidirectional, picture):
     model, inputs = bidirectional
     found = eos_attention.measure_attention(model, inputs, {"text": EVIL, "image": picture()})
     html = eos_attention.attention_html(found, inputs, layer=2, head=1, direction="to_eos")
-    at_picture = found.batch["mm_token_type_ids"][0].numpy() == 1
-    weights = found.to_eos[1, 0]
-    widths = np.array([float(w) for w in re.findall(r'class="weight".*?width="([\d.]+)"', html)])
-    assert len(widths) == at_picture.sum() and "<script" not in html
-    assert np.allclose(
-        np.square(widths / widths.max()), weights[at_picture] / weights[at_picture].max(), atol=0.03
-    )
+    weights = found.to_eos[1, 0, found.batch["mm_token_type_ids"][0].numpy() == 1]
+    widths = re.findall(r'class="weight".*?width="([\d.]+)"', html)
+    areas = np.square(np.array(widths, dtype=float))
+    assert len(areas) == len(weights) and "<script" not in html
+    assert np.allclose(areas / areas.max(), weights / weights.max(), atol=0.03)
 
 
 def test_attention_explorer_computes_once_an_input(bidirectional, picture):
@@ -316,26 +271,13 @@ def test_attention_explorer_computes_once_an_input(bidirectional, picture):
         rows = [{"text": EVIL, "image": picture()}, {"text": "alone", "image": None}]
         box = eos_attention.explore_attention(model, inputs, rows)
         assert box.error.value == "" and len(passes) == 2, "one a case"
-        assert seconds(box, "layer", 1, 2) < 0.3 and seconds(box, "head", 1, 0) < 0.3
-        assert seconds(box, "input", 1, 0) < 0.3 and len(passes) == 2
+        for name in ("layer", "head", "input"):
+            box.controls[name].value = 1
+        assert len(passes) == 2
         box.controls["upload"].value = upload("a.png", png(picture(seed=5)))
         assert box.error.value == "" and len(passes) == 3
     finally:
         handle.remove()
-
-
-def test_they_answer_in_time_at_the_size_of_the_shipped_backbone(picture):
-    model, inputs = (
-        open_backbone(ROOT / "data" / "backbone", bidirectional=True),
-        Inputs.load(ROOT / "data" / "backbone"),
-    )
-    rows = rows_of(picture)
-    box = restored.explore_restored(
-        model, inputs, rows, text_rate=0.2, patch_rate=0.5, decoder=PatchDecoder(model)
-    )
-    assert box.error.value == "" and seconds(box, "hidden", 0.9, 0.3) < 0.3
-    box = eos_attention.explore_attention(model, inputs, rows)
-    assert box.error.value == "" and seconds(box, "words", "new", "again") < 0.3
 
 
 # --- temperature and arms ----------------------------------------------------------------------------------------
@@ -358,26 +300,12 @@ def test_the_matrix_is_that_of_the_loss():
 @pytest.fixture(scope="module")
 def ranks():
     """Ranks of a baseline, a better and an equal arm on three tasks, four seeds."""
-    rng = np.random.default_rng(0)
-    tasks = {"Digits": ("classification", True), "Count": ("vqa", True), "Find": ("vqa", False)}
-    parts = []
-    for arm, shift in (("base", 3), ("better", 1), (EVIL, 3)):
-        for seed in range(4):
-            for task, (meta_task, inside) in tasks.items():
-                rank = 1 + rng.integers(0, 2 * shift, size=40)
-                facts = {
-                    "arm": arm,
-                    "seed": seed,
-                    "task": task,
-                    "meta_task": meta_task,
-                    "in_distribution": inside,
-                }
-                parts.append(
-                    pd.DataFrame(
-                        {**facts, "query": range(40), "rank": rank, "n_candidates": 10, "ties": 0}
-                    )
-                )
-    return pd.concat(parts, ignore_index=True)
+    rng, table = np.random.default_rng(0), []
+    tasks = (("Digits", "classification", True), ("Count", "vqa", True), ("Find", "vqa", False))
+    for arm, seed, task in itertools.product(("base", "better", EVIL), range(4), tasks):
+        drawn = 1 + rng.integers(0, 2 if arm == "better" else 6, size=40)
+        table += [(arm, seed, *task, query, rank, 10, 0) for query, rank in enumerate(drawn)]
+    return pd.DataFrame(table, columns=[*RUN, *RANKS])
 
 
 def test_arms_explorer_holds_scores_and_paired_differences(ranks):
@@ -407,40 +335,36 @@ def test_an_interval_is_drawn_where_its_numbers_are():
 
 def test_the_learning_curve_joins_arms_that_differ_in_steps_alone():
     def recipe(steps, **more):
-        return {"stage3": {"steps": steps, "warmup_steps": steps // 10, **more}}
+        return {"stage3": {"steps": steps, "warmup_steps": steps // 10}, **more}
 
-    runs = pd.DataFrame([
-        {"arm": "cocoa", "recipes": recipe(250) | {"stage1": {"steps": 9}}},
-        {"arm": "cocoa_longer", "recipes": recipe(1100) | {"stage1": {"steps": 9}}},
-        {"arm": "contrastive", "recipes": recipe(250)}, {"arm": "contrastive_mean", "recipes": recipe(250, pooling="mean")},
-    ])  # fmt: skip
-    scores = pd.DataFrame([(arm, seed, 10.0 + seed) for arm in runs["arm"] for seed in (0, 1, 2)],
-                          columns=["arm", "seed", "overall"])  # fmt: skip
+    recipes = {
+        "cocoa": recipe(250, stage1={"steps": 9}),
+        "cocoa_longer": recipe(1100, stage1={"steps": 9}),
+        "contrastive": recipe(250),
+        "contrastive_mean": recipe(250, stage2={"pooling": "mean"}),
+    }
+    runs = pd.DataFrame(recipes.items(), columns=["arm", "recipes"])
+    rows = [(arm, seed, 10.0 + seed) for arm in recipes for seed in (0, 1, 2)]
+    scores = pd.DataFrame(rows, columns=["arm", "seed", "overall"])
     curve = arms.learning_curve(scores, runs)
-    assert curve["label"].tolist() == ["cocoa", "cocoa"] and curve["x"].tolist() == [250, 1100]
-    assert curve["value"].tolist() == [11, 11] and curve["low"].iloc[0] == pytest.approx(
-        8.516, abs=0.01
-    )
+    assert curve[["label", "x", "value"]].to_numpy().tolist() == [
+        ["cocoa", x, 11] for x in (250, 1100)
+    ]
+    assert curve["low"].iloc[0] == pytest.approx(8.516, abs=0.01)
     assert arms.learning_curve(scores, runs.iloc[2:]).empty
 
 
-def test_the_curve_is_said_step_by_step(ranks):
-    curve = pd.DataFrame([("a", "better", 250), ("a", "base", 1100), ("b", "base", 250), ("b", EVIL, 1100)],
-                         columns=["label", "arm", "x"])  # fmt: skip
-    assert (
-        arms.say_curve(ranks, curve, "a", "b")
-        == "a is ahead after 250 and level after 1,100 contrastive steps"
-    )
-    assert arms.say_curve(ranks, curve[curve["x"] != 250].iloc[:1], "a", "b") == ""
-
-
-def test_the_answer_is_said_in_one_sentence():
-    row = {"n_seeds": 3, "low": 0.5, "high": 2.0}
-    say = lambda **other: arms.say_effect(pd.DataFrame([row | other]), "cocoa", "contrastive")  # noqa: E731
-    assert say() == "CoCoA is better than contrastive learning alone overall"
-    assert say(low=-2.0, high=-0.5) == "CoCoA is worse than contrastive learning alone overall"
-    assert (
-        say(low=-1.0)
-        == say(n_seeds=1)
-        == "CoCoA and contrastive learning alone cannot be told apart overall"
-    )
+def test_the_curve_and_the_answer_are_said_in_a_sentence(ranks):
+    rows = [("a", "better", 250), ("a", "base", 1100), ("b", "base", 250), ("b", EVIL, 1100)]
+    curve = pd.DataFrame(rows, columns=["label", "arm", "x"])
+    said = "a is ahead after 250 and level after 1,100 contrastive steps"
+    assert arms.say_curve(ranks, curve, "a", "b") == said
+    assert arms.say_curve(ranks, curve[1:2], "a", "b") == ""
+    for low, high, n, words in (
+        (0.5, 2, 3, "CoCoA is better than contrastive learning alone overall"),
+        (-2, -0.5, 3, "CoCoA is worse than contrastive learning alone overall"),
+        (-1, 2, 3, "CoCoA and contrastive learning alone cannot be told apart overall"),
+        (0.5, 2, 1, "CoCoA and contrastive learning alone cannot be told apart overall"),
+    ):
+        row = pd.DataFrame([{"n_seeds": n, "low": low, "high": high}])
+        assert arms.say_effect(row, "cocoa", "contrastive") == words

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
 
-import pandas as pd
 import pytest
 from PIL import Image
 
 from cocoa_lib.data import corpus
 from cocoa_lib.data.pairs import (
-    build_pairs,
+    build_pairs as build,
+)
+from cocoa_lib.data.pairs import (
     find_concept,
     find_image_root,
     group_concepts,
-    read_table,
 )
-from cocoa_lib.data.tables import load_eval
+from cocoa_lib.data.tables import fingerprint, load_eval, load_train
 from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError
 
@@ -31,24 +32,17 @@ def table(tmp_path):
     """A JSONL with 24 rows: 12 colours, each twice as variants of one concept."""
     (tmp_path / "png").mkdir()
     rows = []
-    for i, colour in enumerate(COLOURS):
-        for variant in ("man", "woman"):
-            size = (20 + i, 20 + (variant == "man"))
-            file = f"{colour}-{variant}.png"
-            Image.new("RGB", size, colour).save(tmp_path / "png" / file)
-            group = "warm" if i % 2 else "cold"
-            name = f"{colour} {variant}: large"
-            rows.append({"file": file, "name": name, "group": group, "more": [1]})
+    for i, variant in itertools.product(range(12), ("man", "woman")):
+        file, name = f"{COLOURS[i]}-{variant}.png", f"{COLOURS[i]} {variant}: large"
+        image = Image.new("RGB", (20 + i, 20 + (variant == "man")), COLOURS[i])
+        image.save(tmp_path / "png" / file)
+        rows.append({"file": file, "name": name, "group": "cw"[i % 2], "more": [1]})
     return rewrite(tmp_path / "pairs.jsonl", rows), rows
 
 
 def rewrite(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return path
-
-
-def build(path, root, **options):
-    return build_pairs(path, root, progress=False, **options)
 
 
 def test_layout_is_mmebs_and_unseen_concepts_are_unseen(table, tmp_path):
@@ -88,11 +82,9 @@ def test_a_second_call_does_nothing_and_other_settings_are_refused(table, tmp_pa
     first = build(path, root)
     stamp = (root / "manifest.json").stat().st_mtime_ns
     assert build(path, root) == first and (root / "manifest.json").stat().st_mtime_ns == stamp
-    with pytest.raises(ValueError, match=r"other data \(seed 0, not 1\); delete the folder"):
-        build(path, root, seed=1)
-    shutil.copytree(path.parent / "png", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"other data \(image_root None, not .*other\)"):
-        build(path, root, image_root=tmp_path / "other")
+    for options in ({"n_eval": 2}, {"image_root": tmp_path / "png"}):
+        with pytest.raises(ValueError, match="(?s)other data .*delete the folder"):
+            build(path, root, **options)
 
 
 def test_csv_reads_the_same(table, tmp_path):
@@ -107,35 +99,26 @@ def test_csv_reads_the_same(table, tmp_path):
 
 def test_bad_rows_stop_before_anything_is_written_and_are_all_named(table, tmp_path):
     path, rows = table
-    rows[2]["file"] = "none.png"
-    rows[5]["name"] = "  "
-    rows[8]["name"] = ["a", "b"]
+    rows[0]["file"] = rows[2]["file"] = "none.png"
+    rows[5]["name"], rows[8]["name"] = "  ", ["a", "b"]
     (path.parent / "png" / rows[7]["file"]).write_bytes(b"not a picture")
     rewrite(path, rows)
-    root = tmp_path / "data"
-    with pytest.raises(InputError) as error:
-        build(path, root)
-    assert "4 of 24 rows" in str(error.value) and not root.exists()
-    for part in (
-        "row 3",
-        "none.png: no such image file",
-        "row 6: empty 'name'",
-        "row 8",
-        "not a readable image",
-        "row 9: 'name' holds a list, not a text; write a row for each entry",
-    ):
-        assert part in str(error.value)
-    manifest = build(path, root, on_bad_row="skip")
-    assert (manifest["used"], manifest["skipped"]) == (20, 4)
-    assert len((root / "skipped.txt").read_text().splitlines()) == 4
+    said = ["none.png: no such image file", "row 6: 'name' must hold one text, found '  '"]
+    said += ["not a readable image", "row 9: 'name' must hold one text, found ['a', 'b']"]
+    with pytest.raises(InputError, match="5 of 24 rows") as error:
+        build(path, tmp_path / "data")
+    assert all(part in str(error.value) for part in said) and not (tmp_path / "data").exists()
+    manifest = build(path, tmp_path / "data", on_bad_row="skip")
+    assert (manifest["used"], manifest["skipped"]) == (19, 5)
+    assert len((tmp_path / "data" / "skipped.txt").read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("rel", ["../../secret.png", "link.png", "folder/secret.png", "ABSOLUTE"])
 def test_a_users_table_cannot_fetch_from_elsewhere(tmp_path, rel):
     images, private = tmp_path / "images", tmp_path / "private"
-    for folder in (images, private):
-        folder.mkdir()
-        Image.new("RGB", (8, 8)).save(folder / f"{'good' if folder == images else 'secret'}.png")
+    for file in (images / "good.png", private / "secret.png"):
+        file.parent.mkdir()
+        Image.new("RGB", (8, 8)).save(file)
     (images / "link.png").symlink_to(private / "secret.png")
     (images / "folder").symlink_to(private)
     rel = str(private / "secret.png") if rel == "ABSOLUTE" else rel
@@ -146,7 +129,28 @@ def test_a_users_table_cannot_fetch_from_elsewhere(tmp_path, rel):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_files_and_settings_say_what_is_known(table, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"file": "a.png"}\nnonsense\n', "line 2: not a JSON object"),
+        (b"[1]\n", "line 1: not a JSON object"),
+        (b'{"a": 1}', "cannot tell image and text columns among a"),
+        (b'{"file": "a.png", "name": "a"}', "1 of 1 rows cannot be used"),
+        (b"", "no rows"),
+        (b"\xff\xfe\xfa", "not a table in UTF-8"),
+        (None, "no such file; expected a .jsonl or .csv"),
+    ],
+)
+def test_a_table_that_is_none_is_named(content, message, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        build(path, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_wrong_settings_say_what_is_known(table, tmp_path):
     path, rows = table
     for options, message in (
         ({"text_column": "title"}, "no column 'title'; columns: file, name, group, more"),
@@ -154,75 +158,54 @@ def test_wrong_files_and_settings_say_what_is_known(table, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             build(path, tmp_path / "data", **options)
-    for text, message in (
-        ('{"file": "a.png"}\nnonsense\n', "line 2: not a JSON object"),
-        ("[1]\n", "line 1: not a JSON object"),
-        ('{"a": 1}', "cannot tell image and text columns among a"),
-        ("\n".join(map(json.dumps, rows[:4])), "4 usable rows"),
-        ("", "no rows"),
-    ):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=message):
-            build(path, tmp_path / "data")
-    path.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InputError, match="not a table in UTF-8"):
-        build(path, tmp_path / "data")
-    with pytest.raises(InputError, match="no such file; expected a .jsonl or .csv"):
-        build(tmp_path / "none.jsonl", tmp_path / "data")
-    assert not (tmp_path / "data").exists()
+    with pytest.raises(InputError, match="4 usable rows"):
+        build(rewrite(path, rows[:4]), tmp_path / "data")
 
 
 def test_a_folder_of_named_folders(tmp_path, picture):
-    for kind, name in (
-        ("Fruit", "Red-Apple"),
-        ("Fruit", "Pear"),
-        ("Drink", "Oat_Milk"),
-        ("Drink", "Tea"),
-    ):
-        (tmp_path / "in" / kind / name).mkdir(parents=True)
-        for i in range(4):
-            picture(seed=len(name) * 10 + i).save(tmp_path / "in" / kind / name / f"{i}.jpg")
+    for i, name in enumerate(("Fruit/Red-Apple", "Fruit/Pear", "Drink/Oat_Milk", "Drink/Tea")):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for k in range(4):
+            picture(seed=10 * i + k).save(tmp_path / "in" / name / f"{k}.jpg")
     assert build(tmp_path / "in", tmp_path / "data")["used"] == 16
-    texts = set(pd.read_parquet(tmp_path / "data" / "corpus" / "train.parquet")["answer"])
+    texts = {row["target"] for row in corpus.captions(tmp_path / "data")}
     assert texts < {"Red Apple", "Pear", "Oat Milk", "Tea"} and len(texts) == 2
     for task in choose_tasks(["all"], tmp_path / "data"):
         assert task.n_candidates == 2, "one candidate would always be right"
     shutil.rmtree(tmp_path / "in" / "Drink" / "Tea")
     with pytest.raises(InputError, match="3 concepts .*at least 2 are held out and 2 trained on"):
         build(tmp_path / "in", tmp_path / "other")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no pictures in named folders"):
-        read_table(tmp_path / "empty")
 
 
-def test_a_class_may_be_0_come_later_and_be_rare(table, tmp_path):
+def test_a_class_may_be_0_come_later_and_be_the_only_one(table, tmp_path):
     path, rows = table
     for i, row in enumerate(rows):
         row["group"] = [0, 1, 2, " "][i // 2 % 4]  # both variants of a concept
     del rows[0]["group"]
-    rewrite(path, [rows[0] | {"name": 0}, *rows[1:]])
-    build(path, tmp_path / "data", n_eval=6)
+    build(rewrite(path, [rows[0] | {"name": 0}, *rows[1:]]), tmp_path / "data", n_eval=6)
     parts = [load_eval(tmp_path / "data", f"Class{part}") for part in ("Seen", "Unseen")]
     assert {text for rows in parts for row in rows for text in row["tgt_text"]} == {"0", "1", "2"}
-    trained = pd.read_parquet(next((tmp_path / "data" / "train" / "Class").glob("*.parquet")))
+    trained = load_train(tmp_path / "data", "Class")
     assert set(trained["pos_text"]) == {"0", "1", "2"}
-    for i, row in enumerate(rows):
-        row["group"] = {0: "warm", 1: "cold"}.get(i, "")
-    rewrite(path, rows)
-    build(path, tmp_path / "rare", n_eval=2)
-    assert len(choose_tasks(["all"], tmp_path / "rare")) < 6, "a part without such a row"
+    build(rewrite(path, [row | {"group": "one"} for row in rows]), tmp_path / "one")
+    assert corpus.subsets(tmp_path / "one") == ["ImageToText", "TextToImage"]
+    assert len(choose_tasks(["all"], tmp_path / "one")) == 4
 
 
 def test_the_folder_of_pictures_is_found_by_whole_names(table):
     path, rows = table
-    shutil.copy(path.parent / "png" / "red-man.png", path.parent / "png" / "1red-man.png")
+    picture = path.parent / "png" / "red-man.png"
+    shutil.copy(picture, picture.with_name("1red-man.png"))
     for name in ("red-man.png", "./red-man.png"):
         assert find_image_root(path, [{"file": name}], "file") == path.parent / "png"
-    (path.parent / "images").mkdir()  # a folder named as MMEB-train's prefix is taken as it is
-    shutil.copy(path.parent / "png" / "red-man.png", path.parent / "images" / "red-man.png")
-    assert find_image_root(path, [{"file": "images/red-man.png"}], "file") == path.parent
-    rewrite(path, [row | {"file": f"png/{row['file']}"} for row in rows])
-    assert build(path, path.parent / "data")["used"] == 24
+    assert find_image_root(path, [{"file": "png/red-man.png"}], "file") == path.parent
+
+
+def test_other_settings_are_other_data(table, tmp_path):
+    settings = ({}, {"n_eval": 2}, {"max_side": 16}, {"class_column": "file"})
+    for i, how in enumerate(settings):
+        build(table[0], tmp_path / str(i), **how)
+    assert len({fingerprint(tmp_path / str(i)) for i in range(len(settings))}) == len(settings)
 
 
 def test_the_real_data(shared_data, tmp_path):
@@ -236,5 +219,5 @@ def test_the_real_data(shared_data, tmp_path):
     root = tmp_path / "emoji"
     manifest = build(path, root, image_root=shared_data / "emoji" / "png" / "72")
     assert manifest["used"] == 200 and manifest["skipped"] == 0
-    table = pd.read_parquet(root / "eval" / "ClassSeen" / "test-00000-of-00001.parquet")
-    assert set(table["tgt_text"].iloc[0]) <= {"Smileys & Emotion", "People & Body"}
+    texts = load_eval(root, "ClassSeen")[0]["tgt_text"]
+    assert set(texts) <= {"Smileys & Emotion", "People & Body"}

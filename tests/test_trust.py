@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
-from html.parser import HTMLParser
+import tomllib
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import pytest
+import transformers.trainer
+from bs4 import BeautifulSoup
 from PIL import Image
 
 from cocoa_lib.evaluate.restore import reconstruct
@@ -22,38 +25,39 @@ from cocoa_lib.show.retrieval import candidates_html, pairs_html, ranked_html
 from cocoa_lib.show.samples import answers_html
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("cocoa_lib/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/*.py")])
+SOURCES = sorted(
+    [*ROOT.glob("cocoa_lib/**/*.py"), *ROOT.glob("scripts/**/*.py"), *ROOT.glob("benchmarks/*.py")]
+)
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
-# --- code ----------------------------------------------------------------------------------------------------------------
+# --- code ------------------------------------------------------------
 
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "imp"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-         "pd.read_pickle", "pandas.read_pickle", "tempfile.mktemp"}  # fmt: skip
+# What ruff's S rules (bandit's) do not know; `make lint` runs those over every file.
+DANGERS = re.compile(
+    r"(?:import|from) +(?:c?[Pp]ickle|_pickle|dill|cloudpickle|joblib|marshal|shelve)\b"
+    r"|read_pickle|weights_only=(?!True)|torch\.load\((?!.*weights_only=True)"
+    r"|(?:shell|trust_remote_code|allow_pickle)=(?!False)|(?<![\w.])(?:eval|exec)\(|os\.(?:system|popen)"
+)
 
 
-def dangers(source: str) -> list[str]:
-    """Places where Python source runs code that a file or a parameter holds: "line: what"."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            found += [(node, f"import of {name}") for name in names if name.split(".")[0] in MODULES]
-        elif isinstance(node, ast.Call):
-            name, given = ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            if name in CALLS:
-                found.append((node, name))
-            if name == "torch.load" and given.get("weights_only") != "True":
-                found.append((node, "torch.load without weights_only=True"))
-            for option in ("shell", "trust_remote_code", "allow_pickle"):
-                if given.get(option, "False") != "False":
-                    found.append((node, f"{option}={given[option]}"))
-    return [f"{node.lineno}: {what}" for node, what in found]
+def find_dangers(source: str) -> list[str]:
+    """Places in code, not in comments or docstrings, that run code which a file or a parameter holds."""
+    return DANGERS.findall(ast.unparse(_Bare().visit(ast.parse(source))))
+
+
+class _Bare(ast.NodeTransformer):
+    """Code without the texts in it."""
+
+    def visit_Constant(self, node):
+        return ast.Constant("") if isinstance(node.value, str) else node
+
+    def visit_JoinedStr(self, node):
+        return ast.Constant("")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_source_runs_what_a_file_holds(path):
-    assert dangers(path.read_text(encoding="utf-8")) == []
+    assert find_dangers(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -61,110 +65,88 @@ def test_no_notebook_does(path):
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "code":
             lines = [line for line in cell.source.splitlines() if not line.startswith("%")]
-            assert dangers("\n".join(lines)) == [] and "\n!" not in "\n" + cell.source, cell.source
-
-
-def test_the_scan_looks_at_something():
-    assert len(SOURCES) > 20 and len(NOTEBOOKS) == 6
+            assert find_dangers("\n".join(lines)) == [] and "\n!" not in "\n" + cell.source
 
 
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle", "from joblib import load", "import torch, dill", "eval(x)", "exec(x)", "torch.load(path)",
-        "torch.load(path, weights_only=False)", "run(x, shell=True)", "f(trust_remote_code=True)", "f(trust_remote_code=flag)",
-        "os.system(x)", "yaml.load(x)", "np.load(x, allow_pickle=True)",
+        "import pickle", "from joblib import load", "eval(x)", "exec(x)", "torch.load(path)",
+        "torch.load(path, weights_only=False)", "run(x, shell=True)", "f(trust_remote_code=flag)",
+        "os.system(x)", "np.load(x, allow_pickle=True)", "pd.read_pickle(x)",
     ],
 )  # fmt: skip
 def test_the_scan_finds(source):
-    assert dangers(f"if x:\n    {source}"), source
+    assert find_dangers(f"if x:\n    {source}"), source
+    fine = "model.eval(); torch.load(p, weights_only=True); f(trust_remote_code=False); 'eval(x)'"
+    assert find_dangers(fine) == [] and len(SOURCES) > 20 and len(NOTEBOOKS) == 6
 
 
-def test_the_scan_lets_pass():
-    assert (
-        dangers("model.eval(); torch.load(p, weights_only=True); yaml.safe_load(x); f(trust_remote_code=False)") == []
-    )
-
-
-def test_snakefile_quotes_what_a_user_gives():
-    """Shell lines of the graph are built from quoted values."""
+def test_bandits_rules_are_on_and_the_snakefile_quotes_what_a_user_gives():
+    lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"][
+        "lint"
+    ]
+    assert "S" in lint["select"] and set(lint["ignore"]) == {"S105", "S106"}
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
     assert "shlex.join(run.arguments())" in text and "shlex.join(MAIN.parameters())" in text
-    assert not re.search(r"\b(eval|exec|pickle)\b\(", text)
 
 
-def test_bandits_rules_are_on():
-    import tomllib
-
-    lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]["lint"]
-    assert "S" in lint["select"] and set(lint["ignore"]) == {"S105", "S106"}
-    assert not [rule for rule in lint["per-file-ignores"]["scripts/**"] if rule.startswith("S")]
-
-
-# --- pictures ------------------------------------------------------------------------------------------------------------
+def test_a_resumed_runs_state_is_read_without_code():
+    """Optimiser and random state go through the Trainer's own torch.load, in the installed version of it."""
+    source = inspect.getsource(transformers.trainer)
+    assert source.count("torch.load(") >= 3
+    assert not [found for found in find_dangers(source) if "torch.load" in found]
 
 
-def test_no_picture_runs_a_program(tmp_path, monkeypatch):
+# --- pictures ------------------------------------------------------------
+
+
+def test_no_picture_runs_a_program_and_of_many_frames_one_is_decoded(tmp_path, monkeypatch):
     """EPS would be handed to Ghostscript; a file named .png may be one."""
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **kwargs: pytest.fail("a program was started"))
+    refuse = lambda *args, **kwargs: pytest.fail("a program was started, or a frame sought")  # noqa: E731
+    monkeypatch.setattr(subprocess, "Popen", refuse)
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
     path = tmp_path / "picture.png"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     with pytest.raises(InputError, match="not a readable image"):
         load_image(path)
-
-
-def test_of_many_frames_one_is_decoded(tmp_path, monkeypatch):
     frames = [Image.new("P", (9, 9), i % 200) for i in range(300)]
     frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
-    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.seek", lambda *args: pytest.fail("another frame was sought"))
+    monkeypatch.setattr("PIL.GifImagePlugin.GifImageFile.seek", refuse)
     assert load_image(tmp_path / "many.gif").size == (9, 9)
 
 
-# --- markup --------------------------------------------------------------------------------------------------------------
+# --- markup ------------------------------------------------------------
 
-HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=alert(1)>& </title></svg>"
-
-
-class Tags(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.bad: list[str] = []
-        self.text = ""
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attrs) -> None:
-        names = [name for name, _ in attrs if name.startswith("on")]
-        links = [
-            value for name, value in attrs if name in ("src", "href") and not (value or "").startswith("data:image/")
-        ]
-        if tag in ("script", "iframe", "object", "link", "style") or names or links:
-            self.bad.append(f"<{tag} {attrs}>")
-
-    def handle_data(self, data) -> None:
-        self.text += data
+HOSTILE = (
+    "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=alert(1)>& </title></svg>"
+)
 
 
 def assert_harmless(html: str, shown: str = HOSTILE) -> None:
-    page = Tags(html)
-    assert page.bad == []
-    assert shown in re.sub(r"\s+", " ", page.text), "what the user wrote is shown as it was written"
+    page = BeautifulSoup(html, "html.parser")
+    assert not page.select("script, iframe, object, link, style")
+    for name, value in (pair for tag in page.find_all() for pair in tag.attrs.items()):
+        assert not name.startswith("on"), name
+        assert name not in ("src", "href") or value.startswith("data:image/"), value
+    said = re.sub(r"\s+", " ", page.get_text())
+    assert shown in said, "what the user wrote is shown as it was written"
 
 
-def test_the_check_of_markup_finds_it():
+@pytest.mark.parametrize("html", [f"<p>{HOSTILE}</p>", '<img src="https://example.org/x.png">'])
+def test_the_check_of_markup_finds_it(html):
     with pytest.raises(AssertionError):
-        assert_harmless(f"<p>{HOSTILE}</p>")
-    with pytest.raises(AssertionError):
-        assert_harmless('<img src="https://example.org/x.png">', shown="")
+        assert_harmless(html, shown="")
 
 
-def test_retrieval_shows_words_as_words():
+def test_cards_and_tables_show_words_as_words():
     item = {"text": HOSTILE, "image": None}
     assert_harmless(ranked_html(item, [item, item], [0.5, 0.4], right=0))
     assert_harmless(candidates_html(item, [item]))
     assert_harmless(pairs_html([(item, item)]))
     assert_harmless(answers_html([item | {"target": HOSTILE}], [HOSTILE]), HOSTILE[:20])
+    row = {"arm": HOSTILE, "score": 50.0, "difference": 1.0, "low": 0.5, "high": 1.5, "n_seeds": 3}
+    assert_harmless(arms_html(pd.DataFrame([row]), "base<b onclick=x>"))
 
 
 def test_reconstruction_shows_words_as_words(small, picture):
@@ -181,11 +163,6 @@ def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     assert_harmless(attention_html(found, inputs, layer=1, head=0, direction="from_eos"))
 
 
-def test_an_arms_name_is_a_name():
-    row = {"arm": HOSTILE, "score": 50.0, "difference": 1.0, "low": 0.5, "high": 1.5, "n_seeds": 3}
-    assert_harmless(arms_html(pd.DataFrame([row]), "base<b onclick=x>"))
-
-
 # --- the server ----------------------------------------------------------------------------------------------------------
 
 
@@ -193,18 +170,11 @@ def test_jupyterlab_listens_on_this_machine_only_and_keeps_its_token(monkeypatch
     from jupyter_server.auth.identity import PasswordIdentityProvider
 
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlab:")[1].split("\n\n")[0]
-    assert "--ip=127.0.0.1" in recipe and not re.search(r"token|password|allow_origin|disable_check", recipe)
+    assert "--ip=127.0.0.1" in recipe and not re.search(
+        r"token|password|allow_origin|disable_check", recipe
+    )
     monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
     tokens = {PasswordIdentityProvider().token for _ in range(2)}
-    assert len(tokens) == 2 and all(len(token) >= 32 for token in tokens), "drawn anew, unless the user sets one"
-
-
-def test_a_resumed_runs_state_is_read_without_code():
-    """Optimiser and random state go through the Trainer's own torch.load, in the installed version of it."""
-    import inspect
-
-    import transformers.trainer
-
-    source = inspect.getsource(transformers.trainer)
-    assert source.count("torch.load(") >= 3
-    assert not [found for found in dangers(source) if "torch.load" in found]
+    assert len(tokens) == 2 and all(len(token) >= 32 for token in tokens), (
+        "drawn anew, unless the user sets one"
+    )

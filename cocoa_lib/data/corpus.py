@@ -10,10 +10,8 @@ by `datasets`: however many rows there are, a process holds those that it looks 
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 
-from ..items import PLACEHOLDER, InputError, image_size, item_images, split_prompt
-from .tables import (
-    CORPUS,
-    check_columns,
-    hide_progress,
-    load_train,
-    read_parquet,
-    resolve_image,
-)
-
-CHECKED = ".checked"  # hashes of sets of pictures that were read once without complaint
+from ..items import PLACEHOLDER, InputError, item_images, split_prompt
+from .tables import CORPUS, load_train, read_parquet, resolve_image
 
 
 class Rows(Sequence):
@@ -58,11 +47,7 @@ class Rows(Sequence):
 
 
 def _read_corpus(data: Path, kind: str, split: str) -> Rows:
-    path = data / "corpus" / f"{split}.parquet"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it holds {', '.join(CORPUS)}")
-    table = read_parquet([path], str(path))
-    check_columns(table, str(path), CORPUS)
+    table = read_parquet(data / "corpus" / f"{split}.parquet", CORPUS)
     chosen = _select(table, pc.equal(table.data.column("kind"), kind))
     return Rows(chosen, partial(_convert_corpus, images=data / "images"))
 
@@ -95,11 +80,10 @@ def captions(data: Path, split: str = "train") -> Rows:
     """
     if split != "train" or (data / "corpus").is_dir():
         return _read_corpus(data, "caption", split)
-    if not (found := _read_text_pairs(data, with_picture=True)):
+    if not (found := text_pairs(data, with_picture=True)):
         raise InputError(f"{data}: no corpus/, and no training pair of a picture with a text")
-    columns = ["qry", "qry_image_path", "pos_text"]
-    tables = [rows.table.select_columns(columns) for rows in found.values()]
-    return Rows(concatenate_datasets(tables), partial(_convert_pair, images=data / "images"))
+    tables = concatenate_datasets([rows.table for rows in found.values()])
+    return Rows(tables, partial(_convert_pair, images=data / "images"))
 
 
 def questions(data: Path, split: str = "train") -> Rows:
@@ -117,20 +101,21 @@ def subsets(data: Path) -> list[str]:
     return names
 
 
-def text_pairs(data: Path) -> dict[str, Rows]:
-    """Read query -> positive text of each subset that has any, for stage 2: {text, image, target}."""
-    return _read_text_pairs(data)
+def text_pairs(data: Path, *, with_picture: bool = False) -> dict[str, Rows]:
+    """Read query -> positive text of each subset that has any, for stage 2: {text, image, target}.
 
-
-def _read_text_pairs(data: Path, with_picture: bool = False) -> dict[str, Rows]:
+    with_picture: only the queries with a picture.
+    """
     found = {}
     for name in subsets(data):
         table = load_train(data, name)
         chosen = pc.and_not(_is_given(table, "pos_text"), _is_given(table, "pos_image_path"))
         if with_picture:
             chosen = pc.and_(chosen, _is_given(table, "qry_image_path"))
-        found[name] = Rows(_select(table, chosen), partial(_convert_pair, images=data / "images"))
-    return {name: rows for name, rows in found.items() if len(rows)}
+        if pc.any(chosen).as_py():
+            rows = _select(table, chosen)
+            found[name] = Rows(rows, partial(_convert_pair, images=data / "images"))
+    return found
 
 
 def pairs(
@@ -156,8 +141,8 @@ def pairs(
     parts = []
     for name in subsets(data):
         table = load_train(data, name, n=max_per_subset, negatives=hard_negatives)
-        with hide_progress():  # the result is memory-mapped, like its source
-            parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
+        # The result is memory-mapped, like its source.
+        parts.append(table.map(convert, batched=True, remove_columns=table.column_names))
     return concatenate_datasets(parts), [len(part) for part in parts]
 
 
@@ -179,51 +164,15 @@ def check_items(items: Iterable[dict[str, Any]], data: Path) -> None:
             row = f"the row with text {text[:40]!r}, image {item['image'] or 'none'}"
             raise InputError(f"{data}: {error}; mend or leave out {row}") from None
         paths += images
-    check_images(paths, data)
+    check_images(paths)
 
 
-def check_images(paths: Iterable[str | None], data: Path | None = None) -> None:
-    """Check the headers of picture files; a set of them found good is not read again.
-
-    Sets that are good are remembered in DATA/.checked, by paths, sizes and times. Raises InputError
-    saying how many are missing, empty, unreadable or too large, and the first three.
-    """
+def check_images(paths: Iterable[str | None]) -> None:
+    """Raise InputError where picture files are missing or empty: how many, and the first three."""
     wanted = sorted({path for path in paths if path})
-    if data is not None and wanted and not (data / "images").is_dir():
-        raise InputError(f"{data}: no folder images/, but rows name {len(wanted)} pictures")
-    seen, lost = hashlib.sha256(), []
-    for path in wanted:
-        try:
-            found = os.stat(path)
-        except OSError:
-            found = None
-        if found is None or not found.st_size:
-            lost.append(path)
-        else:
-            seen.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
-    if lost:
+    if lost := [path for path in wanted if not (os.path.isfile(path) and os.path.getsize(path))]:
         raise InputError(
             f"{len(lost)} of the {len(wanted)} picture files that this run needs are missing or "
             f"empty, e.g. {', '.join(lost[:3])}; unpack the archive they belong to, or leave their "
             "rows out"
         )
-    note, digest = data and data / CHECKED, seen.hexdigest()
-    if note and note.is_file() and digest in note.read_text(encoding="utf-8").split():
-        return
-    if unusable := [complaint for path in wanted if (complaint := _find_complaint(path))]:
-        raise InputError(
-            f"{len(unusable)} of the {len(wanted)} picture files that this run needs cannot be "
-            "used: replace or shrink them, or leave their rows out, e.g.\n  "
-            + "\n  ".join(unusable[:3])
-        )
-    if note:
-        with suppress(OSError), note.open("a", encoding="utf-8") as file:  # or it is read-only
-            file.write(f"{digest}\n")
-
-
-def _find_complaint(path: str) -> str:
-    try:
-        image_size(path)
-    except InputError as error:
-        return str(error)
-    return ""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from ..items import InputError, load_image
@@ -27,6 +27,7 @@ CLASS_COLUMNS = ("class", "label", "category", "group")
 VARIANT_WORDS = re.compile(r"\b(man|woman|person|men|women|people|boy|girl|male|female)\b")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 SHARD = "00000-of-00001"
+SEED = 0  # of the split
 
 
 def build_pairs(
@@ -40,8 +41,6 @@ def build_pairs(
     on_bad_row: str = "stop",
     n_eval: int = 300,
     max_side: int = 512,
-    seed: int = 0,
-    progress: bool = True,
 ) -> dict[str, Any]:
     """Write the data folder `root` from a .jsonl or .csv file or a folder; return its manifest.
 
@@ -62,7 +61,7 @@ def build_pairs(
         "on_bad_row": on_bad_row,
         "n_eval": n_eval,
         "max_side": max_side,
-        "seed": seed,
+        "seed": SEED,
         **({"image_root": str(image_root)} if image_root else {}),
     }
     if (found := read_finished(root, {"settings": settings})) is not None:
@@ -70,13 +69,12 @@ def build_pairs(
     rows = read_table(path)
     columns = choose_columns(rows, columns, path)
     base = Path(image_root) if image_root else find_image_root(path, rows, columns[0])
-    good, bad = check_rows(rows, columns, base, progress)
+    good, bad = check_rows(rows, columns, base)
     if bad and on_bad_row == "stop":
-        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
         raise InputError(
             f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  "
             + "\n  ".join(bad[:20])
-            + f"{more}\nMend them, or set on_bad_row=skip"
+            + "\nMend them, or set on_bad_row=skip"
         )
     if len(good) < 10:
         raise InputError(f"{path}: {len(good)} usable rows; training and holding out need 10")
@@ -89,14 +87,11 @@ def build_pairs(
 
 def source_hash(path: Path) -> str:
     """Hash a table's bytes, or the names and sizes below a folder, by sha256; "" for nothing."""
-    if path.is_dir():
-        listing = [
-            f"{file.relative_to(path)}:{file.stat().st_size}"
-            for file in sorted(path.rglob("*"))
-            if file.is_file()
-        ]
-        return hashlib.sha256("\n".join(listing).encode()).hexdigest()
-    return file_hash(path) if path.is_file() else ""
+    if path.is_file():
+        return file_hash(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    listing = [f"{file.relative_to(path)}:{file.stat().st_size}" for file in files]
+    return hashlib.sha256("\n".join(listing).encode()).hexdigest() if path.is_dir() else ""
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
@@ -113,16 +108,9 @@ def read_table(path: Path) -> list[dict[str, Any]]:
             "row, or a folder of named folders of pictures"
         )
     else:
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                is_csv = path.suffix.lower() == ".csv"
-                rows = list(csv.DictReader(file, restkey="")) if is_csv else _read_json(path, file)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise InputError(
-                f"{path}: not a table in UTF-8 ({error}); save it as UTF-8 .jsonl or .csv"
-            ) from error
+        rows = _read_lines(path)
     if not rows:
-        raise InputError(f"{path}: no rows")
+        raise InputError(f"{path}: no rows; of a folder, pictures in named folders are read")
     return rows
 
 
@@ -134,19 +122,22 @@ def _read_folders(path: Path) -> list[dict[str, Any]]:
             text = parts[-2].replace("-", " ").replace("_", " ")
             label = {"class": parts[0]} if len(parts) > 2 else {}
             rows.append({"image": "/".join(parts), "text": text} | label)
-    if not rows:
-        raise InputError(f"{path}: no pictures in named folders below it ({', '.join(PICTURES)})")
     return rows
 
 
-def _read_json(path: Path, lines: Iterable[str]) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    where, rows = str(path), []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                return list(csv.DictReader(file, restkey=""))
+            for number, line in enumerate(file, start=1):
+                where = f"{path}, line {number}"
+                rows += [dict(json.loads(line))] if line.strip() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not a table in UTF-8 ({error}); save it as UTF-8") from error
+    except (ValueError, TypeError, RecursionError, csv.Error) as error:
+        raise InputError(f"{where}: not a JSON object or a row of CSV ({error})") from error
     return rows
 
 
@@ -172,20 +163,17 @@ def choose_columns(
 
 
 def find_image_root(path: Path, rows: list[dict[str, Any]], image_column: str) -> Path:
-    """Find where image paths start: the table's folder, or the one below it that holds a picture.
+    """Find where image paths start: the table's folder, or one below it that holds a picture.
 
     Tried with the first 20 rows, since some pictures may be missing.
     """
     if path.is_dir():
         return path
-    names = [read_text(row, image_column) for row in rows[:20]]
-    if any(os.path.isfile(path.parent / name) for name in names):  # False for a name too long, too
-        return path.parent
-    for name in names:
-        parts = Path(name).parts
-        for found in sorted(path.parent.rglob("*")) if parts else ():
-            if found.parts[-len(parts) :] == parts and found.is_file():
-                return found.parents[len(parts) - 1]
+    files = [file.as_posix() for file in sorted(path.parent.rglob("*"))]
+    for row in rows[:20]:
+        name = PurePath(read_text(row, image_column)).as_posix()
+        if found := [file for file in files if file.endswith(f"/{name}")]:
+            return Path(min(found, key=len).removesuffix(name))
     return path.parent
 
 
@@ -196,15 +184,14 @@ def read_text(row: dict[str, Any], column: str | None) -> str:
 
 
 def check_rows(
-    rows: list[dict[str, Any]], columns: list[str | None], root: Path, progress: bool
+    rows: list[dict[str, Any]], columns: list[str | None], root: Path
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Read every row and decode every picture: (good rows {text, class, path, hash}, complaints).
 
     Pixels are not kept: there may be many.
     """
     good, bad = [], []
-    bar = tqdm(rows, desc="check pairs", unit="row", disable=not progress)
-    for number, row in enumerate(bar, start=1):
+    for number, row in enumerate(tqdm(rows, desc="check pairs", unit="row"), start=1):
         try:
             good.append(_check_row(row, columns, root))
         except ValueError as error:
@@ -213,15 +200,10 @@ def check_rows(
 
 
 def _check_row(row: dict[str, Any], columns: list[str | None], root: Path) -> dict[str, Any]:
-    for column in columns[:2]:
-        if isinstance(row.get(column), (list, dict)):
-            kind = type(row[column]).__name__
-            raise InputError(f"{column!r} holds a {kind}, not a text; write a row for each entry")
     name, text, label = (read_text(row, column) for column in columns)
-    if not text:
-        raise InputError(f"empty {columns[1]!r} (image {name or 'none'})")
-    if not name:
-        raise InputError(f"empty {columns[0]!r} (text {text[:40]!r})")
+    for column, value in zip(columns, (name, text), strict=False):
+        if not value or isinstance(row[column], (list, dict)):
+            raise InputError(f"{column!r} must hold one text, found {row.get(column)!r:.40}")
     (text + name).encode()  # half of a surrogate pair, as JSON can hold, is a ValueError
     path = resolve_below(root, name)
     image = load_image(path)
@@ -236,41 +218,33 @@ def find_concept(text: str) -> str:
 
 def group_concepts(rows: list[dict[str, Any]]) -> np.ndarray:
     """Number the concept of each row (N,): equal concepts and pixel-equal pictures share one."""
-    parent = list(range(len(rows)))
-
-    def find_root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, row in enumerate(rows):
-        for key in ("text:" + find_concept(row["text"]), "image:" + row["hash"]):
-            parent[find_root(i)] = find_root(first.setdefault(key, i))
-    return np.unique([find_root(i) for i in range(len(rows))], return_inverse=True)[1]
+    keys = [f"text:{find_concept(row['text'])}" for row in rows] + [row["hash"] for row in rows]
+    codes, names = pd.factorize(np.array(keys, dtype=object))
+    n = len(rows)
+    links = coo_array((np.ones(2 * n), (np.tile(np.arange(n), 2), n + codes)), [n + len(names)] * 2)
+    return connected_components(links, directed=False)[1][:n]
 
 
 def split_concepts(
-    rows: list[dict[str, Any]], n_eval: int, seed: int
+    rows: list[dict[str, Any]], n_eval: int
 ) -> tuple[list[dict], list[dict], list[dict]]:
     """Split into (seen, unseen, training): whole concepts are held out, one row each is evaluated.
 
     Raises InputError where there are too few concepts.
     """
     groups = group_concepts(rows)
-    order = np.random.default_rng([seed, 3]).permutation(groups.max() + 1)
+    order = np.random.default_rng([SEED, 3]).permutation(groups.max() + 1)
     n_out = min(n_eval, max(2, len(order) // 5))
     if min(n_out, len(order) - n_out) < 2:  # one candidate is always right
         raise InputError(
             f"{len(order)} concepts (texts without what follows a colon, gender and age): at least "
             f"2 are held out and 2 trained on; use more, or an n_eval of at least 2 (found {n_eval})"
         )
-    held_out = set(order[:n_out].tolist())
-    first = {int(group): i for i, group in reversed(list(enumerate(groups)))}
-    training = [row for row, group in zip(rows, groups, strict=True) if int(group) not in held_out]
-    unseen = [rows[first[int(group)]] for group in order[:n_out]]
-    seen = [rows[first[int(group)]] for group in order[n_out : 2 * n_out]]
+    first = np.unique(groups, return_index=True)[1]  # the first row of each concept
+    unseen, seen = (
+        [rows[i] for i in first[part]] for part in np.split(order[: 2 * n_out], [n_out])
+    )
+    training = [rows[i] for i in np.flatnonzero(~np.isin(groups, order[:n_out]))]
     return seen, unseen, training
 
 
@@ -278,7 +252,7 @@ def _write_folder(
     root: Path, rows: list[dict[str, Any]], bad: list[str], settings: dict[str, Any]
 ) -> dict[str, Any]:
     """Write pictures and tables; return the manifest's facts about them."""
-    seen, unseen, training = split_concepts(rows, settings["n_eval"], settings["seed"])
+    seen, unseen, training = split_concepts(rows, settings["n_eval"])
     (root / "images").mkdir(parents=True)
     for i, row in enumerate(rows):
         image = load_image(row["path"])

@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 from accelerate import PartialState
 
@@ -29,8 +28,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-root", type=Path, help="folder of the images (ROOT/images)")
     parser.add_argument("--tasks", nargs="+", default=["all"], help="names, or 'all'")
     parser.add_argument("--out", type=Path, required=True, help="ranks and stored embeddings")
-    parser.add_argument("--arm", help="name of the run in the table (the checkpoint folder's)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the run in the table (0)")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--n-queries", type=int, help="queries a task, drawn at random (all)")
@@ -61,35 +58,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     facts = {
         **vars(args),
-        "arm": args.arm or Path(args.model).name,
+        "arm": Path(args.model).name,
+        "seed": 0,
         "data": fingerprint(args.root),
         "fingerprint": embedder.fingerprint,
         **provenance(),
     }
     write_ranks(args.out, ranks, facts)
-    table = score_averages(ranks).dropna()
-    for row in table.itertuples():
-        print(f"{row.average:15s} {row.value:5.1f} [{row.low:.1f}, {row.high:.1f}]")  # noqa: T201
+    table = score_averages(ranks).dropna().round(1).to_string(index=False)
     missing = [task.name for task in list_known(args.root) if task not in tasks]
-    if missing:
-        print(f"MISSING: {', '.join(missing)}")  # noqa: T201
+    print(f"{table}\nMISSING: {', '.join(missing)}" if missing else table)  # noqa: T201
     if (Path(args.model) / META).is_file() and os.access(args.model, os.W_OK):
-        add_scores(args.model, format_scores(table, args.root, missing))
-
-
-def format_scores(table: pd.DataFrame, root: Path, missing: Sequence[str]) -> str:
-    """Write the averages as Markdown, for the model card."""
-    lines = [
-        f"Precision@1 in percent on `{'/'.join(root.parts[-2:])}`, {table['n_tasks'].max()} tasks, "
-        f"{table['n'].max()} queries, 95 % bootstrap intervals over queries; ties count against "
-        "the answer.",
-        *([f"**Missing tasks: {', '.join(missing)}.**"] if missing else []),
-        "\n| average | tasks | p@1 | interval |\n|---|---|---|---|",
-    ]
-    for row in table.itertuples():
-        interval = f"{row.low:.1f} to {row.high:.1f}"
-        lines.append(f"| {row.average} | {row.n_tasks} | {row.value:.1f} | {interval} |")
-    return "\n".join(lines)
+        add_scores(
+            args.model,
+            f"Precision@1 in percent on `{'/'.join(args.root.parts[-2:])}`, 95 % bootstrap "
+            "intervals over queries; ties count against the answer. Missing tasks: "
+            f"{', '.join(missing) or 'none'}.\n\n```\n{table}\n```",
+        )
 
 
 if __name__ == "__main__":

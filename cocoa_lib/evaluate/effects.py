@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..data.tables import META_TASKS
+from .score import list_tasks
+from .tasks import group_tasks
 
 SEED_DRAWS = 20  # resamples of seeds for one of queries
 
@@ -48,29 +49,20 @@ def paired_effects(
     or candidates.
     """
     hits = _read_hits(ranks, group)
-    arms = hits.index.unique("arm")
-    if baseline not in arms or len(arms) < 2:
-        found = ", ".join(map(str, arms))
-        raise ValueError(f"baseline {baseline!r} and another arm are needed; there are {found}")
-    others = arms.drop(baseline)
+    others = hits.index.unique("arm").drop(baseline, errors="ignore")
+    if others.empty:
+        raise ValueError(f"an arm beside the baseline {baseline!r} is needed")
     rows = _combine(hits, [{arm: 1, baseline: -1} for arm in others], n_boot, seed)
     return pd.DataFrame([{"arm": arm, **row} for arm, row in zip(others, rows, strict=True)])
 
 
-def contrast(
-    ranks: pd.DataFrame,
-    weights: Mapping[str, float],
-    *,
-    group: str = "overall",
-    n_boot: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
+def contrast(ranks: pd.DataFrame, weights: Mapping[str, float]) -> dict[str, Any]:
     """Compute a weighted sum of arms in points of P@1: difference, low, high, n_seeds, n_queries.
 
     weights: arm -> factor, such as {"cocoa_few": 1, "contrastive_few": -1, "cocoa": -1,
     "contrastive": 1}. Resampled as in `paired_effects`, whose errors it raises.
     """
-    return _combine(_read_hits(ranks, group), [weights], n_boot, seed)[0]
+    return _combine(_read_hits(ranks, "overall"), [weights], n_boot=2000, seed=0)[0]
 
 
 def _combine(
@@ -120,50 +112,29 @@ def _draw_seeds(n: int, n_boot: int, seed: int) -> np.ndarray:
 
 def _read_hits(ranks: pd.DataFrame, group: str) -> pd.DataFrame:
     """Make a table of 1.0 where the right candidate is first: rows (arm, seed), columns (task, query)."""
-    chosen = ranks
-    if group in ("ind", "ood"):
-        chosen = ranks[ranks["in_distribution"].astype(bool) == (group == "ind")]
-    elif group != "overall":
-        chosen = ranks[ranks["meta_task"] == group]
-    if chosen.empty:
-        known = ", ".join(("overall", "ind", "ood", *META_TASKS))
-        raise ValueError(f"no query in group {group!r}; groups: {known}")
-    pools = chosen.drop_duplicates(["task", "query", "n_candidates"])
-    for row in pools[pools.duplicated(["task", "query"])].head(1).itertuples():
-        raise ValueError(
-            f"task {row.task}, query {row.query}: runs rank among different numbers of candidates"
-        )
-    try:
-        table = chosen.set_index(["arm", "seed", "task", "query"])["rank"].unstack(
-            ["task", "query"]
-        )
-    except ValueError as error:
-        raise ValueError(f"a run has two ranks of one query ({error})") from error
-    table = table.sort_index(axis=0).sort_index(axis=1)
-    for i, j in np.argwhere(table.isna().to_numpy())[:1]:
-        (arm, k), (task, query) = table.index[i], table.columns[j]
-        raise ValueError(
-            f"arm {arm}, seed {k} has no rank of query {query} of {task}; all runs need the same "
-            "queries"
-        )
-    return (table == 1).astype(float)
+    groups = group_tasks(list_tasks(ranks))
+    if not groups.get(group):
+        raise ValueError(f"no query in group {group!r}; groups: {', '.join(groups)}")
+    chosen = ranks[ranks["task"].isin(groups[group])]
+    if chosen.groupby(["task", "query"], observed=True)["n_candidates"].nunique().max() > 1:
+        raise ValueError("runs rank a query among different numbers of candidates")
+    # pandas refuses two ranks of one query in a run.
+    hits = chosen.set_index(["arm", "seed", "task", "query"])["rank"].unstack(["task", "query"])
+    hits = hits.sort_index(axis=0).sort_index(axis=1)
+    for run, ranked in hits.notna().iterrows():
+        if not ranked.all():
+            raise ValueError(
+                f"arm and seed {run} have no rank of task and query {ranked.idxmin()}; all runs "
+                "need the same queries"
+            )
+    return (hits == 1).astype(float)
 
 
-def is_significant(row: Mapping[str, Any]) -> bool:
-    """Tell whether a difference of several seeds has an interval without 0."""
-    return row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
+def is_significant(row: Any) -> Any:
+    """Tell whether a difference of several seeds has an interval without 0; of a table, row by row."""
+    return (row.n_seeds > 1) & ((row.low > 0) | (row.high < 0))
 
 
-def judge_gain(row: Mapping[str, Any]) -> str:
-    """Judge a claimed gain by a row of effects: "supported", "not supported" or "undecided".
-
-    Supported: significant, and up. Not supported: high <= 0. A single seed is always undecided.
-    """
-    if is_significant(row) and row["low"] > 0:
-        return "supported"
-    return "not supported" if row["n_seeds"] > 1 and row["high"] <= 0 else "undecided"
-
-
-def format_effect(row: Mapping[str, Any], places: int = 1) -> str:
+def format_effect(row: Any) -> str:
     """Write a row of effects as tables do: "+1.8 [-1.7, +4.7]"."""
-    return f"{row['difference']:+.{places}f} [{row['low']:+.{places}f}, {row['high']:+.{places}f}]"
+    return f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]"

@@ -52,18 +52,10 @@ def read_ranks(folder: str | Path) -> pd.DataFrame:
 
     Raises FileNotFoundError where there are none, ValueError for a file that is not such a table.
     """
-    folder = Path(folder)
-    whole = folder / "ranks.parquet"
-    files = [whole] if whole.is_file() else [run / whole.name for run in _find_runs(folder)]
-    tables = []
-    for path in files:
-        try:
-            tables.append(pd.read_parquet(path, columns=[*RUN, *RANKS]))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: not a table of ranks ({error}); evaluate again") from error
-    if len(tables) == 1:
-        return tables[0]
-    return pd.concat(tables).sort_values(RUN, kind="stable", ignore_index=True)
+    whole = Path(folder) / "ranks.parquet"
+    files = [whole] if whole.is_file() else [run / whole.name for run in _find_runs(Path(folder))]
+    table = pd.concat(pd.read_parquet(path, columns=[*RUN, *RANKS]) for path in files)
+    return table.sort_values(RUN, kind="stable", ignore_index=True)
 
 
 def read_runs(folder: str | Path) -> pd.DataFrame:
@@ -71,13 +63,14 @@ def read_runs(folder: str | Path) -> pd.DataFrame:
 
     A report's runs.jsonl, or the run.json of all runs below a run's root. A cell may be a dict.
     """
-    folder = Path(folder)
-    if (path := folder / "runs.jsonl").is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-    else:
-        lines = [(run / "run.json").read_text(encoding="utf-8") for run in _find_runs(folder)]
-    table = pd.DataFrame([json.loads(line) for line in lines])
+    table = pd.DataFrame(map(json.loads, _read_notes(Path(folder))))
     return table.sort_values(RUN, kind="stable", ignore_index=True)
+
+
+def _read_notes(folder: Path) -> list[str]:
+    if (path := folder / "runs.jsonl").is_file():
+        return path.read_text(encoding="utf-8").splitlines()
+    return [(run / "run.json").read_text(encoding="utf-8") for run in _find_runs(folder)]
 
 
 def read_probes(folder: str | Path) -> pd.DataFrame:
@@ -102,14 +95,16 @@ def write_report(run_root: str | Path, out: str | Path) -> Path:
     run_root/figures where there are any. What was in `out` stays where it is not written anew.
     """
     run_root, out = Path(run_root), Path(out)
-    ranks, runs, probes = read_ranks(run_root), read_runs(run_root), read_probes(run_root)
+    ranks, probes = read_ranks(run_root), read_probes(run_root)
     out.mkdir(parents=True, exist_ok=True)
     _write_parquet(out / "ranks.parquet", ranks)
-    lines = [
-        json.dumps({name: value for name, value in row.items() if value is not None}, default=str)
-        for row in runs.astype(object).where(runs.notna(), None).to_dict("records")
-    ]
-    texts = {"runs.jsonl": "\n".join(lines) + "\n", "summary.md": summarise(ranks)}
+    lines = sorted(
+        map(json.loads, _read_notes(run_root)), key=lambda run: [run[name] for name in RUN]
+    )
+    texts = {
+        "runs.jsonl": "".join(f"{json.dumps(line)}\n" for line in lines),
+        "summary.md": summarise(ranks),
+    }
     if len(probes):
         texts["probes.csv"] = probes.to_csv(index=False)
     for name, text in texts.items():
@@ -119,22 +114,26 @@ def write_report(run_root: str | Path, out: str | Path) -> Path:
     return out
 
 
+def average_arms(scores: pd.DataFrame) -> pd.DataFrame:
+    """Average `score_arms` over seeds: a row an arm, the best first; its seeds, then the averages."""
+    means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed")
+    means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
+    means.insert(0, "seeds", scores.groupby("arm").size())
+    return means
+
+
 def summarise(ranks: pd.DataFrame, baseline: str = "contrastive") -> str:
     """Summarise the arms as a Markdown table: means over seeds, and the difference to `baseline`.
 
     Arms are ordered by their overall score. The interval is that of `paired_effects`.
     """
-    scores = score_arms(ranks)
-    means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed")
-    means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
-    seeds, differences = scores.groupby("arm").size(), {}
+    means, differences = average_arms(score_arms(ranks)), {}
     if baseline in means.index and len(means) > 1:
-        effects = paired_effects(ranks, baseline).set_index("arm")
-        differences = {arm: format_effect(row) for arm, row in effects.iterrows()}
-    head = ["arm", "seeds", *means.columns, f"minus {baseline} [95 % interval]"]
-    rows = [
-        [arm, str(seeds[arm]), *(f"{value:.1f}" for value in row), differences.get(arm, "")]
-        for arm, row in zip(means.index, means.to_numpy(), strict=True)
-    ]
-    lines = [head, ["---"] * len(head), *rows]
+        effects = paired_effects(ranks, baseline)
+        differences = {row.arm: format_effect(row) for row in effects.itertuples()}
+    head = ["arm", *means.columns, f"minus {baseline} [95 % interval]"]
+    lines = [head, ["---"] * len(head)]
+    for arm, seeds, *values in means.itertuples():
+        shown = [f"{value:.1f}" for value in values]
+        lines.append([arm, str(seeds), *shown, differences.get(arm, "")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,17 +35,14 @@ def rank(
     bit with the place of a column. So equal candidates are first made one column, and columns are
     ordered by content: equal embeddings always tie, and the order of a list changes nothing.
     """
-    for name, vectors in (("query", queries), ("candidate", candidates)):
-        for row in np.flatnonzero(~np.isfinite(vectors.sum(axis=1)))[:1]:
-            raise ValueError(f"the embedding of {name} {row} has values that are not finite")
     lengths = np.array([len(index) for index in candidate_index])
-    if len(lengths) != len(queries) or (lengths == 0).any():
-        raise ValueError(
-            f"{len(queries)} queries need as many lists of at least one candidate, "
-            f"found {len(lengths)}"
-        )
-    queries, candidates = (np.asarray(x, dtype=np.float32) for x in (queries, candidates))
-    first, column = _find_distinct(candidates)
+    if len(lengths) != len(queries) or not lengths.all():
+        raise ValueError(f"{len(queries)} queries need as many lists of one candidate at least")
+    if not (np.isfinite(queries).all() and np.isfinite(candidates).all()):
+        raise ValueError("an embedding has values that are not finite")
+    queries, candidates = (np.ascontiguousarray(x, np.float32) for x in (queries, candidates))
+    whole = candidates.view(np.dtype((np.void, candidates[0].nbytes))).ravel()  # a row, as bytes
+    _, first, column = np.unique(whole, return_index=True, return_inverse=True)
     longest = int(lengths.max(initial=1))
     # Few distinct candidates: one product with all of them. Many: gather the lists of a few queries
     # at a time, which breaks even at some 50 times as many distinct candidates as a list has.
@@ -62,20 +58,11 @@ def rank(
             used, index = np.unique(index, return_inverse=True)
             table = candidates[first[used]]
         scores = np.take_along_axis(queries[rows] @ table.T, index.reshape(valid.shape), axis=1)
-        right = scores[:, :1].copy()
-        valid[:, 0] = False
-        counts[rows, 0] = ((scores > right) & valid).sum(axis=1)
-        counts[rows, 1] = ((scores == right) & valid).sum(axis=1)
+        others, right = valid[:, 1:], scores[:, :1]
+        counts[rows, 0] = ((scores[:, 1:] > right) & others).sum(axis=1)
+        counts[rows, 1] = ((scores[:, 1:] == right) & others).sum(axis=1)
     better, tied = counts.T
     return pd.DataFrame({"rank": 1 + better + tied, "ties": tied, "n_candidates": lengths})
-
-
-def _find_distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Find distinct rows of (N, H): where each stands first (M,), and which one each row is (N,)."""
-    digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in vectors)
-    keys = np.frombuffer(digests, dtype="V16")
-    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    return first, which
 
 
 def evaluate(
@@ -86,21 +73,18 @@ def evaluate(
     tasks: Sequence[Task] = TASKS,
     n_queries: int | None = None,
     cache_dir: str | Path | None = None,
-    seed: int = 0,
     show_progress: bool = True,
     **encoding: Any,
 ) -> pd.DataFrame:
     """Rank the right candidate of every query of `tasks` below `root`: the columns RANKS.
 
     `query` is the row number in the task's file. `image_root` is root/images unless given.
-    `n_queries` draws that many rows a task by `seed`. `encoding` goes to `encode_distinct`. All
-    rows, and that all pictures are there, is checked before anything is encoded. Raises what
-    `load_eval`, `list_items` and `encode_distinct` raise, and ValueError for an embedder without
-    `fingerprint` that is to store its embeddings. MMEB's own tasks must have as many candidates as
-    `Task` says.
+    `n_queries` draws that many rows a task, the same ones each time. `encoding` goes to
+    `encode_distinct`. All rows, and that all pictures are there, is checked before anything is
+    encoded. Raises what `load_eval`, `list_items` and `encode_distinct` raise, and ValueError for an
+    embedder without `fingerprint` that is to store its embeddings. MMEB's own tasks must have as
+    many candidates as `Task` says.
     """
-    if n_queries is not None and n_queries < 1:
-        raise ValueError(f"n_queries must be at least 1, found {n_queries}")
     fingerprint = getattr(embedder, "fingerprint", "")
     if cache_dir is not None and not fingerprint:
         raise ValueError(
@@ -112,7 +96,7 @@ def evaluate(
         rows = load_eval(root, task.name, n_candidates=task.n_candidates if task in TASKS else None)
         chosen = np.arange(len(rows))
         if n_queries is not None and n_queries < len(rows):
-            draw = np.random.default_rng(seed).choice(len(rows), n_queries, replace=False)
+            draw = np.random.default_rng(0).choice(len(rows), n_queries, replace=False)
             chosen = np.sort(draw)
         loaded.append(list_items(rows, chosen, f"{root}, {task.name}", image_root))
     bar = tqdm(tasks, desc="evaluate", unit="task", disable=not show_progress)
@@ -138,27 +122,26 @@ def _rank_task(embedder: Any, items: EvalItems, **encoding: Any) -> pd.DataFrame
     return rank(vectors[:n], vectors[n:], items.candidates).assign(query=items.queries)
 
 
-def score_tasks(ranks: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+def score_tasks(ranks: pd.DataFrame, *, n_boot: int = 1000) -> pd.DataFrame:
     """Score each task: P@1, hit@5, MRR and NDCG@10 in percent, one row a (run,) task and metric.
 
     ranks: columns RANKS, and `arm`, `seed` where they are of several runs. Returns (arm, seed,)
     task, meta_task, in_distribution, metric, value, n (queries), low, high, ties (queries whose
     answer ties with another candidate), n_candidates (the largest of a query). low, high: 95 %
     percentile bootstrap over queries. For MMEB's public rule on ties pass
-    `ranks.assign(rank=ranks["rank"] - ranks["ties"])`. Raises ValueError without queries.
+    `ranks.assign(rank=ranks["rank"] - ranks["ties"])`.
     """
-    if ranks.empty:
-        raise ValueError("no queries to score")
-    keys, rows = [*_run_columns(ranks), *TASK], []
-    for values, part in ranks.groupby(keys, sort=False, observed=True):
-        facts = dict(zip(keys, values, strict=True))
-        tail = {"ties": int((part["ties"] > 0).sum()), "n_candidates": part["n_candidates"].max()}
-        scores = _score_ranks(part["rank"].to_numpy(), n_boot, seed)
-        rows += [{**facts, **score, "n": len(part), **tail} for score in scores]
+    rows = []
+    for run, part in _split(ranks):
+        for values, task in part.groupby(TASK, sort=False, observed=True):
+            facts = {**run, **dict(zip(TASK, values, strict=True)), "n": len(task)}
+            facts["ties"] = int((task["ties"] > 0).sum())
+            facts["n_candidates"] = task["n_candidates"].max()
+            rows += [facts | score for score in _score_ranks(task["rank"].to_numpy(), n_boot)]
     return pd.DataFrame(rows)
 
 
-def _score_ranks(ranks: np.ndarray, n_boot: int, seed: int) -> list[dict[str, Any]]:
+def _score_ranks(ranks: np.ndarray, n_boot: int) -> list[dict[str, Any]]:
     """Score ranks (Q,): rows of metric, value, low, high."""
     # A resample of the queries is a multinomial draw of how often each distinct rank occurs.
     distinct, counts = np.unique(ranks, return_counts=True)
@@ -166,46 +149,35 @@ def _score_ranks(ranks: np.ndarray, n_boot: int, seed: int) -> list[dict[str, An
     gain = np.where(distinct <= 10, 1 / np.log2(1 + distinct), 0)
     values = 100 * np.stack([distinct == 1, distinct <= 5, 1 / distinct, gain])
     n = counts.sum()
-    draws = np.random.default_rng(seed).multinomial(n, counts / n, size=n_boot)
+    draws = np.random.default_rng(0).multinomial(n, counts / n, size=n_boot)
     low, high = np.percentile(values @ draws.T / n, [2.5, 97.5], axis=1)
     columns = zip(METRICS, values @ counts / n, low, high, strict=True)
     return [{"metric": m, "value": v, "low": lo, "high": hi} for m, v, lo, hi in columns]
 
 
-def score_averages(ranks: pd.DataFrame, *, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
+def score_averages(ranks: pd.DataFrame, *, n_boot: int = 1000) -> pd.DataFrame:
     """Score MMEB's averages: a row a (run and) average, P@1 in percent with its interval.
 
     Returns (arm, seed,) average, value, low, high, n_tasks, n (queries). low, high: 95 % percentile
     bootstrap over the queries within each task; the tasks are fixed and weigh the same. An average
-    over no task is nan. Raises ValueError without queries.
+    over no task is nan.
     """
-    if ranks.empty:
-        raise ValueError("no queries to score")
-    if not (keys := _run_columns(ranks)):
-        return pd.DataFrame(_average_ranks(ranks, n_boot, seed))
-    rows = [
-        {**dict(zip(keys, values, strict=True)), **row}
-        for values, part in ranks.groupby(keys, sort=False, observed=True)
-        for row in _average_ranks(part, n_boot, seed)
-    ]
+    rows = [run | row for run, part in _split(ranks) for row in _average_ranks(part, n_boot)]
     return pd.DataFrame(rows)
 
 
-def _average_ranks(ranks: pd.DataFrame, n_boot: int, seed: int) -> list[dict[str, Any]]:
-    rng, hits, boots = np.random.default_rng(seed), {}, {}
-    for name, part in ranks.groupby("task", sort=False, observed=True):
-        hits[name] = part["rank"].to_numpy() == 1
-        # A resample of n queries of which a share p are hits has Binomial(n, p) hits.
-        n = len(part)
-        boots[name] = 100 * rng.binomial(n, hits[name].mean(), n_boot) / n  # (n_boot,)
-    tasks, rows = list_tasks(ranks), []
-    values = averages({name: 100 * hit.mean() for name, hit in hits.items()}, tasks)
+def _average_ranks(ranks: pd.DataFrame, n_boot: int) -> list[dict[str, Any]]:
+    rng, tasks = np.random.default_rng(0), list_tasks(ranks)
+    hits = (ranks["rank"] == 1).groupby(ranks["task"], sort=False, observed=True)
+    hits = hits.agg(["mean", "size"])
+    # A resample of n queries of which a share p are hits has Binomial(n, p) hits.
+    boots = {name: 100 * rng.binomial(n, p, n_boot) / n for name, p, n in hits.itertuples()}
+    values, rows = averages(dict(100 * hits["mean"]), tasks), []
     for average, names in group_tasks(tasks).items():
         drawn = np.mean([boots[name] for name in names], axis=0) if names else np.nan
         low, high = np.percentile(drawn, [2.5, 97.5])
         facts = {"average": average, "value": values[average], "low": low, "high": high}
-        n = sum(len(hits[name]) for name in names)
-        rows.append({**facts, "n_tasks": len(names), "n": n})
+        rows.append({**facts, "n_tasks": len(names), "n": hits.loc[names, "size"].sum()})
     return rows
 
 
@@ -215,11 +187,11 @@ def score_arms(ranks: pd.DataFrame) -> pd.DataFrame:
     Raises ValueError if a run lacks a task that another has: their means would not compare.
     """
     tasks, rows = list_tasks(ranks), []
-    for (arm, seed), part in ranks.groupby(RUN, sort=False, observed=True):
+    for run, part in _split(ranks):
         scores = (100.0 * (part["rank"] == 1)).groupby(part["task"], observed=True).mean()
         if lost := {task.name for task in tasks} - set(scores.index):
-            raise ValueError(f"arm {arm}, seed {seed} has no ranks of {', '.join(sorted(lost))}")
-        rows.append({"arm": arm, "seed": seed, **averages(dict(scores), tasks)})
+            raise ValueError(f"{run} has no ranks of {', '.join(sorted(lost))}")
+        rows.append({**run, **averages(dict(scores), tasks)})
     return pd.DataFrame(rows)
 
 
@@ -229,5 +201,9 @@ def list_tasks(ranks: pd.DataFrame) -> list[Task]:
     return [Task(*row) for row in facts.itertuples(index=False)]
 
 
-def _run_columns(ranks: pd.DataFrame) -> list[str]:
-    return [name for name in RUN if name in ranks]
+def _split(ranks: pd.DataFrame) -> list[tuple[dict[str, Any], pd.DataFrame]]:
+    """List the runs of a table of ranks: (arm and seed, where it names them, and its rows)."""
+    if not (keys := [name for name in RUN if name in ranks]):
+        return [({}, ranks)]
+    runs = ranks.groupby(keys, sort=False, observed=True)
+    return [(dict(zip(keys, values, strict=True)), part) for values, part in runs]

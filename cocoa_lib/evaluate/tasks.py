@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.tables import META_TASKS, Task, read_manifest
+from ..data.tables import META_TASKS, Task, find_part, read_manifest
 
 PUBLISHED = Path(__file__).resolve().parent.parent.parent / "data" / "published_mmeb.csv"
 
@@ -55,7 +55,7 @@ def averages(scores: Mapping[str, float], tasks: Sequence[Task] = TASKS) -> dict
     four meta-task means. An average over no task is nan. Raises ValueError for an unknown task.
     """
     if unknown := sorted(set(scores) - {task.name for task in tasks}):
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {_list_names(tasks)}")
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}")
     present = group_tasks([task for task in tasks if task.name in scores])
     return {
         group: math.fsum(scores[name] for name in names) / len(names) if names else math.nan
@@ -77,20 +77,11 @@ def read_published() -> pd.DataFrame:
 
 
 def list_known(root: str | Path) -> tuple[Task, ...]:
-    """List the tasks that a data folder's manifest names, or else MMEB's 36.
-
-    Raises ValueError for a manifest whose tasks are not tasks.
-    """
-    path = Path(root) / "manifest.json"
-    if not path.is_file() or "tasks" not in (manifest := read_manifest(root)):
+    """List the tasks that a data folder's manifest names, or else MMEB's 36."""
+    if not (Path(root) / "manifest.json").is_file():
         return TASKS
-    try:
-        return tuple(Task(*fields) for fields in manifest["tasks"])
-    except TypeError as error:
-        raise ValueError(
-            f"{path}: tasks: expected lists of name, meta-task, in-distribution, candidates; "
-            "make the data folder again"
-        ) from error
+    named = read_manifest(root).get("tasks")
+    return TASKS if named is None else tuple(Task(*fields) for fields in named)
 
 
 def choose_tasks(names: Sequence[str], root: str | Path) -> tuple[Task, ...]:
@@ -98,16 +89,11 @@ def choose_tasks(names: Sequence[str], root: str | Path) -> tuple[Task, ...]:
 
     Raises ValueError for an unknown name, and for "all" where there is none.
     """
-    known = list_known(root)
-    if unknown := sorted(set(names) - {"all", *(task.name for task in known)}):
-        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {_list_names(known)}")
-    if "all" not in names:
-        return tuple(task for task in known if task.name in names)
-    folder = Path(root) / "eval" if (Path(root) / "eval").is_dir() else Path(root)
-    if not (found := tuple(task for task in known if (folder / task.name).is_dir())):
-        raise ValueError(f"{folder}: no task's folder; expected some of {_list_names(known)}")
-    return found
-
-
-def _list_names(tasks: Sequence[Task]) -> str:
-    return ", ".join(task.name for task in tasks)
+    known, folder = {task.name: task for task in list_known(root)}, find_part(root, "eval")
+    if unknown := sorted(set(names) - {"all", *known}):
+        raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(known)}")
+    if "all" in names:
+        names = [name for name in known if (folder / name).is_dir()]
+    if not names:
+        raise ValueError(f"{folder}: no task's folder; expected some of {', '.join(known)}")
+    return tuple(task for name, task in known.items() if name in names)

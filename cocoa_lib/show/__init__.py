@@ -1,5 +1,8 @@
 """Figures and explorers for the notebooks."""
 
+import datasets
 from transformers.utils import logging
 
-logging.disable_progress_bar()  # a bar for the second that loading takes stays on a page for ever
+# Bars for the second that loading takes stay on a page for ever.
+logging.disable_progress_bar()
+datasets.disable_progress_bars()

@@ -13,7 +13,10 @@ from IPython.display import HTML
 from scipy import stats
 
 from ..data.tables import META_TASKS
-from ..evaluate import paired_effects, score_arms
+from ..evaluate.effects import format_effect, is_significant, paired_effects
+from ..evaluate.results import average_arms
+from ..evaluate.score import list_tasks, score_arms
+from ..evaluate.tasks import group_tasks
 from .figures import COLOURS
 from .panel import still
 
@@ -47,10 +50,7 @@ def over_seeds(values: pd.Series) -> dict[str, float]:
 
 def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
     """Tabulate mean scores over seeds, the best arm first."""
-    means = scores.groupby("arm").mean(numeric_only=True).drop(columns="seed").round(1)
-    means = means.dropna(axis="columns", how="all").sort_values("overall", ascending=False)
-    means.insert(0, "seeds", scores.groupby("arm").size())
-    return means
+    return average_arms(scores).round(1)
 
 
 def list_hypotheses(runs: pd.DataFrame) -> str:
@@ -61,29 +61,27 @@ def list_hypotheses(runs: pd.DataFrame) -> str:
 
 
 def list_groups(ranks: pd.DataFrame) -> list[str]:
-    """List MMEB's averages that have a task in `ranks`."""
-    has = {"overall"} | set(ranks["meta_task"])
-    has |= {"ind", "ood"} if ranks["in_distribution"].nunique() > 1 else set()
-    return [group for group in GROUPS if group in has]
+    """List MMEB's averages that have a task in `ranks`; ind and ood where both have."""
+    groups = group_tasks(list_tasks(ranks))
+    lone = {"ind", "ood"} if not (groups["ind"] and groups["ood"]) else set()
+    return [group for group in GROUPS if groups[group] and group not in lone]
 
 
 def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame:
     """Compare two arms overall (planned) and by kind of task (exploratory), as `draw_forest` takes it."""
     two = ranks[ranks["arm"].isin([arm, baseline])]
-    rows = [
-        paired_effects(two, baseline, group=group).assign(
-            arm=group, group="planned" if group == "overall" else "exploratory"
-        )
-        for group in list_groups(two)
-    ]
+    rows = []
+    for group in list_groups(two):
+        kind = "planned" if group == "overall" else "exploratory"
+        rows.append(paired_effects(two, baseline, group=group).assign(arm=group, group=kind))
     return pd.concat(rows, ignore_index=True)
 
 
 def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
     """Say the first row of `compare_groups` in one sentence."""
     row, names = effects.iloc[0], [NAMES.get(name, name) for name in (arm, baseline)]
-    if row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0):
-        return f"{names[0]} is {'better' if row['low'] > 0 else 'worse'} than {names[1]} overall"
+    if is_significant(row):
+        return f"{names[0]} is {'better' if row.low > 0 else 'worse'} than {names[1]} overall"
     return f"{names[0]} and {names[1]} cannot be told apart overall"
 
 
@@ -119,8 +117,7 @@ def say_curve(ranks: pd.DataFrame, curve: pd.DataFrame, arm: str, baseline: str)
     for x in sorted(set(lines[0].index) & set(lines[1].index)):
         two = ranks[ranks["arm"].isin([lines[0][x], lines[1][x]])]
         row = paired_effects(two, lines[1][x]).iloc[0]
-        clear = row["n_seeds"] > 1 and (row["low"] > 0 or row["high"] < 0)
-        word = "level" if not clear else "ahead" if row["low"] > 0 else "behind"
+        word = "level" if not is_significant(row) else "ahead" if row.low > 0 else "behind"
         parts.setdefault(word, []).append(f"{x:,}")
     said = " and ".join(f"{word} after {', '.join(steps)}" for word, steps in parts.items())
     return f"{NAMES.get(arm, arm)} is {said} contrastive steps" if said else ""
@@ -142,20 +139,11 @@ def tables_of_arms(
 
 def split_by_group(tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Turn `tables_of_arms` into arms x groups: `difference` in points, `clear` where 0 lies outside."""
-    parts = {
-        group: table.set_index("arm")
-        for (metric, group), table in tables.items()
-        if metric == "p@1"
-    }
-    order = parts["overall"].sort_values("difference", ascending=False).index
+    parts = {group: tables["p@1", group].set_index("arm") for _, group in tables}
     difference = pd.DataFrame({group: part["difference"] for group, part in parts.items()})
-    clear = pd.DataFrame(
-        {
-            group: (part["n_seeds"] > 1) & ((part["low"] > 0) | (part["high"] < 0))
-            for group, part in parts.items()
-        }
-    )
-    return {"difference": difference.loc[order], "clear": clear.loc[order]}
+    difference = difference.sort_values("overall", ascending=False)
+    clear = pd.DataFrame({group: is_significant(part) for group, part in parts.items()})
+    return {"difference": difference, "clear": clear.loc[difference.index]}
 
 
 def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
@@ -199,12 +187,11 @@ def arms_html(table: pd.DataFrame, baseline: str) -> str:
     """Show arms against the baseline, the best first: arm, score, difference, low, high, n_seeds."""
     table = table.sort_values("difference", ascending=False)
     left, right = np.floor(min(table["low"].min(), 0)) - 1, np.ceil(max(table["high"].max(), 0)) + 1
-    rows = "".join(
-        f"<tr><td>{escape(str(row.arm))}</td><td>{row.score:.1f}</td>"
-        f"<td>{interval_svg(row.low, row.difference, row.high, left, right)}</td>"
-        f"<td>{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]</td><td>{row.n_seeds}</td></tr>"
-        for row in table.itertuples()
-    )
+    rows = ""
+    for row in table.itertuples():
+        drawn = interval_svg(row.low, row.difference, row.high, left, right)
+        cells = (escape(str(row.arm)), f"{row.score:.1f}", drawn, format_effect(row), row.n_seeds)
+        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     head = f"<th>arm</th><th>score, %</th><th>arm - {escape(baseline)}, {left:+.0f} to {right:+.0f}</th>"
     return (
         f"<table><thead><tr>{head}<th>points [95 % interval]</th><th>seeds</th></tr></thead>"

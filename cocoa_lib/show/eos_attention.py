@@ -18,7 +18,7 @@ from ..attention import EOS
 from ..backbone import hidden_states, language_model
 from ..inputs import Batch, Inputs
 from .figures import COLOURS
-from .panel import Explorer, explore, menu, picture_uri, read_upload, show_html, slider
+from .panel import Explorer, ask_picture, ask_words, picture_uri, read_upload, wrap
 from .restored import cells_image
 from .retrieval import words_of
 
@@ -66,14 +66,11 @@ def cells_html(weights: np.ndarray, top: float, image: Image.Image) -> str:
     rows, columns = weights.shape
     side = max(8, min(64, 288 // max(rows, columns)))
     width, height = columns * side, rows * side
-    parts = [
-        f'<image href="{picture_uri(image)}" width="{width}" height="{height}" opacity="0.6" '
-        'preserveAspectRatio="none" style="image-rendering:pixelated"/>'
-    ]
+    squares = ""
     for (y, x), weight in np.ndenumerate(weights):
-        a = (side - 2) * (weight / top) ** 0.5 if top > 0 else 0
+        a = (side - 2) * (weight / top) ** 0.5
         corner = f'x="{(x + 0.5) * side - a / 2:.1f}" y="{(y + 0.5) * side - a / 2:.1f}"'
-        parts.append(
+        squares += (
             f'<rect class="weight" {corner} width="{a:.1f}" height="{a:.1f}" fill="{COLOURS[0]}" '
             f'fill-opacity="0.8" stroke="white"><title>row {y + 1}, column {x + 1}: {weight:.2%}'
             "</title></rect>"
@@ -82,13 +79,15 @@ def cells_html(weights: np.ndarray, top: float, image: Image.Image) -> str:
     label = f"{rows} x {columns} cells, largest weight {weights.max():.1%} at row {y + 1}, column {x + 1}"
     return (
         f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" style="max-width:100%;margin:4px">{"".join(parts)}</svg>'
+        f'height="{height}" style="max-width:100%;margin:4px"><image href="{picture_uri(image)}" '
+        f'width="{width}" height="{height}" opacity="0.6" preserveAspectRatio="none" '
+        f'style="image-rendering:pixelated"/>{squares}</svg>'
     )
 
 
 def bar_html(name: str, weight: float, top: float) -> str:
     """Draw one token's weight as a bar; `top` is 90 pixels long."""
-    look = f"width:{90 * weight / top if top > 0 else 0:.1f}px;height:10px;background:{COLOURS[0]}"
+    look = f"width:{90 * weight / top:.1f}px;height:10px;background:{COLOURS[0]}"
     return (
         f'<div style="{BOX}"><span style="{NAME}">{escape(name)}</span>'
         f'<span class="bar" style="{look}"></span>&nbsp;{weight:.1%}</div>'
@@ -98,10 +97,7 @@ def bar_html(name: str, weight: float, top: float) -> str:
 def attention_html(
     found: EosAttention, inputs: Inputs, *, layer: int, head: int, direction: str
 ) -> str:
-    """Show weights from or to EOS over the picture's cells and beside the other tokens, on one scale.
-
-    layer: from 1; head: from 1, 0 is the mean over heads; direction: "from_eos" or "to_eos".
-    """
+    """Show the weights of one layer (from 1) and head (from 1; 0 is the mean): picture, bars, shares."""
     heads = getattr(found, direction)[layer - 1]  # (heads, L)
     weights = heads[head - 1] if head else heads.mean(0)
     batch, top = found.batch, float(weights.max())
@@ -112,29 +108,23 @@ def attention_html(
         cells = weights[at_picture][start : start + rows * columns].reshape(rows, columns)
         pictures += cells_html(cells, top, cells_image(batch["pixel_values"][patch:], grid, inputs))
         start, patch = start + rows * columns, patch + int(grid.prod())
-    names = [inputs.tokenizer.decode([token]) for token in batch["input_ids"][0].tolist()]
+    ids, bars = batch["input_ids"][0].tolist(), ""
     eos = batch["segment_ids"][0].numpy() == EOS
-    bars = "".join(
-        bar_html(
-            "EOS" if eos[i] else SPECIAL.sub(r"\1", names[i]).strip() or "space",
-            float(weights[i]),
-            top,
-        )
-        for i in np.flatnonzero(~at_picture)
-    )
-    total = weights.sum() if direction == "from_eos" else len(weights)
+    for i in np.flatnonzero(~at_picture):
+        name = SPECIAL.sub(r"\1", inputs.tokenizer.decode([ids[i]])).strip() or "space"
+        bars += bar_html("EOS" if eos[i] else name, float(weights[i]), top)
+    # EOS shares its attention out over all tokens; the others each give it a share of theirs.
+    looks = direction == "from_eos"
     parts = {"the picture": at_picture, "EOS itself": eos, "the text": ~at_picture & ~eos}
     shares = ", ".join(
-        f"{name} {weights[at].sum() / (total if direction == 'from_eos' else at.sum()):.0%}"
+        f"{name} {weights[at].sum() / (weights.sum() if looks else at.sum()):.0%}"
         for name, at in parts.items()
         if at.any()
     )
-    said = (
-        "EOS looks at" if direction == "from_eos" else "Share of its attention that EOS gets from"
-    )
+    said = "EOS looks at" if looks else "Share of its attention that EOS gets from"
     which = f"head {head}" if head else f"mean of {len(heads)} heads"
     return (
-        show_html(f'{pictures}<div style="columns:240px;font-size:12px;flex:1">{bars}</div>').data
+        wrap(f'{pictures}<div style="columns:240px;font-size:12px;flex:1">{bars}</div>')
         + f'<p aria-live="polite">Layer {layer}, {which}. {said}: {shares}.</p>'
     )
 
@@ -144,19 +134,17 @@ def explore_attention(model, inputs: Inputs, items: Sequence[Mapping[str, Any]])
 
     items: {text, image}. One forward pass an item; another layer or head only draws anew.
     """
-    text = language_model(model).config
     last = len(language_model(model).layers)
     samples = {f"{i + 1}: {words_of(each, 36) or 'a picture'}": i for i, each in enumerate(items)}
-    heads = {"mean": 0} | {f"head {h + 1}": h + 1 for h in range(text.num_attention_heads)}
+    n_heads = language_model(model).config.num_attention_heads
+    heads = {"mean": 0} | {f"head {h}": h for h in range(1, n_heads + 1)}
     controls = {
-        "input": menu(samples, "input"),
-        "words": widgets.Text(
-            placeholder="your own text", description="or type", continuous_update=False
-        ),
-        "upload": widgets.FileUpload(accept="image/*", description="or upload a picture"),
-        "layer": slider(last, 1, last, "layer"),
-        "head": menu(heads, "head"),
-        "direction": menu(DIRECTIONS, "direction"),
+        "input": widgets.Dropdown(options=list(samples.items()), description="input"),
+        "words": ask_words(),
+        "upload": ask_picture(),
+        "layer": widgets.IntSlider(last, 1, last, description="layer", continuous_update=False),
+        "head": widgets.Dropdown(options=list(heads.items()), description="head"),
+        "direction": widgets.Dropdown(options=list(DIRECTIONS.items()), description="direction"),
     }
 
     @lru_cache(maxsize=8)
@@ -171,4 +159,4 @@ def explore_attention(model, inputs: Inputs, items: Sequence[Mapping[str, Any]])
 
     layers = {str(n): n for n in sorted({1, (last + 1) // 2, last}, reverse=True)}
     cases = {"input": dict(list(samples.items())[:3]), "layer": layers, "direction": DIRECTIONS}
-    return explore(controls, answer, cases)
+    return Explorer(controls, answer, cases)

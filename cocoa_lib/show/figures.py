@@ -27,6 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
+from ..evaluate.effects import format_effect, is_significant
+
 # Okabe and Ito's palette, neighbours of different lightness; grey for their yellow, faint on white.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#777777", "#000000")
 LIGHT = "#f2f2f2"
@@ -48,10 +50,9 @@ STYLE = {
 mpl.rcParams.update(STYLE)
 
 
-def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float = 3.0, **kwargs: Any):
-    """Open a figure in the project's style: (figure, axes); all are as wide as a page's text."""
-    width = max(width, 6.5)
-    return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
+def new(rows: int = 1, columns: int = 1, *, width: float = 6.5, height: float, **kwargs: Any):
+    """Open a figure in the project's style: (figure, axes); at least as wide as a page's text."""
+    return plt.subplots(rows, columns, figsize=(max(width, 6.5), height), **kwargs)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -66,12 +67,11 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 def show(figure: Figure, caption: str, path: str | Path | None = None) -> None:
     """Display a figure with its alt text, and its caption below; also save it where `path` says."""
+    file = io.BytesIO()
     if path is None:
-        file = io.BytesIO()
         figure.savefig(file, metadata={"Software": None})
-        png = file.getvalue()
-    else:  # drawn a second time, a figure can be laid out a hair differently
-        png = save(figure, path).read_bytes()
+    # Drawn a second time, a figure can be laid out a hair differently.
+    png = file.getvalue() or save(figure, path).read_bytes()
     display(Shown(data=png, alt=figure.alt))
     display(HTML(f'<p class="figure-caption">{escape(caption)}</p>'))
 
@@ -120,16 +120,16 @@ def _label(
     axis.annotate(text, at, xycoords=xycoords, xytext=(dx, 0), textcoords="offset points", **look)
 
 
-def name_runs(names: Sequence[str], most: int = 24) -> tuple[list[float], list[str]]:
+def name_runs(names: Sequence[str]) -> tuple[list[float], list[str]]:
     """Ticks and labels of tokens: three or more of one name in a row share one label.
 
-    With more than `most` labels, only shared ones and EOS are named.
+    With more than 24 labels, only shared ones and EOS are named.
     """
     runs: list[tuple[str, list[int]]] = []
     for name, each in itertools.groupby(range(len(names)), key=lambda i: names[i]):
         places = list(each)
         runs += [(name, places)] if len(places) > 2 else [(name, [i]) for i in places]
-    if len(runs) > most:
+    if len(runs) > 24:
         runs = [(name, each) for name, each in runs if len(each) > 2 or name == "EOS"]
     labels = [f"{name} x {len(each)}" if len(each) > 1 else name for name, each in runs]
     return [float(np.mean(each)) for _, each in runs], labels
@@ -204,42 +204,27 @@ def draw_training(
 
 
 def draw_pictures(
-    images: Sequence[Image.Image | np.ndarray],
-    captions: Sequence[str] = (),
-    *,
-    columns: int = 6,
-    rows: Sequence[str] = (),
-    title: str = "",
+    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int = 6, title: str
 ) -> Figure:
-    """Draw pictures in a grid, each with its text below; `rows` names the rows at the left."""
+    """Draw pictures in a grid, each with its text below."""
     texts = [textwrap.shorten(text, 90, placeholder=" ...") for text in captions]
     texts, size = [textwrap.fill(text, 20) for text in texts], 1.3
-    below = 0.12 * max((text.count("\n") + 1 for text in texts), default=0)
-    n_rows = max(1, -(-len(images) // columns))
-    height = (size + below + 0.05) * n_rows + 0.25 * bool(title)
-    figure, axes = new(n_rows, columns, width=size * columns, height=height, squeeze=False)
+    below = 0.12 * max(text.count("\n") + 1 for text in texts)
+    rows = -(-len(images) // columns)
+    height = (size + below + 0.05) * rows + 0.25
+    figure, axes = new(rows, columns, width=size * columns, height=height, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[], anchor="N", frame_on=False)
-    for axis, image, text in itertools.zip_longest(axes.flat, images, texts, fillvalue=None):
-        if image is not None:
-            axis.imshow(image, interpolation="nearest")
-        _label(axis, text or "", (0.5, -0.04), "axes fraction", ha="center", va="top", fontsize=7)
-    for axis, name in zip(axes[:, 0], rows, strict=False):
-        axis.set_ylabel(name, fontsize=8)
-    return _finish(figure, title, f"{len(images)} pictures. {'; '.join([*rows, *captions[:3]])}")
+    for axis, image, text in zip(axes.flat, images, texts, strict=False):
+        axis.imshow(image, interpolation="nearest")
+        _label(axis, text, (0.5, -0.04), "axes fraction", ha="center", va="top", fontsize=7)
+    return _finish(figure, title, f"{len(images)} pictures. {'; '.join(captions[:3])}")
 
 
-def draw_scores(
-    table: pd.DataFrame, *, title: str, xlabel: str = "precision@1, %", order: Sequence[str] = ()
-) -> Figure:
-    """Draw a row of dots a task: columns task, label, value and optionally low, high.
-
-    order: the tasks from top to bottom, in the table's order unless given.
-    """
-    order = list(order) or list(dict.fromkeys(table["task"]))
-    labels = list(dict.fromkeys(table["label"]))
-    height = max(0.24, 0.1 * len(labels)) * len(order) + 1.0
-    figure, axis = new(width=6.5, height=height)
+def draw_scores(table: pd.DataFrame, *, title: str, xlabel: str = "precision@1, %") -> Figure:
+    """Draw a row of dots a task: columns task, label, value and optionally low, high."""
+    order, labels = (list(dict.fromkeys(table[name])) for name in ("task", "label"))
+    figure, axis = new(height=max(0.24, 0.1 * len(labels)) * len(order) + 1.0)
     for i, label in enumerate(labels):
         part = table[table["label"] == label].set_index("task").reindex(order)
         y = np.arange(len(order)) + (i - (len(labels) - 1) / 2) * 0.6 / len(labels)
@@ -262,13 +247,13 @@ def draw_forest(effects: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
     group = effects.get("group", pd.Series("", index=effects.index))
     starts = (group.ne("") & group.ne(group.shift())).to_numpy()
     y = np.arange(len(effects)) + np.cumsum(starts)
-    figure, axis = new(width=6.5, height=0.28 * (y[-1] + 1) + 0.9)
+    figure, axis = new(height=0.28 * (y[-1] + 1) + 0.9)
     for place, row in zip(y, effects.itertuples(), strict=True):
-        clear = row.n_seeds > 1 and (row.low > 0 or row.high < 0)  # one seed says nothing of others
+        clear = is_significant(row)
         colour, fill = (COLOURS[0], COLOURS[0]) if clear else ("grey", "white")
         axis.plot([row.low, row.high], [place, place], color=colour, linewidth=2)
         axis.plot(row.difference, place, "o", color=colour, markerfacecolor=fill, markersize=6)
-        text = f"{row.difference:+.1f} [{row.low:+.1f}, {row.high:+.1f}]  n = {row.n_seeds}"
+        text = f"{format_effect(row)}  n = {row.n_seeds}"
         _label(axis, text, (1.02, place), ("axes fraction", "data"))
     for place, name in zip(y[starts], group[starts], strict=True):
         _label(axis, name, (0, place - 1), ("axes fraction", "data"), 4, fontweight="bold")
@@ -276,9 +261,7 @@ def draw_forest(effects: pd.DataFrame, *, title: str, xlabel: str) -> Figure:
     axis.set_yticks(y, [textwrap.fill(str(arm), 34) for arm in effects["arm"]])
     axis.set(ylim=(y[-1] + 0.6, -0.6), xlabel=xlabel)
     axis.tick_params(axis="y", length=0)
-    rows = (
-        f"{r.arm} {r.difference:+.1f} [{r.low:+.1f}, {r.high:+.1f}]" for r in effects.itertuples()
-    )
+    rows = (f"{row.arm} {format_effect(row)}" for row in effects.itertuples())
     return _finish(figure, title, f"Differences with 95 % intervals: {'; '.join(rows)}.")
 
 
@@ -307,21 +290,18 @@ def draw_heat(
     unit: str,
     fmt: str = ".1f",
     signed: bool = False,
-    annotate: bool = True,
     bold: pd.DataFrame | None = None,
 ) -> Figure:
     """Draw tables as heat maps on one scale; `signed` centres the colours on 0.
 
     bold: a table of the same form, true where the number of the first panel is set in bold.
     """
-    top = (
-        1.4 * max(float(np.nanmax(np.abs(table.to_numpy(float)))) for table in panels.values()) or 1
-    )
+    top = 1.4 * max(np.nanmax(table.abs().to_numpy(float)) for table in panels.values()) or 1
     n_rows, n_columns = max(map(len, panels.values())), max(len(t.columns) for t in panels.values())
-    width = max(4.2, min(9.0, 1.6 + (0.62 if annotate else 0.24) * n_columns * len(panels)))
+    width = min(9.0, 1.6 + 0.62 * n_columns * len(panels))
     figure, axes = new(1, len(panels), width=width, height=0.3 * n_rows + 1.5, squeeze=False)
     look = {"vmin": -top if signed else 0, "vmax": top, "cmap": "PuOr" if signed else "Blues"}
-    look |= {"annot": annotate, "fmt": fmt, "cbar": not annotate, "annot_kws": {"size": 8}}
+    look |= {"annot": True, "fmt": fmt, "cbar": False, "annot_kws": {"size": 8}}
     for axis, (name, table) in zip(axes[0], panels.items(), strict=True):
         first = axis is axes[0][0]
         sns.heatmap(table, ax=axis, **look)
@@ -343,7 +323,7 @@ def draw_tradeoff(table: pd.DataFrame, named: Iterable[str], *, title: str, xlab
 
     Arms in `named` are labelled and have their interval; the others are small and grey.
     """
-    figure, axis = new(width=6.5, height=3.4)
+    figure, axis = new(height=3.4)
     chosen = table["arm"].isin(list(named))
     rest, table = table[~chosen], table[chosen].sort_values("value")
     axis.plot(rest["cost"], rest["value"], ".", color="#999999", markersize=5)
@@ -372,7 +352,7 @@ def draw_curves(
 
     Lines are named at their right end. log: x doubles from tick to tick.
     """
-    figure, axis = new(width=6.5, height=3.2)
+    figure, axis = new(height=3.2)
     lines = dict(list(table.groupby("label", sort=False)))
     for i, (_, part) in enumerate(lines.items()):
         part = part.sort_values("x")

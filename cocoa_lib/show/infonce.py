@@ -9,7 +9,7 @@ import ipywidgets as widgets
 import numpy as np
 from scipy.special import log_softmax
 
-from .panel import Explorer, explore
+from .panel import Explorer
 from .retrieval import Item, thumbnail, words_of
 
 CELL = "width:52px;height:30px;text-align:center;font-size:11px;border:1px solid #ddd;padding:0;"
@@ -45,20 +45,12 @@ def explore_temperature(cosine: np.ndarray, pairs: Sequence[tuple[Item, Item]]) 
 
     cosine (n, n): queries in rows, their targets in the same order in columns.
     """
-    controls = {
-        "temperature": widgets.FloatLogSlider(
-            value=0.05,
-            base=10,
-            min=-2,
-            max=0.5,
-            step=0.1,
-            description="temperature",
-            continuous_update=False,
-        )
-    }
+    slider = widgets.FloatLogSlider(
+        value=0.05, min=-2, max=0.5, description="temperature", continuous_update=False
+    )
 
     def answer(temperature: float) -> str:
         return matrix_html(cosine, pairs, temperature)
 
-    values = {str(value): value for value in (0.05, 0.02, 0.2, 1.0)}
-    return explore(controls, answer, {"temperature": values})
+    cases = {str(value): value for value in (0.05, 0.02, 0.2, 1.0)}
+    return Explorer({"temperature": slider}, answer, {"temperature": cases})

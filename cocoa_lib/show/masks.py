@@ -64,20 +64,6 @@ def panel_after(layout: str, segment_ids: LongTensor, layers: int) -> np.ndarray
     return np.minimum(depth, 2)
 
 
-def describe(layout: str, segment_ids: LongTensor, query: int, key: int, layers: int) -> str:
-    """Say one cell in words: may `query` look at `key`, and if not, how can it know it."""
-    names, mask = name_tokens(segment_ids), dense_mask(layout, segment_ids[None])[0, 0]
-    q, k, depth = names[query], names[key], int(count_layers(mask, layers)[query, key])
-    if depth == 1:
-        return f"{q} looks at {k}."
-    if depth == 0:
-        return f"{q} does not look at {k}, and cannot know it within {layers} layers."
-    before = reachability(mask, depth - 1)[:, key]
-    between = (mask[query] & before).nonzero().flatten().tolist()
-    through = next((names[i] for i in between if segment_ids[i] == EOS), names[between[0]])
-    return f"{q} does not look at {k}, but knows it through {through} after {depth} layers."
-
-
 def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
     """Name the tokens of a batch of one: words, EOS, "picture" for each token of a picture."""
     known = {inputs.eos_id: "EOS", inputs.image_pad_id: "picture"}
@@ -87,28 +73,25 @@ def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
 
 def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
     """Count the pairs of tokens that each layout allows in a row (1, L): between A and B, and in all."""
-    ids, rows = segment_ids[0], []
+    ids, table = segment_ids[0], {}
     for layout in LAYOUTS:
         mask = dense_mask(layout, segment_ids)[0, 0]
-        rows.append(
-            {
-                "layout": layout,
-                "B looks at A": int(mask[ids == B][:, ids == A].sum()),
-                "A looks at B": int(mask[ids == A][:, ids == B].sum()),
-                "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
-                "share of all pairs": f"{mask.float().mean():.0%}",
-            }
-        )
-    return pd.DataFrame(rows).set_index("layout")
+        table[layout] = {
+            "B looks at A": int(mask[ids == B][:, ids == A].sum()),
+            "A looks at B": int(mask[ids == A][:, ids == B].sum()),
+            "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
+            "share of all pairs": f"{mask.float().mean():.0%}",
+        }
+    return pd.DataFrame.from_dict(table, orient="index").rename_axis("layout")
 
 
-def choose_places(batch: Batch, inputs: Inputs, most: int = 4) -> list[int]:
-    """Choose tokens to change in a batch of one: up to `most` words of A and of B, and EOS."""
+def choose_places(batch: Batch, inputs: Inputs) -> list[int]:
+    """Choose tokens to change in a batch of one: up to 4 words of A and of B, and EOS."""
     ids, segment = batch["input_ids"][0], batch["segment_ids"][0]
     vision = torch.tensor([inputs.vision_start_id, inputs.image_pad_id, inputs.vision_end_id])
     words = ~torch.isin(ids, vision)
     parts = [((segment == block) & words).nonzero().flatten().tolist() for block in (A, EOS, B)]
-    return [place for part in parts for place in part[-most:]]
+    return [place for part in parts for place in part[-4:]]
 
 
 @torch.no_grad()
@@ -139,16 +122,13 @@ def tabulate_moves(
     moves: np.ndarray, segment_ids: LongTensor, places: Sequence[int]
 ) -> pd.DataFrame:
     """Tabulate the largest move of another token: a row a changed block, a column a block that moves."""
-    ids, table = segment_ids[0].numpy(), {}
-    moves = moves.copy()
-    moves[range(len(places)), list(places)] = 0
-    for changed in (A, EOS, B):
-        rows = moves[ids[list(places)] == changed]
-        table[f"{SEGMENT_NAMES[changed]} changes"] = {
-            SEGMENT_NAMES[block]: float(rows[:, ids == block].max(initial=0))
-            for block in (A, EOS, B)
-        }
-    return pd.DataFrame(table).T
+    ids, moves = segment_ids[0].numpy(), moves.copy()
+    moves[range(len(places)), places] = 0
+    changed = [f"{SEGMENT_NAMES[block]} changes" for block in ids[places]]
+    table = pd.DataFrame(moves, index=changed, columns=[SEGMENT_NAMES[block] for block in ids])
+    table = table.groupby(level=0).max().T.groupby(level=0).max().T
+    blocks = [SEGMENT_NAMES[block] for block in (A, EOS, B)]
+    return table.reindex([f"{block} changes" for block in blocks], fill_value=0.0)[blocks]
 
 
 def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd.DataFrame:
@@ -157,18 +137,11 @@ def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd
     parts: ratios A : B. Columns label, x (length), value, as `draw_curves` takes them.
     """
     rows = []
-    for (a, b), length in product(parts, lengths):
+    for (a, b), length, layout in product(parts, lengths, ("causal", "eos_bridged")):
         n_b = round((length - 1) * b / (a + b))
-        ids = segments(length - 1 - n_b, n_b)
-        rows += [
-            {
-                "label": f"{layout}, A : B = {a} : {b}",
-                "x": length,
-                "value": 100 - float(block_mask(layout, ids).sparsity()),
-            }
-            for layout in ("causal", "eos_bridged")
-        ]
-    return pd.DataFrame(rows)
+        skipped = float(block_mask(layout, segments(length - 1 - n_b, n_b)).sparsity())
+        rows.append((f"{layout}, A : B = {a} : {b}", length, 100 - skipped))
+    return pd.DataFrame(rows, columns=["label", "x", "value"])
 
 
 def tabulate_layouts() -> dict[str, dict[str, bool]]:
@@ -178,37 +151,33 @@ def tabulate_layouts() -> dict[str, dict[str, bool]]:
     before, 0: the same token, 1: behind), so this table is all that a page needs.
     """
     kinds = list(product((A, EOS, B), (A, EOS, B), (-1, 0, 1)))
-    one = [torch.tensor(column) for column in zip(*kinds, strict=True)]
+    query, key, order = torch.tensor(kinds).T
+    names = ["".join(map(str, kind)) for kind in kinds]
     return {
-        name: {
-            "".join(map(str, kind)): bool(seen)
-            for kind, seen in zip(
-                kinds, rule(one[0], one[1], torch.ones(27), 1 + one[2]), strict=True
-            )
-        }
-        for name, rule in LAYOUTS.items()
+        layout: dict(zip(names, rule(query, key, torch.ones(27), 1 + order).tolist(), strict=True))
+        for layout, rule in LAYOUTS.items()
     }
 
 
-def explore_masks(layout: str = "eos_bridged", n_a: int = 4, n_b: int = 4, layers: int = 2) -> HTML:
+def explore_masks() -> HTML:
     """Make the mask explorer: layout, sizes, depth; the grids, the cost, and any cell in words.
 
     It runs in the page, in Jupyter and without a kernel: the mask comes from `tabulate_layouts`.
     """
-    options = "".join(f"<option{' selected' * (n == layout)}>{n}</option>" for n in LAYOUTS)
-    menus = f'<label>layout <select data-name="layout">{options}</select></label> '
-    sliders = (
-        ("n_a", "tokens of A", n_a, 10),
-        ("n_b", "tokens of B", n_b, 10),
-        ("layers", "layers", layers, 6),
+    layout, n, layers = "eos_bridged", 4, 2
+    options = "".join(
+        f"<option{' selected' * (each == layout)}>{each}</option>" for each in LAYOUTS
     )
-    for name, label, value, high in sliders:
+    menus = f'<label>layout <select data-name="layout">{options}</select></label> '
+    sliders = (("n_a", "tokens of A", n, 10), ("n_b", "tokens of B", n, 10))
+    for name, label, value, high in (*sliders, ("layers", "layers", layers, 6)):
         menus += (
             f'<label>{label} <input type="range" data-name="{name}" value="{value}" min="1" max="{high}">'
             f"<output>{value}</output></label> "
         )
-    ids = segments(n_a, n_b)[0]
-    first = f"<p>{describe(layout, ids, n_a + 1, 0, layers)}</p>"
+    ids = segments(n, n)[0]
+    after = count_layers(dense_mask(layout, ids[None])[0, 0], layers)[n + 1, 0]
+    first = f"<p>B1 does not look at A1, but knows it through EOS after {after} layers.</p>"
     data = {"rules": tabulate_layouts(), "colours": [LIGHT, COLOURS[0], COLOURS[1]]}
     data |= {"segments": {"A": A, "EOS": EOS, "B": B}}
     return HTML(page("mask", menus, first, data))

@@ -1,7 +1,8 @@
 """What the explorers share: a panel of widgets, the same without a kernel, pieces of HTML.
 
-An explorer is a function from the values of a few controls to HTML. `explore` makes it live in Jupyter,
-and lays precomputed cases beside it for pages without a kernel: `explorer.js` switches between them.
+An explorer is a function from the values of a few controls to HTML. `Explorer` makes it live in
+Jupyter, and lays precomputed cases beside it for pages without a kernel: `explorer.js` switches
+between them.
 """
 
 from __future__ import annotations
@@ -17,20 +18,33 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-from IPython.display import HTML, display
+from IPython.display import display
 from PIL import Image
 
 from ..items import InputError, load_image
 
 SCRIPT = Path(__file__).with_name("explorer.js").read_text(encoding="utf-8")
-Answer = Callable[..., str]
 
 
 class Explorer:
-    """A live panel that is an HTML page where there is no kernel: `controls`, `output`, `error`, `html`."""
+    """Show `answer(**values of controls)`, which returns HTML; a page where there is no kernel.
 
-    def __init__(self, controls: Mapping[str, widgets.Widget], answer: Answer, html: str) -> None:
-        self.controls, self.html = dict(controls), html
+    cases: control -> {label: value} to precompute for that page, all combinations of them; other
+    controls keep their first value. What fails is shown in `error`.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, widgets.Widget],
+        answer: Callable[..., str],
+        cases: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        start = {name: control.value for name, control in controls.items()}
+        found = {}
+        for chosen in itertools.product(*(options.items() for options in cases.values())):
+            values = {name: value for name, (_, value) in zip(cases, chosen, strict=True)}
+            found["\t".join(label for label, _ in chosen)] = answer(**start | values)
+        self.controls, self.html = dict(controls), still(cases, found)
         wide = widgets.Layout(width="auto", overflow="auto")
         self.output, self.error = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
 
@@ -58,33 +72,15 @@ class Explorer:
         display({**self.box._repr_mimebundle_(), "text/html": self.html}, raw=True)
 
 
-def explore(
-    controls: Mapping[str, widgets.Widget], answer: Answer, cases: Mapping[str, Mapping[str, Any]]
-) -> Explorer:
-    """Make an explorer of `answer(**values)`, which returns HTML.
-
-    cases: control -> {label: value} to precompute for pages without a kernel, all combinations of them;
-    other controls keep their first value.
-    """
-    start = {name: control.value for name, control in controls.items()}
-    found = {}
-    for labels in itertools.product(*cases.values()):
-        values = {name: cases[name][label] for name, label in zip(cases, labels, strict=True)}
-        found["\t".join(labels)] = answer(**{**start, **values})
-    return Explorer(controls, answer, still(cases, found))
-
-
 def still(cases: Mapping[str, Mapping[str, Any]], found: Mapping[str, str]) -> str:
     """Write precomputed answers as a page part: a menu a control, the first answer shown.
 
     found: the labels chosen, joined by tabs -> HTML.
     """
-    menus = "".join(
-        f'<label>{escape(name.replace("_", " "))} <select data-name="{name}">'
-        + "".join(f"<option>{escape(label)}</option>" for label in options)
-        + "</select></label> "
-        for name, options in cases.items()
-    )
+    menus = ""
+    for name, options in cases.items():
+        labels = "".join(f"<option>{escape(label)}</option>" for label in options)
+        menus += f'<label>{escape(name)} <select data-name="{name}">{labels}</select></label> '
     return page("cases", menus, next(iter(found.values())), found)
 
 
@@ -98,9 +94,9 @@ def page(kind: str, menus: str, first: str, data: Any) -> str:
     )
 
 
-def show_html(html: str) -> HTML:
-    """Wrap pieces of HTML for a notebook: side by side, wrapping where the page is narrow."""
-    return HTML(f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{html}</div>')
+def wrap(html: str) -> str:
+    """Lay pieces of HTML side by side, wrapping where the page is narrow."""
+    return f'<div style="display:flex;flex-wrap:wrap;align-items:flex-start">{html}</div>'
 
 
 def picture_uri(image: Image.Image) -> str:
@@ -118,7 +114,7 @@ def img(image: Image.Image, alt: str, width: int = 112) -> str:
 
 
 @lru_cache(maxsize=512)
-def thumbnail(path: str, alt: str, width: int = 112) -> str:
+def thumbnail(path: str, alt: str, width: int) -> str:
     """Write a picture file as a small <img>. Raises InputError for an unreadable file."""
     image = load_image(path)
     image.thumbnail((width, width))
@@ -126,24 +122,20 @@ def thumbnail(path: str, alt: str, width: int = 112) -> str:
 
 
 def figure(html: str, caption: str) -> str:
-    """Write a captioned part, for `show_html`."""
+    """Write a captioned part, for `wrap`."""
     return (
         f'<figure style="margin:4px 12px 4px 0">{html}<figcaption>{caption}</figcaption></figure>'
     )
 
 
-def slider(value: float, low: float, high: float, name: str, step: float = 1) -> widgets.Widget:
-    """Make a slider that answers when it is let go; of whole numbers where `step` is 1."""
-    kind = widgets.IntSlider if step == 1 else widgets.FloatSlider
-    return kind(
-        value=value, min=low, max=high, step=step, description=name, continuous_update=False
-    )
+def ask_words() -> widgets.Text:
+    """Make a field for a text of the user's own."""
+    return widgets.Text(placeholder="your own text", description="or type", continuous_update=False)
 
 
-def menu(options: Mapping[str, Any] | Sequence, name: str) -> widgets.Dropdown:
-    """Make a menu of options, or of label -> value."""
-    pairs = list(options.items()) if isinstance(options, Mapping) else list(options)
-    return widgets.Dropdown(options=pairs, description=name)
+def ask_picture() -> widgets.FileUpload:
+    """Make a button that takes a picture of the user's own, for `read_upload`."""
+    return widgets.FileUpload(accept="image/*", description="or upload a picture")
 
 
 def read_upload(files: Sequence[Mapping[str, Any]]) -> Image.Image:

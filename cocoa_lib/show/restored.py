@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -16,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..corruption import IGNORE, patch_noise
-from ..evaluate.restore import cell_errors, count_right, reconstruct, restored_words
+from ..evaluate.restore import Restored, cell_errors, count_right, reconstruct, restored_words
 from ..inputs import Batch, Inputs
 from ..recipes import Stage1Recipe, Stage2Recipe
 from ..reconstruction import load_decoder
 from .figures import COLOURS
-from .panel import Explorer, explore, figure, img, menu, show_html, slider
+from .panel import Explorer, ask_words, figure, img, wrap
 
 GREY = Image.new("RGB", (64, 64), "grey")
 
@@ -91,14 +90,12 @@ def compare_html(
     """
     parts = []
     for title, picture in pictures.items():
-        batch, predicted, _ = reconstruct(model, inputs, {**row, "image": picture}, **how)
+        batch, predicted, patches = reconstruct(model, inputs, {**row, "image": picture}, **how)
         seen = ""
-        if "pixel_values" in batch:
-            seen = img(
-                cells_image(batch["pixel_values"], batch["image_grid_thw"][0], inputs), title
-            )
+        if "original" in patches:
+            seen = img(cells_image(patches["original"], batch["image_grid_thw"][0], inputs), title)
         parts.append(figure(seen + words_html(batch, predicted, inputs), f"<b>{title}</b>"))
-    return show_html("".join(parts)).data
+    return wrap("".join(parts))
 
 
 def restored_html(
@@ -109,7 +106,7 @@ def restored_html(
         figure(img(cells_image(each, batch["image_grid_thw"][0], inputs), title), title)
         for title, each in patches.items()
     )
-    return show_html("".join(pictures) + words_html(batch, predicted, inputs)).data
+    return wrap("".join(pictures) + words_html(batch, predicted, inputs))
 
 
 def stage1_settings(
@@ -135,27 +132,22 @@ def stage2_settings(recipe: Stage2Recipe) -> dict[str, Any]:
 
 def restore_all(
     model, inputs: Inputs, rows: Sequence[Mapping[str, Any]], **how: Any
-) -> list[tuple[Batch, list[int], dict[str, Tensor]]]:
+) -> list[Restored]:
     """Restore every row with a draw of its own: what `reconstruct` returns, a row."""
     return [reconstruct(model, inputs, dict(row), draw=i, **how) for i, row in enumerate(rows)]
 
 
-def summarise_stage1(
-    found: Sequence[tuple[Batch, list[int], dict[str, Tensor]]], inputs: Inputs
-) -> str:
+def summarise_stage1(found: Sequence[Restored], inputs: Inputs) -> str:
     """Say in Markdown how many hidden tokens and how much of hidden cells came back.
 
     found: what `reconstruct` returned. Baselines: always the commonest token, the average patch.
     """
-    pairs = [
-        pair
-        for batch, guesses, _ in found
-        for pair in zip(batch["labels"][batch["labels"] != IGNORE].tolist(), guesses, strict=True)
-    ]
-    right = 100 * np.mean([truth == guess for truth, guess in pairs])
-    most = 100 * Counter(truth for truth, _ in pairs).most_common(1)[0][1] / len(pairs)
+    truth = torch.cat([batch["labels"][batch["labels"] != IGNORE] for batch, *_ in found])
+    guesses = torch.tensor([guess for _, words, _ in found for guess in words])
+    right = 100 * float((truth == guesses).double().mean())
+    most = 100 * int((truth == truth.mode().values).sum()) / len(truth)
     said = (
-        f"Of {len(pairs)} hidden tokens **{right:.0f} %** come back; the commonest token alone would "
+        f"Of {len(truth)} hidden tokens **{right:.0f} %** come back; the commonest token alone would "
         f"be right for {most:.0f} %."
     )
     if any("hidden cells predicted" in patches for *_, patches in found):
@@ -177,19 +169,22 @@ def explore_restored(model, inputs: Inputs, rows: Sequence[dict[str, Any]], **ho
     samples = {f"{i + 1}: {row['target'][:40]}": i for i, row in enumerate(rows)}
     rates = {"20 %": 0.2, "50 %": 0.5, "70 %": 0.7}
     controls = {
-        "text": menu(samples, "text"),
-        "hidden": slider(0.2 if stage1 else 0.7, 0.0, 1.0, "words hidden", 0.05),
-        "words": widgets.Text(
-            placeholder="your own text", description="or type", continuous_update=False
+        "text": widgets.Dropdown(options=list(samples.items()), description="text"),
+        "hidden": widgets.FloatSlider(
+            value=0.2 if stage1 else 0.7,
+            max=1,
+            step=0.05,
+            description="words hidden",
+            continuous_update=False,
         ),
+        "words": ask_words(),
     }
 
     def answer(text: int, hidden: float, words: str) -> str:
         row = {**rows[text], "target": words.strip() or rows[text]["target"]}
-        if not stage1:
-            pictures = three_pictures(rows, text)
-            return compare_html(model, inputs, row, pictures, **{**how, "text_rate": hidden})
-        found = reconstruct(model, inputs, row, **{**how, "text_rate": hidden})
-        return restored_html(*found, inputs)
+        wanted = {**how, "text_rate": hidden}
+        if stage1:
+            return restored_html(*reconstruct(model, inputs, row, **wanted), inputs)
+        return compare_html(model, inputs, row, three_pictures(rows, text), **wanted)
 
-    return explore(controls, answer, {"text": dict(list(samples.items())[:4]), "hidden": rates})
+    return Explorer(controls, answer, {"text": dict(list(samples.items())[:4]), "hidden": rates})

@@ -11,15 +11,16 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
+from PIL.Image import Image
 
 from ..data.tables import EvalItems, Task, list_items, load_eval
 from ..embedder import CocoaEmbedder
 from ..items import PLACEHOLDER, item_images
 from .figures import COLOURS
-from .panel import Explorer, explore, img, menu, read_upload, show_html, slider, thumbnail
+from .panel import Explorer, ask_picture, ask_words, img, read_upload, thumbnail, wrap
 
 Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
-RIGHT = f"3px solid {COLOURS[2]}"
+QUERY, RIGHT = "1px dashed grey", f"3px solid {COLOURS[2]}"
 CARD = "margin:4px;padding:4px;width:112px;box-sizing:border-box;overflow-wrap:anywhere;font-size:12px;border:"
 
 
@@ -32,9 +33,7 @@ def words_of(item: Item, most: int = 160) -> str:
 def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
     """Show an item: title, its pictures, its text."""
     images = "".join(
-        thumbnail(str(image), title, 100)
-        if isinstance(image, (str, Path))
-        else img(image, title, 100)
+        img(image, title, 100) if isinstance(image, Image) else thumbnail(str(image), title, 100)
         for image in item_images(dict(item))
     )
     return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
@@ -42,20 +41,15 @@ def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
 
 def pairs_html(pairs: Iterable[tuple[Item, Item]]) -> str:
     """Show pairs: each query with its target below it."""
-    return show_html(
-        "".join(
-            f"<div>{card(query, 'query', '1px dashed grey')}{card(target, 'target')}</div>"
-            for query, target in pairs
-        )
-    ).data
+    cards = ((card(query, "query", QUERY), card(target, "target")) for query, target in pairs)
+    return wrap("".join(f"<div>{query}{target}</div>" for query, target in cards))
 
 
 def candidates_html(query: Item, candidates: Sequence[Item]) -> str:
     """Show a query and its candidates in the order given; the first is the right one."""
-    cards = [card(query, "query", "1px dashed grey")]
-    for i, item in enumerate(candidates):
-        cards.append(card(item, "right", RIGHT) if i == 0 else card(item, f"wrong {i}"))
-    return show_html("".join(cards)).data
+    cards = [card(query, "query", QUERY), card(candidates[0], "right", RIGHT)]
+    cards += [card(item, f"wrong {i}") for i, item in enumerate(candidates[1:], start=1)]
+    return wrap("".join(cards))
 
 
 def ranked_html(
@@ -69,23 +63,21 @@ def ranked_html(
     """Show a query and its `k` best candidates; the right one is marked, and added if it ranks lower.
 
     scores: one a candidate; right: index of the right one, if known. A tie counts against it. Raises
-    ValueError where lengths differ, InputError for an unreadable picture.
+    InputError for an unreadable picture.
     """
-    if len(scores) != len(candidates):
-        raise ValueError(f"{len(candidates)} candidates but {len(scores)} scores")
     order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i == right))
-    cards = [card(query, "query", "1px dashed grey")]
+    cards = [card(query, "query", QUERY)]
     for place, i in enumerate(order, start=1):
-        if place <= k or i == right:
-            border = RIGHT if i == right else "1px solid #ccc"
-            mark = " &#10003; right" * (i == right)
-            cards.append(card(candidates[i], f"{place}. {float(scores[i]):.2f}{mark}", border))
-    found = (
-        ""
-        if right is None
-        else (f"<p>The right one ranks <b>{order.index(right) + 1}</b> of {len(candidates)}.</p>")
-    )
-    return show_html("".join(cards)).data + found
+        title = f"{place}. {float(scores[i]):.2f}"
+        if i == right:
+            cards.append(card(candidates[i], f"{title} &#10003; right", RIGHT))
+        elif place <= k:
+            cards.append(card(candidates[i], title))
+    if right is None:
+        return wrap("".join(cards))
+    place = order.index(right) + 1
+    found = f"<p>The right one ranks <b>{place}</b> of {len(candidates)}.</p>"
+    return wrap("".join(cards)) + found
 
 
 def read_task(data: Path, task: Task, n: int) -> EvalItems:
@@ -111,17 +103,17 @@ def list_collection(
 
 
 def find_confusions(
-    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task], *, n: int = 200, most: int = 8
+    embedder: CocoaEmbedder, data: Path, tasks: Sequence[Task]
 ) -> tuple[Task, pd.DataFrame, list[tuple[Item, list[Item], np.ndarray]]]:
     """Find what is taken for what, in the task with the fewest candidates a query of its kind.
 
-    Returns the task, a table of truth (rows) against choice for the `most` frequent answers, and
-    the queries that go wrong: (query, candidates, scores), the right candidate first.
+    Returns the task, a table of truth (rows) against choice for the 8 most frequent answers,
+    and the queries that go wrong: (query, candidates, scores), the right candidate first.
     """
     task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
-    found = read_task(data, task, n)
-    vectors = embedder.encode(found.items)
-    items, n_queries, pairs, wrong = found.items[len(found.queries) :], len(found.queries), [], []
+    found = read_task(data, task, 200)
+    vectors, n_queries = embedder.encode(found.items), len(found.queries)
+    items, pairs, wrong = found.items[n_queries:], [], []
     names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
     for i, index in enumerate(found.candidates):
         scores = vectors[n_queries + index] @ vectors[i]
@@ -129,10 +121,9 @@ def find_confusions(
         if scores.argmax():
             wrong.append((found.items[i], [items[j] for j in index], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
-    frequent = table["truth"].value_counts().index[:most].tolist()
-    table = pd.crosstab(table["truth"], table["choice"]).reindex(index=frequent, columns=frequent)
-    table = table.rename_axis(index="truth", columns="choice")
-    return task, table.fillna(0), wrong
+    frequent = table["truth"].value_counts().index[:8].rename("truth")
+    table = pd.crosstab(table["truth"], table["choice"]).loc[frequent]
+    return task, table.reindex(columns=frequent.rename("choice"), fill_value=0), wrong
 
 
 def explore_retrieval(
@@ -150,12 +141,10 @@ def explore_retrieval(
         f"{i + 1}: {words_of(query, 36) or 'a picture'}": i for i, (query, _) in enumerate(queries)
     }
     controls = {
-        "query": menu(labels, "query"),
-        "words": widgets.Text(
-            placeholder="your own text", description="or type", continuous_update=False
-        ),
-        "upload": widgets.FileUpload(accept="image/*", description="or upload a picture"),
-        "k": slider(5, 1, 10, "show"),
+        "query": widgets.Dropdown(options=list(labels.items()), description="query"),
+        "words": ask_words(),
+        "upload": ask_picture(),
+        "k": widgets.IntSlider(5, 1, 10, description="show", continuous_update=False),
     }
 
     @lru_cache(maxsize=64)
@@ -168,4 +157,4 @@ def explore_retrieval(
         own = {"text": words.strip(), "image": read_upload(upload) if upload else None}
         return ranked_html(own, items, vectors @ encode([own])[0], k=k)
 
-    return explore(controls, answer, {"query": dict(list(labels.items())[:8])})
+    return Explorer(controls, answer, {"query": dict(list(labels.items())[:8])})

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..backbone import open_backbone
 from ..data import corpus
-from ..data.tables import META_TASKS, Task, load_eval, row_items
+from ..data.tables import META_TASKS, Task, load_eval
 from ..embedder import CocoaEmbedder, EosEmbedding
 from ..evaluate import evaluate, score_tasks
 from ..evaluate.floor import pixel_bow_embed
@@ -26,8 +26,8 @@ from ..evaluate.probe import probe
 from ..inputs import Inputs
 from ..recipes import PRESETS, Recipe, Stage1Recipe
 from ..store.checkpoint import META, load_inputs, read_meta
-from .panel import show_html
-from .retrieval import Item, card, words_of
+from .panel import wrap
+from .retrieval import Item, card, read_task, words_of
 
 
 def open_causal(source: str | Path) -> tuple[PreTrainedModel, Inputs]:
@@ -46,20 +46,20 @@ def open_embedder(source: str | Path) -> CocoaEmbedder:
     return CocoaEmbedder(EosEmbedding(model, inputs))
 
 
-def score_floors(data: Path, tasks: Sequence[Task], n_queries: int = 100) -> pd.DataFrame:
+def score_floors(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
     """Score two floors, chance and pixels with words: columns task, label, value, low, high."""
     floor = SimpleNamespace(encode=lambda items, **_: pixel_bow_embed(items))
-    found = evaluate(floor, data, tasks=tasks, n_queries=n_queries, show_progress=False)
+    found = evaluate(floor, data, tasks=tasks, n_queries=100, show_progress=False)
     scores = score_tasks(found)
-    first = scores[scores["metric"] == "p@1"].assign(label="pixels and words")
-    chance = first.assign(label="chance", value=100 / first["n_candidates"], low=None, high=None)
-    return pd.concat([first, chance])
+    return add_chance(scores[scores["metric"] == "p@1"], "pixels and words")
 
 
 def list_examples(data: Path, task: Task, n: int = 1) -> Iterator[tuple[Item, list[Item]]]:
     """Read the first `n` queries of a task: (query, candidates), the right one first."""
-    rows = load_eval(str(data), task.name)
-    return (row_items(rows[i], data / "images") for i in range(min(n, len(rows))))
+    found = read_task(data, task, n)
+    candidates = found.items[len(found.queries) :]
+    for query, index in zip(found.items, found.candidates, strict=False):
+        yield query, [candidates[i] for i in index]
 
 
 def tabulate_tasks(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
@@ -68,21 +68,16 @@ def tabulate_tasks(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
     for task in tasks:
         query, candidates = next(list_examples(data, task))
         said = [
-            "a picture, " * bool(item["image"]) + words_of(item, 60)
+            ("a picture, " * bool(item["image"]) + words_of(item, 60)).strip(", ")
             for item in (query, candidates[0])
         ]
-        rows.append(
-            {
-                "task": task.name,
-                "meta-task": task.meta_task,
-                "distribution": "in" if task.in_distribution else "out of",
-                "queries": len(load_eval(str(data), task.name)),
-                "candidates": len(candidates),
-                "first query": said[0].strip(", "),
-                "its answer": said[1].strip(", "),
-            }
+        distribution, n = (
+            "in" if task.in_distribution else "out of",
+            len(load_eval(data, task.name)),
         )
-    return pd.DataFrame(rows).set_index("task")
+        rows.append([task.name, task.meta_task, distribution, n, len(candidates), *said])
+    columns = ["meta-task", "distribution", "queries", "candidates", "first query", "its answer"]
+    return pd.DataFrame(rows, columns=["task", *columns]).set_index("task")
 
 
 def list_pairs(data: Path, n: int = 6) -> list[tuple[Item, Item]]:
@@ -97,18 +92,17 @@ def list_restorable(data: Path, n: int) -> list[dict[str, Any]]:
     Held-out captions where the data have a corpus, else training pairs, which the model has seen.
     """
     if (data / "corpus" / "heldout.parquet").is_file():
-        return list(corpus.captions(data, "heldout")[:n])
-    rows = chain.from_iterable(corpus.text_pairs(data).values())
-    return list(islice((row for row in rows if row["image"]), n))
+        return corpus.captions(data, "heldout")[:n]
+    rows = chain.from_iterable(corpus.text_pairs(data, with_picture=True).values())
+    return list(islice(rows, n))
 
 
 def list_questions(data: Path, n: int) -> list[dict[str, Any]]:
     """Read up to `n` questions on pictures: {text, image, target}; of the tasks where there is no corpus."""
     if (data / "corpus" / "heldout.parquet").is_file():
-        found = list(corpus.questions(data, "heldout")[:n])
-        return found or list(corpus.captions(data, "heldout")[:n])
-    rows = chain.from_iterable(corpus.text_pairs(data).values())
-    return list(islice((row for row in rows if row["image"] and row["text"]), n))
+        return corpus.questions(data, "heldout")[:n] or corpus.captions(data, "heldout")[:n]
+    rows = chain.from_iterable(corpus.text_pairs(data, with_picture=True).values())
+    return list(islice((row for row in rows if row["text"]), n))
 
 
 def show_source(*things: Any) -> Markdown:
@@ -130,19 +124,17 @@ def answers_html(rows: Sequence[Item], answers: Sequence[str]) -> str:
         title = f"{escape(said[:60])} " + ("&#10003;" if right else "&#10007;")
         expected = "" if right else f" (expected: {row['target'][:60]})"
         cards.append(card({**row, "text": f"{row['text']}{expected}"}, title))
-    return show_html("".join(cards)).data
+    return wrap("".join(cards))
 
 
 def probe_stages(folders: Mapping[str, str | Path], data: Path) -> pd.DataFrame:
     """Probe several checkpoints on the built-in world: columns task, label, value, low, high, n."""
-    found = []
-    for label, folder in folders.items():
-        table = probe(open_embedder(folder), data).dropna(subset="low")
-        found.append(table.rename(columns={"measure": "task"}).assign(label=label))
-    always = found[-1].assign(
-        value=found[-1]["majority"], low=None, high=None, label="always the same"
-    )
-    return pd.concat([*found, always])
+    found = {label: probe(open_embedder(folder), data) for label, folder in folders.items()}
+    table = pd.concat(found, names=["label", "row"]).reset_index("label").dropna(subset="low")
+    table = table.rename(columns={"measure": "task"})
+    always = table[table["label"] == table["label"].iloc[-1]]
+    always = always.assign(value=always["majority"], low=None, high=None, label="always the same")
+    return pd.concat([table, always])
 
 
 def list_queries(data: Path, tasks: Sequence[Task], n: int) -> tuple[list[Item], list[str]]:

@@ -27,9 +27,7 @@ from .files import file_hash, files_hash, read_json, sync, write_json, write_who
 
 META = "cocoa.json"
 CARD = "README.md"
-# Read back from `cocoa.json`: every checkpoint has the first three.
-REQUIRED = {"eos_token": str, "max_length": int, "weights_sha256": str}
-OPTIONAL = {"stage": str, "layout": str, "pooling": str, "run": dict, "files_sha256": dict}
+REQUIRED = ("eos_token", "max_length", "weights_sha256")  # read back by every stage
 PACKAGES = ("torch", "transformers", "sentence-transformers", "peft", "numpy")
 
 
@@ -43,9 +41,7 @@ def weights_hash(folder: Path) -> str:
     Raises CheckpointError if there are none.
     """
     if not (files := sorted(folder.glob("*.safetensors"))):
-        raise CheckpointError(
-            f"{folder}: no .safetensors file; the checkpoint is missing or incomplete"
-        )
+        raise CheckpointError(f"{folder}: no .safetensors file; missing or incomplete")
     return files_hash(files)
 
 
@@ -62,12 +58,10 @@ def provenance() -> dict[str, Any]:
     """
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    commit = "unknown"
-    if _run_git("ls-files", Path(__file__).name):  # or this package lies in another repository
-        changes = _run_git("status", "--porcelain", "--untracked-files=no")
-        commit = _run_git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+    commit = _run_git("describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")
+    known = _run_git("ls-files", Path(__file__).name)  # or this package lies in another repository
     return {
-        "commit": commit,
+        "commit": commit if known else "unknown",
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "machine": f"{os.cpu_count()} cores, {cpu}{gpu}",
@@ -76,14 +70,12 @@ def provenance() -> dict[str, Any]:
 
 def _run_git(*arguments: str) -> str:
     """Run git in this folder; "" where there is no git or no repository."""
-    command = ["git", *arguments]
+    command, here = ["git", *arguments], Path(__file__).parent
     try:
-        done = subprocess.run(  # noqa: S603
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)  # noqa: S603
     except OSError:
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()
 
 
 def save_checkpoint(
@@ -131,27 +123,11 @@ def save_checkpoint(
 
 def model_card(meta: dict[str, Any], scores: str = "") -> str:
     """Write an embedder's README.md from its `cocoa.json`: how to open it, how it was made, scores."""
-    run = meta.get("run", {})
-
-    def join(facts: dict[str, Any]) -> str:
-        return ", ".join(f"{name} {value}" for name, value in facts.items())
-
-    facts = {
-        "stage, attention, pooling": ", ".join(
-            str(meta.get(name)) for name in ("stage", "layout", "pooling")
-        ),
-        "prompt": f"`{meta['prompt']}`" if "prompt" in meta else "",
-        "parent": meta.get("parent"),
-        "weights of the parent, sha256": run.get("parent_sha256"),
-        "training data, sha256": run.get("data"),
-        "weights, sha256": meta["weights_sha256"],
-        "seed": run.get("seed"),
-        "recipe": join(run.get("recipe", {})),
-        "code": meta.get("commit"),
-        "versions": join(meta.get("versions", {})),
-    }
-    known = {name: value for name, value in facts.items() if value not in (None, "")}
-    made = "\n".join(f"- {name}: {value}" for name, value in known.items())
+    facts = {**meta, **meta.get("run", {}), "run": None, "files_sha256": None}
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            facts[name] = ", ".join(f"{key} {each}" for key, each in value.items())
+    made = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None)
     return f"""---
 library_name: sentence-transformers
 pipeline_tag: feature-extraction
@@ -196,13 +172,8 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
             f"{folder}: no {META}; not a checkpoint of this project, or one that was not finished"
         )
     meta = read_note(path)
-    for name, kind in (REQUIRED | OPTIONAL).items():
-        if (name in meta or name in REQUIRED) and not isinstance(meta.get(name), kind):
-            wanted = "an object" if kind is dict else f"of type {kind.__name__}"
-            raise CheckpointError(
-                f"{path}: {name} must be {wanted}, found {meta.get(name)!r:.80}; the checkpoint was "
-                "altered or damaged, train it again"
-            )
+    if lost := [name for name in REQUIRED if name not in meta]:
+        raise CheckpointError(f"{path}: no {', '.join(lost)}; altered or damaged, train it again")
     if not check:
         return meta
     if weights_hash(folder) != meta["weights_sha256"]:
@@ -211,14 +182,11 @@ def read_meta(folder: str | Path, *, check: bool = True) -> dict[str, Any]:
             "again"
         )
     for name, digest in meta.get("files_sha256", {}).items():
-        if not (path := folder / Path(name).name).is_file():
-            raise CheckpointError(
-                f"{folder}: no {name}; the checkpoint is incomplete, copy or train it again"
-            )
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise CheckpointError(f"{folder}: no {name}; incomplete, copy or train it again")
         if file_hash(path) != digest:
-            raise CheckpointError(
-                f"{path}: does not match {META}; altered or damaged, copy or train it again"
-            )
+            raise CheckpointError(f"{path}: does not match {META}; copy or train it again")
     return meta
 
 

@@ -24,7 +24,7 @@ NOTEBOOKS = ROOT / "notebooks"
 def readers() -> dict[str, tuple[str, Callable[[Path], object], tuple[type[Exception], ...], list[Path]]]:
     """Target -> file name, reader of a path, errors it may raise, seed files."""
     from cocoa_lib.data.pairs import read_table
-    from cocoa_lib.evaluate.tasks import choose_tasks
+    from cocoa_lib.data.tables import fingerprint
     from cocoa_lib.items import InputError
     from cocoa_lib.recipes import RecipeError
     from cocoa_lib.run.profiles import load_profile, read_arms
@@ -36,7 +36,7 @@ def readers() -> dict[str, tuple[str, Callable[[Path], object], tuple[type[Excep
         "arms": ("arms.yaml", read_arms, (RecipeError,), [NOTEBOOKS / "arms.yaml"]),
         "rows.jsonl": ("rows.jsonl", read_table, (InputError,), []),
         "rows.csv": ("rows.csv", read_table, (InputError,), [ROOT / "data" / "published_mmeb.csv"]),
-        "manifest": ("manifest.json", lambda path: choose_tasks(["all"], str(path.parent)), (ValueError,), []),
+        "manifest": ("manifest.json", lambda path: fingerprint(path.parent), (ValueError,), []),
         "checkpoint": ("cocoa.json", lambda path: read_meta(path.parent, check=False), (CheckpointError,),
                        [ROOT / "data" / "backbone" / "cocoa.json"]),
     }  # fmt: skip

@@ -12,21 +12,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_effects import make_grid  # noqa: E402
 
-from cocoa_lib.evaluate.effects import judge_gain, paired_effects  # noqa: E402
+from cocoa_lib.evaluate.effects import is_significant, paired_effects  # noqa: E402
 
 
 def test_interval_covers_the_known_effect_and_a_null_is_rarely_supported():
-    covered, supported, detected = [], [], []
+    covered, found = [], []
     true = pd.Series({"gain": 20.0, "null": 0.0, "loss": -10.0})
     for i in range(100):
         table = make_grid(np.random.default_rng([3, i]), {"gain": 0.2, "null": 0.0, "loss": -0.1})
         effects = paired_effects(table, "base", n_boot=400, seed=i).set_index("arm")
         wanted = true[effects.index]
         covered += list((effects["low"] <= wanted) & (wanted <= effects["high"]))
-        supported.append(judge_gain(effects.loc["null"]) == "supported")
-        detected.append(judge_gain(effects.loc["gain"]) == "supported")
-    assert 0.92 <= np.mean(covered) <= 0.99
-    assert np.mean(supported) <= 0.05 and np.mean(detected) >= 0.9
+        found.append(is_significant(effects) & (effects["low"] > 0))
+    supported = pd.DataFrame(found).mean()
+    assert 0.92 <= np.mean(covered) <= 0.99 and supported["loss"] == 0
+    assert supported["null"] <= 0.05 and supported["gain"] >= 0.9
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
