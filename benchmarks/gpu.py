@@ -5,7 +5,7 @@
 
 What one H200 gave is in docs/speed.md. A step is forward, backward and fused AdamW, under bf16 autocast, all weights trained, or
 the adapter of profile `paper`, one picture of 448 x 448 a row and words up to the length. FLOPs are counted by
-`cocoa_lib.run.estimate.count_flops`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
+`cocoa_lib.run.estimate.count_step`, in stage 2 of the allowed pairs only; forward and backward, recomputation (GradCache,
 checkpointing) and the optimiser left out, as utilisation is usually defined. The peak it is measured against is stated in the
 output (H100 and H200, dense bf16: 989 TFLOP/s). Attention at other lengths: `attention.py`; the road: `make
 reproduce PROFILE=gpu`.
@@ -35,7 +35,7 @@ from cocoa_lib.kernels import PICTURES, compile_layers
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.run.adapters import add_adapter
-from cocoa_lib.run.estimate import count_flops, make_item
+from cocoa_lib.run.estimate import count_step, make_item
 from cocoa_lib.run.profiles import load_profile
 
 SHAPE = ROOT / "data/configs/qwen2_vl_2b"
@@ -101,7 +101,7 @@ def flops_of(module: Reconstruction, stage: str, recipe, columns: list[dict[str,
     masked = float((columns[0]["labels"] >= 0).sum()) / rows if "labels" in columns[0] else 0.0
     bare = copy.deepcopy(module).to("meta")
     item = make_item(bare, length - cells - 3, cells, round(masked))  # adds the picture's marks and EOS itself
-    forward, backward = count_flops(bare, stage, item)
+    forward, backward, _ = count_step(bare, stage, item)
     words = language_model(module.model).config
     barred = 1 - float(dense_mask(recipe.layout, columns[0]["segment_ids"]).float().mean())
     layers = words.num_hidden_layers + (len(module.decoder.layers) if module.decoder else 0)
@@ -120,7 +120,7 @@ def train(stage: str, ways: tuple[str, ...], *, tiny: bool, device: str, rows: i
     model, inputs = model_of(tiny, device, length)
     module = Reconstruction(model, layout=recipe.layout, image_weight=getattr(recipe, "image_weight", 0.0))
     if adapter:
-        add_adapter(model, r=recipe.lora_r, alpha=recipe.lora_alpha, dropout=recipe.lora_dropout, dora=recipe.dora)
+        add_adapter(model, recipe)
     module.to(device).train()
     columns = batches(stage, recipe, inputs, rows, side)
     flops, tokens = flops_of(module, stage, recipe, columns), sum(column["input_ids"].numel() for column in columns)
@@ -178,7 +178,7 @@ def encode(side: int, *, tiny: bool, device: str, peak: float, n: int = 5) -> li
     seconds = in_turn({"": lambda: embedder.encode(items, batch_size=batch)}, n)[""]
     cells = inputs.collate([{"text": "", "image": items[0]}])["mm_token_type_ids"].sum()
     bare = copy.deepcopy(module).to("meta")
-    forward, _ = count_flops(bare, "stage3", make_item(bare, 0, int(cells), 0))
+    forward, *_ = count_step(bare, "stage3", make_item(bare, 0, int(cells), 0))
     rates = [number * forward / x / 1e12 for x in seconds]
     return [record(f"encode, {side} x {side} pixels", f"achieved / peak FLOP rate ({peak:g} TFLOP/s), preparing included", rates,
                    [peak] * n, images_per_second=number / float(np.median(seconds)))]  # fmt: skip
