@@ -12,7 +12,6 @@ from cocoa_lib.attention import (
     LAYOUTS,
     PAD,
     A,
-    B,
     block_mask,
     dense_mask,
 )
@@ -142,38 +141,6 @@ def test_layout_none_is_the_models_own_mode(opened, picture):
         set_bidirectional(model, not bidirectional)  # now the layout must come from the 4-D mask
         assert torch.allclose(own[real], hidden_states(model, batch, layout)[real], atol=1e-5)
     set_bidirectional(model, True)
-
-
-def change_first_text_token_of_a(batch, inputs):
-    changed = dict(batch, input_ids=batch["input_ids"].clone())
-    special = torch.tensor([inputs.vision_start_id, inputs.vision_end_id, inputs.image_pad_id])
-    for row in range(len(batch["input_ids"])):
-        place = (
-            (batch["segment_ids"][row] == A) & ~torch.isin(batch["input_ids"][row], special)
-        ).nonzero()[0]
-        changed["input_ids"][row, place] = 99
-    return changed
-
-
-@torch.no_grad()
-def test_many_layers_cutting_eos_cuts_b_from_a(opened, picture, monkeypatch):
-    """Two layers, strict layout: B depends on A, and not once EOS is a key for itself only."""
-    model, inputs = opened
-    batch = stage2_batch(inputs, picture)
-    changed = change_first_text_token_of_a(batch, inputs)
-    is_b = batch["segment_ids"] == B
-
-    def b_states(which):
-        return hidden_states(model, which, "eos_bridged_strict")[is_b]
-
-    assert not torch.equal(b_states(batch), b_states(changed))
-    whole = LAYOUTS["eos_bridged_strict"]
-    monkeypatch.setitem(
-        LAYOUTS,
-        "eos_bridged_strict",
-        lambda q, k, i, j: whole(q, k, i, j) & ((k != EOS) | (q == EOS)),
-    )
-    assert torch.equal(b_states(batch), b_states(changed))
 
 
 @torch.no_grad()

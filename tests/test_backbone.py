@@ -355,29 +355,6 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
     assert all(p.grad is None for p in opened.parameters())
 
 
-def test_on_a_gpu_the_vision_tower_takes_all_pictures_at_once_where_it_can(
-    family, monkeypatch, caplog
-):
-    _, folder, _ = family
-
-    def used(**how):
-        opened = open_backbone(folder, bidirectional=True, **how)
-        return opened.model.visual.config._attn_implementation
-
-    assert used() == "sdpa"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    widths = []
-    monkeypatch.setattr("cocoa_lib.kernels.find_picture_fault", lambda width: widths.append(width))
-    assert (used(), used(attn_implementation="eager")) == (PICTURES, "eager")
-    attention = open_backbone(folder, bidirectional=True).model.visual.blocks[0].attn
-    assert widths == [attention.head_dim] * 2 and not caplog.text
-    monkeypatch.setattr("cocoa_lib.kernels.find_picture_fault", lambda width: "no kernel")
-    assert (
-        used() == "sdpa"
-        and "one by one, which takes longer and gives the same: no kernel" in caplog.text
-    )
-
-
 def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
     """Two calls stand in for it; one that is wrong, forth or back, or missing is found."""
     right, spoil = kernels.picture_attention, {}

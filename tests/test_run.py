@@ -184,7 +184,7 @@ def test_a_model_that_is_none_or_lacks_a_part_is_said_by_transformers(real, runs
     run = Run("smoke", "contrastive", model=str(model), data=str(real[1]), changes=TINY, runs=runs)
     with pytest.raises(OSError, match=shard.name):
         run.stage("stage3", show_progress=False)
-    with pytest.raises(OSError, match="no-such-model"):
+    with pytest.raises(OSError, match="couldn't connect|no-such-model"):
         run.other(model="someone/no-such-model").stage("stage3", show_progress=False)
 
 

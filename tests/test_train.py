@@ -61,11 +61,8 @@ def test_a_stage_leaves_a_whole_checkpoint(home, stage):
     assert meta["run"]["parent_stage"] == PARENT[stage]
     assert meta["run"]["parent_sha256"] == parent["weights_sha256"] != meta["weights_sha256"]
     log = pd.read_csv(folder / "log.csv")
-    assert (
-        log["step"].tolist() == [4, 6]
-        and np.isfinite(log["loss"]).all()
-        and (log["loss"] > 0).all()
-    )
+    assert log["step"].tolist() == [4, 6]
+    assert np.isfinite(log["loss"]).all() and (log["loss"] > 0).all()
     if stage != "stage3":
         weight = meta["run"]["recipe"].get("image_weight", 0.0)
         assert np.allclose(log["loss"], log["text_loss"] + weight * log["image_loss"])
@@ -168,7 +165,7 @@ def test_a_row_that_no_step_could_read_is_named_before_the_first(
 
 def test_what_does_not_fit_is_said(home, tmp_path, caplog):
     with pytest.raises(TrainingError, match="64 training pairs are fewer than one batch of 65"):
-        go(home, "stage3", tmp_path / "out", tiny("stage3", batch_size=65))
+        go(home, "stage3", tmp_path / "large", tiny("stage3", batch_size=65))
     go(home, "stage3", tmp_path / "out", tiny("stage3", max_length=512, steps=1))
     assert "max_length 512: the parent was made for 128" in caplog.text
 
@@ -393,16 +390,6 @@ def test_stage_3_takes_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeyp
     )
     go(home, "stage3", tmp_path / "out", tiny("stage3", steps=3))
     assert taken[-24:] == list(range(24)), "so that a block of one subset is in one batch"
-
-
-def test_order_and_draws_do_not_depend_on_workers():
-    data = Planned([{"row": i} for i in range(7)], index_plan([7], 20, seed=0))
-    loaders = [
-        torch.utils.data.DataLoader(data, batch_size=4, collate_fn=list, num_workers=n)
-        for n in (0, 2)
-    ]
-    alone, shared = [[row for batch in loader for row in batch] for loader in loaders]
-    assert alone == shared and [row["draw"] for row in alone] == list(range(20))
 
 
 def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):

@@ -191,15 +191,16 @@ def estimate(
     held = min(local, recipe.mini_batch_size) if chunked else sides * local
     share, flops, layers = data.share if pairs else 1.0, 0.0, len(words.layers)
     for part, n in ((1 - share, 0), (share, cells)):  # the one with a picture last
-        item = make_item(module, round(text), round(n), round(masked))
-        forward, backward, kept = count_step(module, stage, item)
-        flops += items * part * ((1 + chunked) * forward + backward)
-    share_kept = HALF if recipe.bf16 else 1.0
+        if part:
+            item = make_item(module, round(text), round(n), round(masked))
+            forward, backward, kept = count_step(module, stage, item)
+            flops += items * part * ((1 + chunked) * forward + backward)
+    half = HALF if recipe.bf16 else 1.0
     if recipe.gradient_checkpointing:  # each layer's input, in float32, and one whole layer
         module.model.gradient_checkpointing_disable()
-        kept += share_kept * count_step(module, stage, item)[2] / layers
+        kept += half * count_step(module, stage, item)[2] / layers
     else:
-        kept *= share_kept
+        kept *= half
     total = sum(weight.numel() for weight in module.parameters())
     trained = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
     parts = devices if sharded else 1
@@ -210,9 +211,9 @@ def estimate(
     else:
         casts = (total - trained) / (layers if recipe.gradient_checkpointing else 1) + trained
         copies = 2 * recipe.bf16 * casts + 4 * trained * (devices > 1)
+    pixels = item["pixel_values"].nbytes if "pixel_values" in item else 0
     used = [4 * total / parts, 4 * trained / parts, 8 * trained / parts, copies]
-    used.append(held * kept)
-    used.append(items / devices * (item["pixel_values"].nbytes if round(cells) else 0))
+    used += [held * kept, items / devices * pixels]
     rate = devices * PEAK * (ADAPTED if recipe.lora_r else UTILISATION)
     hours = recipe.steps * flops / rate / 3600
     return dict(zip(USES, [*used, sum(used)], strict=True)) | {"flops": flops, "hours": hours}

@@ -32,18 +32,8 @@ from ..recipes import Recipe, RecipeError, make_recipe, unknown_name
 from ..store.checkpoint import META, CheckpointError, provenance, read_meta, read_note
 from ..store.files import locked, write_whole
 from ..world.build import build
-from . import launch
+from . import launch, names
 from .backbone import train_backbone
-from .names import (
-    NAMES,
-    check_injected,
-    check_types,
-    digest,
-    find_data,
-    find_model,
-    find_path,
-    slug,
-)
 from .profiles import ROOT, STAGES, check_values, load_profile, merge, read_arms
 from .sharding import join_processes
 from .stage import Progress, run_stage
@@ -79,7 +69,9 @@ class Run:
         runs: str | Path | None = None,
     ) -> None:
         changes = {} if changes is None else changes
-        check_types(dict(zip(NAMES, (profile, arm, seed, model, data, changes), strict=True)))
+        names.check_types(
+            dict(zip(names.NAMES, (profile, arm, seed, model, data, changes), strict=True))
+        )
         self.profile, self.arm, self.seed, self.changes = profile, arm, seed, changes
         for section, values in changes.items():
             check_values(section, values, "changes")
@@ -91,7 +83,7 @@ class Run:
         self._differs = arms[arm]
         self.values = merge(profile_values, self._differs, changes)
         self.stages = tuple(stage for stage in STAGES if self.values.get(stage) is not False)
-        self.model, self.source = find_model(model), find_data(data)
+        self.model, self.source = names.find_model(model), names.find_data(data)
         self.built_in = not data  # the built-in world, whose ground truth is known
         for name, given, section in (("model", model, "backbone"), ("data", data, "benchmark")):
             if not given and section not in self.values:
@@ -104,20 +96,20 @@ class Run:
 
         Raises RecipeError for a name that papermill injected and no notebook has.
         """
-        check_injected(namespace.get("In", ()))
-        return cls(**{name: namespace[name] for name in NAMES if name in namespace})
+        names.check_injected(namespace.get("In", ()))
+        return cls(**{name: namespace[name] for name in names.NAMES if name in namespace})
 
     def __repr__(self) -> str:
         given = {name: value for name, value in self.names().items() if value not in ("", {})}
         return f"Run({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
-    def other(self, **names: Any) -> Self:
+    def other(self, **changed: Any) -> Self:
         """Make the same run but for some of the six names, e.g. `run.other(arm="contrastive")`."""
-        return type(self)(**self.names() | names, runs=self.runs)
+        return type(self)(**self.names() | changed, runs=self.runs)
 
     def names(self) -> dict[str, Any]:
         """The six names, paths from the repository's root; enough to make the run again."""
-        return {name: getattr(self, "source" if name == "data" else name) for name in NAMES}
+        return {name: getattr(self, "source" if name == "data" else name) for name in names.NAMES}
 
     def arguments(self) -> list[str]:
         """The six names, and where runs lie, as `python -m cocoa_lib.run STEP` takes them."""
@@ -126,14 +118,9 @@ class Run:
 
     def parameters(self) -> list[str]:
         """The six names as papermill takes them."""
-        given = self.names()
-        given.pop("changes")
-        words = [
-            word
-            for name, value in given.items()
-            if value != ""
-            for word in ("-p", name, str(value))
-        ]
+        words: list[str] = []
+        for name, value in self.names().items():
+            words += ["-p", name, str(value)] if name != "changes" and value != "" else []
         return words + (["-y", _write_yaml({"changes": self.changes})] if self.changes else [])
 
     # --- its recipes, and where it lies ---
@@ -155,8 +142,8 @@ class Run:
         given = {"model": self.model, "data": self.source, "changes": self.changes}
         if not any(given.values()):
             return self.runs / self.profile
-        words = [slug(Path(name).name) for name in (self.model, self.source) if name]
-        return self.runs / "-".join([self.profile, *words, digest(given)])
+        words = [names.slug(Path(name).name) for name in (self.model, self.source) if name]
+        return self.runs / "-".join([self.profile, *words, names.digest(given)])
 
     def folder(self, step: str) -> Path:
         """Where a stage's checkpoint lies, or the tables of "evaluate".
@@ -176,7 +163,7 @@ class Run:
             f"no_{name}" if part is False else "_".join(map(str, part.values()))
             for name, part in differs.items()
         ]
-        return place / f"{slug('-'.join(words))}-{digest(differs)}"
+        return place / f"{names.slug('-'.join(words))}-{names.digest(differs)}"
 
     @property
     def _shipped(self) -> bool:
@@ -193,8 +180,8 @@ class Run:
         if self._shipped:
             return Path(os.path.relpath(ROOT / "data" / "backbone"))
         made = {name: self.values[name] for name in ("backbone", "causal")}
-        words = slug("_".join(str(value) for value in made["backbone"].values()))
-        return self.runs / "backbones" / f"{words}-{digest(made)}"
+        words = names.slug("_".join(str(value) for value in made["backbone"].values()))
+        return self.runs / "backbones" / f"{words}-{names.digest(made)}"
 
     def done(self, step: str) -> bool:
         """Tell whether a stage's checkpoint, "evaluate" or "probe" is finished."""
@@ -214,10 +201,10 @@ class Run:
         if source.is_dir() and any(source.glob("train/*/*.parquet")):
             return source
         settings = dict(self.values.get("pairs", {}))
-        name = f"{slug(source.stem)}-{digest([self.source, settings])}"
+        name = f"{names.slug(source.stem)}-{names.digest([self.source, settings])}"
         if "image_root" in settings:
             root = settings["image_root"]
-            settings["image_root"] = ROOT / (find_path(root) or root)
+            settings["image_root"] = ROOT / (names.find_path(root) or root)
         return self._write(name, partial(build_pairs, source, **settings))
 
     def _write(self, name: str, write: Callable[..., Any]) -> Path:
@@ -237,8 +224,8 @@ class Run:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """The evaluation tasks of the data, or those that `evaluation.tasks` names."""
-        names = self.values.get("evaluation", {}).get("tasks", ["all"])
-        return choose_tasks(names, str(self.data))
+        chosen = self.values.get("evaluation", {}).get("tasks", ["all"])
+        return choose_tasks(chosen, str(self.data))
 
     # --- what it does ---
 
@@ -285,13 +272,9 @@ class Run:
         settings = {"batch_size": 64, "dtype": "float32"} | self.values.get("evaluation", {})
         facts = self._gather_facts(settings | {"tasks": [task.name for task in self.tasks]})
         if self.done("evaluate"):
-            found = read_note(out / "run.json")
-            if any(
-                found.get(name) != facts[name] for name in ("data_sha256", "evaluation", "sha256")
-            ):
-                raise CheckpointError(
-                    f"{out}: ranks of another run; delete the folder to rank again"
-                )
+            found, same = read_note(out / "run.json"), ("data_sha256", "evaluation", "sha256")
+            if any(found.get(name) != facts[name] for name in same):
+                raise CheckpointError(f"{out}: ranks of another run; delete the folder")
             return read_ranks(out)
         state = join_processes()
         dtype = getattr(torch, settings.pop("dtype"))

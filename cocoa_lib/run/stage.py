@@ -170,7 +170,8 @@ def _train(job: Job, state: PartialState, show_progress: Progress) -> None:
     watch = resume.Watch(checkpoint)
     trainer.remove_callback(PrinterCallback)
     if show_progress:
-        trainer.add_callback(trainers.Bar(show_progress if callable(show_progress) else None))
+        lines = callable(show_progress)
+        trainer.add_callback(trainers.Lines(show_progress) if lines else trainers.Bar())
     trainer.add_callback(watch)
     with resume.explain_losses(job.work):
         try:

@@ -12,8 +12,7 @@ from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, SequentialSampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..contrastive import gather_rows
 from ..recipes import Recipe
@@ -118,26 +117,23 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
             )
 
 
-class Bar(TrainerCallback):
-    """Progress with the loss, step by step: a bar, or lines where `say` takes them."""
+class Lines(TrainerCallback):
+    """Hand on a line a step, with the loss."""
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        off = not state.is_local_process_zero or self.say is not None
-        done, total = state.global_step, state.max_steps
-        self.bar = tqdm(total=total, initial=done, unit="step", disable=off, leave=False)
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        if "loss" in logs and state.is_world_process_zero:
+            self.say(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
+
+
+class Bar(ProgressCallback):
+    """transformers' bar, of one line, with the loss."""
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
-        if "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-            self.bar.update(state.global_step - self.bar.n)
-            if self.say and state.is_world_process_zero:
-                self.say(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int):

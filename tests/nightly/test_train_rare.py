@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-from collections import Counter
 from functools import partial
 
 import numpy as np
@@ -18,14 +17,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from PIL import Image
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, weights
 from torch.nn.parallel import DistributedDataParallel
 
-import cocoa_lib.inputs
 from cocoa_lib import corruption
 from cocoa_lib.backbone import open_backbone
 from cocoa_lib.contrastive import CachedInfoNCE, pair_features
@@ -54,20 +51,6 @@ pytestmark = pytest.mark.filterwarnings(
 )  # in peft
 
 
-def test_a_picture_is_read_once_and_keeping_it_changes_nothing(home, tmp_path, monkeypatch):
-    """At a stage that goes through its pictures several times."""
-    read = Counter()
-    load = cocoa_lib.inputs.load_image
-    monkeypatch.setattr(
-        cocoa_lib.inputs, "load_image", lambda source: read.update([str(source)]) or load(source)
-    )
-    assert_same_run(go(home, "stage1", tmp_path / "kept"), home / "stage1")
-    assert set(read.values()) == {1}
-    monkeypatch.setattr("cocoa_lib.run.stage.KEPT_IMAGES", 0)
-    assert_same_run(go(home, "stage1", tmp_path / "read"), home / "stage1")
-    assert max(read.values()) > 2
-
-
 def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
     """transformers would wrap the model in DataParallel, which cuts pictures apart, and take a batch for each GPU."""
 
@@ -79,28 +62,6 @@ def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
     recipe = tiny("stage1")
     args = training_arguments(OnTwo, recipe, tmp_path, 0)
     assert args.train_batch_size == recipe.batch_size
-
-
-def test_a_large_picture_does_not_end_a_run(home, tmp_path):
-    """The processor would let it take more than max_length; `image_tokens` is what the recipe lets it."""
-    folder = shutil.copytree(home / "causal", tmp_path / "causal")
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    settings["size"]["longest_edge"] *= 100
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    (
-        folder / "cocoa.json"
-    ).unlink()  # which would have seen that; as a model from elsewhere has none
-    data = shutil.copytree(home / "world", tmp_path / "world")
-    for file in (data / "images").rglob("*.png"):
-        Image.open(file).resize((640, 640)).save(file)
-    out = go(
-        home, "stage1", tmp_path / "out", tiny("stage1", image_tokens=9), parent=folder, data=data
-    )
-    grid = load_inputs(out, read_meta(out)).process_images([Image.new("RGB", (640, 640))])[1]
-    assert grid.prod() == 9 * 4
-    go(
-        home, "stage1", tmp_path / "half", tiny("stage1", steps=1), parent=folder, data=data
-    )  # 1280, but half of 128 at most
 
 
 def test_a_learned_fill_stays_with_the_decoder(home, tmp_path):
@@ -168,14 +129,6 @@ def test_workers_change_nothing(home, stage, tmp_path):
         == 2
     )
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
-
-
-def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
-    for stage in ("stage1", "stage2"):
-        log = pd.read_csv(go(home, stage, tmp_path / stage, tiny(stage, packing=True)) / "log.csv")
-        plain = pd.read_csv(home / stage / "log.csv")
-        assert not log.equals(plain), "nothing was packed"
-        assert np.allclose(log["loss"], plain["loss"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
