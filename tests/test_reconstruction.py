@@ -34,14 +34,9 @@ from cocoa_lib.world.backbone import causal_batch
 
 
 def rows(picture, n=4):
-    texts = (
-        "a large red circle at the top left,a small blue 7,a square,a green 3 at the bottom".split(
-            ","
-        )
-    )
-    return [
-        {"text": "", "image": picture(seed=i), "target": texts[i % 4], "draw": i} for i in range(n)
-    ]
+    texts = ["a large red circle at the top left", "a small blue 7", "a square", "a green 3"]
+    made = ({"text": "", "image": picture(seed=i), "draw": i} for i in range(n))
+    return [row | {"target": texts[row["draw"] % 4]} for row in made]
 
 
 # --- corruption ----------------------------------------------------------------------------------
@@ -63,10 +58,8 @@ def test_only_plain_text_of_the_segment_is_masked(small, picture):
 
 def test_the_first_token_is_not_hidden_on_either_side(small):
     model, inputs = small
-    made = [
-        {"text": "", "image": None, "target": text, "draw": i}
-        for i, text in enumerate(["red", "a large red circle"])
-    ]
+    texts = enumerate(["red", "a large red circle"])
+    made = [{"text": "", "image": None, "target": text, "draw": i} for i, text in texts]
     recipe = make_recipe("stage1", {"text_mask_rate": 1.0, "image_weight": 0.0})
     module, losses = Reconstruction(model, layout="bidirectional").eval(), []
     for side in ("right", "left"):
@@ -178,13 +171,9 @@ def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
     set_bidirectional(model, True)
     recipe = make_recipe("stage1", {"preset": preset, "patch_fill": fill})
     batch = stage1_batch(rows(picture), inputs, recipe, seed=0)
-    module = Reconstruction(
-        model,
-        layout="bidirectional",
-        objective=recipe.objective,
-        image_weight=recipe.image_weight,
-        learned_fill=fill == "learned",
-    )
+    values = {"objective": recipe.objective, "image_weight": recipe.image_weight}
+    learned = {"learned_fill": fill == "learned"}
+    module = Reconstruction(model, layout="bidirectional", **values, **learned)
     out = module(**batch)
     assert torch.isfinite(out["loss"]) and out["text_loss"] > 0 and out["image_loss"] > 0
     both = out["text_loss"] + recipe.image_weight * out["image_loss"]
@@ -206,14 +195,11 @@ def test_presets_are_the_sources_numbers():
 
 def test_a_text_only_batch_works_in_both_stages(small):
     model, inputs = small
-    plain = [
-        {"text": "a red", "image": None, "target": "a circle", "draw": 0},
-        {"text": "b", "image": None, "target": "x y", "draw": 1},
-    ]
-    for batch, layout in (
-        (stage1_batch(plain, inputs, make_recipe("stage1"), 0), "bidirectional"),
-        (stage2_batch(plain, inputs, make_recipe("stage2"), 0), "eos_bridged"),
-    ):
+    texts = enumerate([("a red", "a circle"), ("b", "x y")])
+    plain = [{"text": a, "image": None, "target": b, "draw": i} for i, (a, b) in texts]
+    one = stage1_batch(plain, inputs, make_recipe("stage1"), 0)
+    two = stage2_batch(plain, inputs, make_recipe("stage2"), 0)
+    for batch, layout in ((one, "bidirectional"), (two, "eos_bridged")):
         out = Reconstruction(model, layout=layout, image_weight=0.5)(**batch)
         assert torch.isfinite(out["loss"]) and out["image_loss"] == 0
 
@@ -224,14 +210,10 @@ def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatc
     torch.manual_seed(0)
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5).train()
     recipe, found = make_recipe("stage1", {"text_mask_rate": 0.5}), []
-    parts = [
-        stage1_batch(part, inputs, recipe, 0) for part in (rows(picture)[:1], rows(picture)[1:])
-    ]
-    counts = torch.stack(
-        [
-            torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()])
-            for part in parts
-        ]
+    halves = (rows(picture)[:1], rows(picture)[1:])
+    parts = [stage1_batch(half, inputs, recipe, 0) for half in halves]
+    counts = torch.tensor(
+        [[int((part["labels"] != IGNORE).sum()), int(part["hidden_cells"].sum())] for part in parts]
     )
     for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
         if len(batches) == 2:

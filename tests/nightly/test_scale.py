@@ -72,9 +72,8 @@ def assert_close(home, stage, folder):
     one, other = pd.read_csv(home / stage / "log.csv"), pd.read_csv(folder / "log.csv")
     assert one["step"].tolist() == other["step"].tolist() == [1, 2, 3, 4, 5]
     assert np.allclose(one["loss"], other["loss"], rtol=1e-4)
-    start, a, b = (
-        load_file(path / "model.safetensors") for path in (home / "init", home / stage, folder)
-    )
+    folders = (home / "init", home / stage, folder)
+    start, a, b = (load_file(path / "model.safetensors") for path in folders)
     far = lambda x, y: sum((x[name] - y[name]).norm() ** 2 for name in start) ** 0.5  # noqa: E731
     assert far(a, b) < 1e-2 * far(a, start)
 
@@ -91,9 +90,8 @@ def steps_of(run):
     return steps
 
 
-RESUMES = Version(transformers.__version__) >= Version(
-    "5.20"
-)  # before, it asks torch for a device cpu:0
+# Before, it asks torch for a device cpu:0.
+RESUMES = Version(transformers.__version__) >= Version("5.20")
 
 
 # --- two processes ------------------------------------------------------------------------------------------------------
@@ -118,9 +116,8 @@ def together(work, home, out, n=2):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [
-        context.Process(target=member, args=(rank, port, n, work, home, out)) for rank in range(n)
-    ]
+    words = [(rank, port, n, work, home, out) for rank in range(n)]
+    children = [context.Process(target=member, args=each) for each in words]
     for child in children:
         child.start()
     for child in children:
@@ -128,6 +125,10 @@ def together(work, home, out, n=2):
         if child.exitcode is None:
             child.kill()
     return [child.exitcode for child in children]
+
+
+def read_errors(out):
+    return [path.read_text() for path in out.glob("error-*")]
 
 
 def all_of_it(rank, home, out):
@@ -195,12 +196,8 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
 def launch_environment(name):
     """What `accelerate launch` tells its processes of the sharding in a launch file."""
     parser = launch_command_parser()
-    arguments = [
-        "--config_file",
-        str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"),
-        "-m",
-        "cocoa_lib.run",
-    ]
+    config = str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml")
+    arguments = ["--config_file", config, "-m", "cocoa_lib.run"]
     environment = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
     return {key: value for key, value in environment.items() if "FSDP" in key}
 
@@ -222,11 +219,9 @@ def shard_on_cpu(patch, **changes):
 
 # Recipes that could set the processes at odds: a row each, where one has a picture (to restore) and the other none; an adapter,
 # under which nothing asks for the gradient of what a text's first layer reads.
+MIXED = {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"}
 SHARDED = {stage: (stage, {}) for stage in STAGES} | {
-    "pictures": (
-        "stage2",
-        {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"},
-    ),
+    "pictures": ("stage2", MIXED),
     "adapter": ("stage3", {"lora_r": 4, "lora_dropout": 0.0}),
     "chunks": ("stage3", {"mini_batch_size": 2}),  # two on each process, of rows sorted by length
 }
@@ -271,9 +266,7 @@ def one_is_spoilt(rank, home, out):
 
 
 def test_a_spoilt_share_stops_every_process(home, tmp_path):
-    assert together(one_is_spoilt, home, tmp_path) == [0, 0], [
-        path.read_text() for path in tmp_path.glob("error-*")
-    ]
+    assert together(one_is_spoilt, home, tmp_path) == [0, 0], read_errors(tmp_path)
     assert not list(tmp_path.glob(".spoilt.work/checkpoint-*"))
 
 
@@ -287,9 +280,7 @@ def sharded_further(rank, home, out):
 def shards(home, tmp_path_factory):
     """What two processes left, each with half of the weights; `.regrown.work` and `.foreign.work` stopped after step 2."""
     out = tmp_path_factory.mktemp("shards")
-    assert together(all_sharded, home, out) == [0, 0], [
-        path.read_text() for path in out.glob("error-*")
-    ]
+    assert together(all_sharded, home, out) == [0, 0], read_errors(out)
     return out
 
 
@@ -307,14 +298,9 @@ def test_a_sharded_stage_is_the_stage_on_one_process(home, shards, tmp_path, nam
 
 def test_a_sharded_run_goes_on_with_another_number_of_processes(home, shards):
     saved = shards / ".regrown.work" / "checkpoint-2"
-    parts = {
-        path.relative_to(saved).as_posix()
-        for path in (saved / "pytorch_model_fsdp_0").glob("*.distcp")
-    }
+    parts = list((saved / "pytorch_model_fsdp_0").glob("*.distcp"))
     assert len(parts) == 2 and (saved / "complete.json").is_file()
-    assert together(sharded_further, home, shards, n=4) == [0] * 4, [
-        p.read_text() for p in shards.glob("error-*")
-    ]
+    assert together(sharded_further, home, shards, n=4) == [0] * 4, read_errors(shards)
     assert_close(home, "stage3", shards / "regrown")
 
 
