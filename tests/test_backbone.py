@@ -118,13 +118,11 @@ def test_the_switch_takes_in_every_family_and_backend(family):
     name, folder, _ = family
     for implementation in ("sdpa", "eager"):
         for bidirectional in (True, False):
-            model = open_backbone(
-                folder, bidirectional=bidirectional, attn_implementation=implementation
-            )  # probed
+            how = {"bidirectional": bidirectional, "attn_implementation": implementation}
+            model = open_backbone(folder, **how)  # probed
             assert type(model) is CLASSES[name][1], "the standard class, unmodified"
-            assert (
-                language_model(model).config.is_causal is not bidirectional and not model.training
-            )
+            assert language_model(model).config.is_causal is not bidirectional
+            assert not model.training
 
 
 def test_positions_are_three_dimensional_where_there_is_an_image(family, picture):
@@ -144,11 +142,8 @@ def test_positions_are_three_dimensional_where_there_is_an_image(family, picture
 def test_embedding_alone_batched_and_padded_left_is_the_same(family, picture):
     _, folder, inputs = family
     module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
-    items = [
-        {"text": "a red circle", "image": picture(64, 48)},
-        {"text": "a"},
-        {"image": picture(32, 80)},
-    ]
+    both = {"text": "a red circle", "image": picture(64, 48)}
+    items = [both, {"text": "a"}, {"image": picture(32, 80)}]
 
     def embed(some):
         return module(inputs.collate(some))["sentence_embedding"]
@@ -278,12 +273,10 @@ def test_remote_code_is_never_trusted():
 
 def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     _, folder, _ = family
-    monkeypatch.setattr(
-        "cocoa_lib.backbone.set_bidirectional", lambda model, bidirectional: model
-    )  # the switch does nothing
-    with pytest.raises(
-        RuntimeError, match="the attention switch did not take: bidirectional.*'sdpa'.*causal"
-    ):
+    nothing = lambda model, bidirectional: model  # noqa: E731
+    monkeypatch.setattr("cocoa_lib.backbone.set_bidirectional", nothing)
+    said = "the attention switch did not take: bidirectional.*'sdpa'.*causal"
+    with pytest.raises(RuntimeError, match=said):
         open_backbone(folder, bidirectional=True)
 
 
@@ -297,14 +290,8 @@ def uncompiled_flex(monkeypatch):
     from transformers.integrations import flex_attention as integration
 
     monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(
-        integration, "WrappedFlexAttention", lambda training: lambda: module.flex_attention
-    )
-
-
-def flex_batch(inputs, picture):
-    items = [{"text": "a large red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
-    return inputs.collate(items, ["a red circle", "a blue 7 at the bottom"])
+    plain = lambda training: lambda: module.flex_attention  # noqa: E731
+    monkeypatch.setattr(integration, "WrappedFlexAttention", plain)
 
 
 @torch.no_grad()
@@ -313,7 +300,9 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex):
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     config = language_model(model).config
-    batch = flex_batch(replace(inputs, padding_side="left"), picture)
+    items = [{"text": "a large red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
+    padded = replace(inputs, padding_side="left")
+    batch = padded.collate(items, ["a red circle", "a blue 7 at the bottom"])
     real = batch["attention_mask"].bool()
     config._attn_implementation = "flex_attention"
     fused = PatchDecoder(model).eval()  # has a layer of the model, and its implementation
@@ -322,14 +311,12 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex):
     plain.load_state_dict(fused.state_dict())
     for layout in (None, *LAYOUTS):
         dense = hidden_states(model, batch, layout)
-        pixels = plain(dense, model, batch, layout or "bidirectional")
+        how = (dense, model, batch, layout or "bidirectional")
+        pixels = plain(*how)
         config._attn_implementation = "flex_attention"
-        assert torch.allclose(hidden_states(model, batch, layout)[real], dense[real], atol=1e-5), (
-            layout
-        )
-        assert torch.allclose(
-            fused(dense, model, batch, layout or "bidirectional"), pixels, atol=1e-5
-        ), layout
+        states = hidden_states(model, batch, layout)
+        assert torch.allclose(states[real], dense[real], atol=1e-5), layout
+        assert torch.allclose(fused(*how), pixels, atol=1e-5), layout
         config._attn_implementation = "sdpa"
     config._attn_implementation = "flex_attention"
     probe_attention(model, True)
@@ -348,10 +335,8 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
     monkeypatch.setattr("cocoa_lib.backbone.block_mask", broken)
     opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
     assert language_model(opened).config._attn_implementation == "sdpa"
-    assert (
-        "flex_attention is not available here (RuntimeError: no C++ compiler); using sdpa"
-        in caplog.text
-    )
+    said = "flex_attention is not available here (RuntimeError: no C++ compiler); using sdpa"
+    assert said in caplog.text
     assert all(p.grad is None for p in opened.parameters())
 
 
@@ -377,33 +362,28 @@ def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
     assert find_picture_fault(80, "cpu") == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize(
-    "sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"]
-)
+@pytest.mark.parametrize("sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=(1, 3))
 def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatch):
     """Of one size in one call; states and gradients are the same."""
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     visual = model.model.visual
-    batch = inputs.collate(
-        [{"text": "which", "image": picture(*size, seed=i)} for i, size in enumerate(sizes)]
-    )
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    batch = inputs.collate([{"text": "which", "image": image} for image in images])
     calls, found, original = [], [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **how: (
-            calls.append(visual.config._attn_implementation) or original(*args, **how)
-        ),
-    )
+
+    def attend(*args, **how):
+        calls.append(visual.config._attn_implementation)
+        return original(*args, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     for implementation in ("sdpa", PICTURES):
         visual.config._attn_implementation = implementation
         states = hidden_states(model, batch, "bidirectional")
         model.zero_grad()
         states.square().sum().backward()
-        found.append(
-            [states.detach(), *(p.grad.clone() for p in visual.parameters() if p.grad is not None)]
-        )
+        gradients = [p.grad.clone() for p in visual.parameters() if p.grad is not None]
+        found.append([states.detach(), *gradients])
     assert len(found[0]) == len(found[1]) > 5
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-5 * float(one.abs().max()) + 1e-7)

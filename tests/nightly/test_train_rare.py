@@ -38,17 +38,12 @@ from cocoa_lib.run.backbone import train_backbone
 from cocoa_lib.run.resume import TrainingError
 from cocoa_lib.run.sharding import join_processes
 from cocoa_lib.run.trainers import training_arguments
-from cocoa_lib.store.checkpoint import (
-    CheckpointError,
-    load_inputs,
-    read_meta,
-    weights_hash,
-)
+from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta, weights_hash
 from cocoa_lib.world.build import build
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-)  # in peft
+# In peft.
+DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+pytestmark = pytest.mark.filterwarnings(DEPRECATED)
 
 
 def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
@@ -77,25 +72,22 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
     assert (out / "image_decoder.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "token, added", [("<|gap|>", True), ("a", False)], ids=["added", "of the vocabulary"]
-)
+@pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)])
 def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(
     home, tmp_path, token, added, monkeypatch
 ):
     seen, write = [], corruption.mask_text
-    monkeypatch.setattr(
-        "cocoa_lib.corruption.mask_text",
-        lambda *a, **k: seen.append(k["mask_token_id"]) or write(*a, **k),
-    )
+
+    def look(*args, **how):
+        seen.append(how["mask_token_id"])
+        return write(*args, **how)
+
+    monkeypatch.setattr("cocoa_lib.corruption.mask_text", look)
     before = load_inputs(home / "causal", read_meta(home / "causal"))
     go(home, "stage1", tmp_path / "stage1", tiny("stage1", mask_token=token))
     inputs = load_inputs(tmp_path / "stage1", read_meta(tmp_path / "stage1"))
-    assert (
-        set(seen)
-        == {inputs.tokenizer.convert_tokens_to_ids(token)}
-        == {inputs.tokenizer.mask_token_id}
-    )
+    number = inputs.tokenizer.convert_tokens_to_ids(token)
+    assert set(seen) == {number} == {inputs.tokenizer.mask_token_id}
     assert len(inputs.tokenizer) == len(before.tokenizer) + added
     assert inputs.text_ids("a red circle") == before.text_ids("a red circle")
     one, other = (
@@ -122,12 +114,8 @@ def test_precision_is_the_recipes_and_not_the_launchers(home, tmp_path, monkeypa
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_workers_change_nothing(home, stage, tmp_path):
     recipe = tiny(stage, workers=2)
-    assert (
-        training_arguments(
-            transformers.TrainingArguments, recipe, tmp_path, 0
-        ).dataloader_num_workers
-        == 2
-    )
+    args = training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0)
+    assert args.dataloader_num_workers == 2
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
 
 
@@ -142,9 +130,8 @@ def test_gradient_checkpointing_trains_the_same(home, tmp_path, stage, monkeypat
     )
     plain = go(home, stage, tmp_path / "plain", tiny(stage, steps=3, **LORA))
     assert not calls
-    saving = go(
-        home, stage, tmp_path / "saving", tiny(stage, steps=3, gradient_checkpointing=True, **LORA)
-    )
+    recipe = tiny(stage, steps=3, gradient_checkpointing=True, **LORA)
+    saving = go(home, stage, tmp_path / "saving", recipe)
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(saving / "log.csv")
     losses = [name for name in a if name.endswith("loss") or name == "grad_norm"]
     assert calls and losses and np.allclose(a[losses], b[losses], rtol=1e-5, equal_nan=True)
@@ -156,10 +143,8 @@ def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, mo
     stop_at(monkeypatch, 3, RuntimeError("stopped"))
     with pytest.raises(RuntimeError, match="stopped"):
         go(home, "stage2", tmp_path / "out")
-    with pytest.raises(
-        CheckpointError,
-        match=r"\.out\.work: holds a run of another configuration \(seed 0, not 5\)",
-    ):
+    said = r"\.out\.work: holds a run of another configuration \(seed 0, not 5\)"
+    with pytest.raises(CheckpointError, match=said):
         go(home, "stage2", tmp_path / "out", seed=5)
 
 
@@ -178,9 +163,7 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
         compiled = go(home, stage, tmp_path / "compiled", tiny(stage, torch_compile=True, **values))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
-    losses = [
-        name for name in a if name.endswith("loss")
-    ]  # with the same dropout, in GradCache's two passes as well
+    losses = [name for name in a if name.endswith("loss")]  # with the same dropout in both passes
     assert losses and (a[losses] - b[losses]).abs().max().max() < 1e-6
     one, other = weights(plain), weights(compiled)
     assert one.keys() == other.keys()
@@ -193,9 +176,7 @@ def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
 
 
 FULL = {
-    "_save_optimizer_and_scheduler": RuntimeError(
-        "[enforce fail at inline_container.cc:672] . unexpected pos"
-    ),
+    "_save_optimizer_and_scheduler": RuntimeError("[enforce fail at inline_container.cc:672] ."),
     "save_model": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "_finish": SafetensorError("IoError: No space left on device (os error 28)"),
 }
@@ -212,9 +193,8 @@ def test_a_full_disk_is_said_whoever_writes_and_the_same_command_goes_on(
         raise FULL[where]
 
     monkeypatch.setattr(modules.get(where, transformers.Trainer), where, full)
-    with pytest.raises(
-        TrainingError, match="the disk is full, a checkpoint could not .*same command goes on"
-    ):
+    said = "the disk is full, a checkpoint could not .*same command goes on"
+    with pytest.raises(TrainingError, match=said):
         go(home, "stage1", tmp_path / "out")
     monkeypatch.undo()
     assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
@@ -228,31 +208,20 @@ def test_a_backbone_of_another_shape_or_seed_does_not_start_from_what_an_earlier
         "cocoa_lib.run.backbone.run_stage", lambda stage, recipe, *, parent, **rest: parent
     )
     build(tmp_path / "world", seed=0, n_pairs=8, n_queries=2, n_corpus=4)
-    shape = {
-        "vocab_size": 400,
-        "image_pixels": 1024,
-        "layers": 1,
-        "heads": 2,
-        "vision_dim": 32,
-        "vision_layers": 1,
-    }
+    shape = {"vocab_size": 400, "image_pixels": 1024, "layers": 1, "heads": 2}
+    shape |= {"vision_dim": 32, "vision_layers": 1, "patch_size": 8}
 
     def init(hidden_size, seed):
-        sizes = {**shape, "patch_size": 8, "hidden_size": hidden_size}
-        return train_backbone(
-            tmp_path / "world", tmp_path / "out", sizes, make_recipe("causal"), seed=seed
-        )
+        sizes, world = {**shape, "hidden_size": hidden_size}, tmp_path / "world"
+        return train_backbone(world, tmp_path / "out", sizes, make_recipe("causal"), seed=seed)
 
     weights = {}
     for hidden_size, seed in [(64, 0), (32, 0), (32, 7), (64, 0)]:
         folder = init(hidden_size, seed)
-        assert (
-            json.loads((folder / "config.json").read_text())["text_config"]["hidden_size"]
-            == hidden_size
-        )
-        assert weights.setdefault(
-            (hidden_size, seed), read_meta(folder)["weights_sha256"]
-        ) == weights_hash(folder)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["text_config"]["hidden_size"] == hidden_size
+        first = weights.setdefault((hidden_size, seed), read_meta(folder)["weights_sha256"])
+        assert first == weights_hash(folder)
     assert len(set(weights.values())) == 3
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert (init(64, 0) / "model.safetensors").stat().st_mtime_ns == made, "what fits is used again"
@@ -266,20 +235,17 @@ def pairs(home):
 def captions(home):
     """The second half has longer texts and no image: two processes mask different numbers of words and cells."""
     rows = [row | {"draw": i} for i, row in enumerate(corpus.captions(home / "world")[:8])]
-    return rows[:4] + [
-        row | {"image": None, "target": row["target"] + ", " + row["target"]} for row in rows[4:]
-    ]
+    plain = [row | {"image": None, "target": ", ".join([row["target"]] * 2)} for row in rows[4:]]
+    return rows[:4] + plain
 
 
 def contrastive_gradients(home, mine, wrap):
     folder = home / "stage3"
     inputs = load_inputs(folder, read_meta(folder))
-    model = SentenceTransformer(
-        modules=[EosEmbedding(open_backbone(folder, bidirectional=True), inputs)], device="cpu"
-    )
-    batch = SentenceTransformerDataCollator(
-        partial(pair_features, inputs=inputs, mini_batch_size=3)
-    )(pairs(home)[mine])
+    module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
+    batch = SentenceTransformerDataCollator(collate)(pairs(home)[mine])
     columns = [
         {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
         for c in ("anchor", "positive")
@@ -287,9 +253,8 @@ def contrastive_gradients(home, mine, wrap):
     wrapped = wrap(model.train())
     loss = CachedInfoNCE(wrapped, temperature=0.1, mini_batch_size=3)(columns)
     loss.backward()
-    return float(loss.detach()), {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }
+    named = model.named_parameters()
+    return float(loss.detach()), {name: p.grad for name, p in named if p.grad is not None}
 
 
 def reconstruction_gradients(home, mine, wrap):
