@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cocoa_lib.recipes import PRESETS, RecipeError, make_recipe
+from cocoa_lib.recipes import RecipeError
 from cocoa_lib.run.profiles import load_profile, merge, read_arms
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_becomes_a_recipe_and_a_value_beside_it_wins(preset):
-    found = make_recipe("stage1", {"preset": preset, "patch_mask_rate": 0.9})
-    expected = PRESETS[preset] | {"patch_mask_rate": 0.9}
-    assert {name: getattr(found, name) for name in expected} == expected
 
 
 def test_a_later_layer_changes_values_and_a_stage_that_is_off_stays_off():
