@@ -198,7 +198,7 @@ def estimate(
     half = HALF if recipe.bf16 else 1.0
     if recipe.gradient_checkpointing:  # each layer's input, in float32, and one whole layer
         module.model.gradient_checkpointing_disable()
-        kept += half * count_step(module, stage, item)[2] / layers
+        kept += half * count_step(module, stage, item)[2] / (layers + vision.depth)
     else:
         kept *= half
     total = sum(weight.numel() for weight in module.parameters())

@@ -38,20 +38,24 @@ def prepared(folder, values, n):
     return lambda: two_steps(folder, recipe, n)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc"
-)
-@pytest.mark.parametrize(
-    "values", [FULL, DORA, CHECKPOINTING, {"bf16": True}], ids=["full", "dora", "ckpt", "bf16"]
-)
-def test_the_memory_is_the_measured_peak_of_a_small_step(small, values):
-    """Stage 1, 8 million parameters, 4 items: within 15 %. On a CPU: what a GPU's allocator leaves in gaps is not in it."""
+KINDS = {"full": FULL, "dora": DORA, "ckpt": CHECKPOINTING, "bf16": {"bf16": True}}
+LINUX = Path("/proc/self/clear_refs").exists()
+
+
+@pytest.mark.skipif(not LINUX, reason="the peak is read from Linux's /proc")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_memory_is_the_measured_peak_of_a_small_step(small, kind):
+    """Stage 1, 8 million parameters, 4 items: within 15 %, with an adapter up to a quarter above.
+
+    On a CPU: what a GPU's allocator leaves in gaps is not in it.
+    """
     from common import peak
 
-    values = values | {"batch_size": 4, "text_mask_rate": 12 / TEXT}
+    values = KINDS[kind] | {"batch_size": 4, "text_mask_rate": 12 / TEXT}
     data, recipe = Data(text=TEXT, pixels=(SIDE * 14) ** 2), make_recipe("stage1", values)
     needs = estimate.estimate(small["2B"], "stage1", recipe, data)
-    assert needs["memory"] == pytest.approx(peak(prepared, small["2B"], values, 4), rel=0.15)
+    share = needs["memory"] / peak(prepared, small["2B"], values, 4)
+    assert 0.85 < share < (1.25 if kind == "dora" else 1.15)
 
 
 def test_items_are_measured(tmp_path):
