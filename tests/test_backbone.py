@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,9 +23,8 @@ from transformers import (
 
 import cocoa_lib
 from cocoa_lib import kernels
-from cocoa_lib.attention import EOS, LAYOUTS, A, dense_mask
+from cocoa_lib.attention import EOS, LAYOUTS
 from cocoa_lib.backbone import (
-    _text_batch,
     hidden_states,
     language_model,
     open_backbone,
@@ -44,62 +41,30 @@ from cocoa_lib.reconstruction import PatchDecoder, Reconstruction
 from cocoa_lib.run.adapters import add_adapter
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-    ),  # peft asks for it
-    pytest.mark.filterwarnings(
-        "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-    ),  # torch itself
-]
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]  # in peft, in torch
 
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
 SPACE = {"spatial_merge_size": 2, "temporal_patch_size": 2, "patch_size": 8, "num_heads": 2}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 512,
-}
+TOWER = SPACE | {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "depth": 2}
 VISION = {
     "qwen2_vl": {**SPACE, "depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2},
-    "qwen2_5_vl": {
-        **SPACE,
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 64,
-        "window_size": 32,
-        "fullatt_block_indexes": [1],
-    },
-    "qwen3_vl": {
-        **SPACE,
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "out_hidden_size": 64,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0],
-    },
+    "qwen2_5_vl": TOWER | {"window_size": 32, "fullatt_block_indexes": [1]},
+    "qwen3_vl": TOWER | {"num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
 }
 CLASSES = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3_vl": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
 }
-LANGUAGE = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
+PARTS = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+IN_LANGUAGE = f"{PARTS} mlp.gate_proj mlp.up_proj mlp.down_proj"
 IN_VISION = {
-    "qwen2_vl": ("attn.qkv", "mlp.fc1", "mlp.fc2"),
-    "qwen2_5_vl": ("attn.qkv", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "qwen3_vl": ("attn.qkv", "mlp.linear_fc1", "mlp.linear_fc2"),
+    "qwen2_vl": "attn.qkv mlp.fc1 mlp.fc2",
+    "qwen2_5_vl": "attn.qkv mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "qwen3_vl": "attn.qkv mlp.linear_fc1 mlp.linear_fc2",
 }
 
 
@@ -137,44 +102,28 @@ def family(request, small, tmp_path_factory):
 
 def rows(picture):
     texts = ["a large red circle", "a small blue 7 at the bottom", "a square"]
-    return [
-        {
-            "text": "which",
-            "image": picture(64, 48, seed=i) if i < 2 else None,
-            "target": text,
-            "draw": i,
-        }
-        for i, text in enumerate(texts)
-    ]
+    images = [picture(64, 48, seed=0), picture(64, 48, seed=1), None]
+    made = enumerate(zip(texts, images, strict=True))
+    return [{"text": "which", "image": x, "target": text, "draw": i} for i, (text, x) in made]
 
 
 def pairs(picture, n=4):
-    return [
-        {
-            "anchor": {
-                "text": "What color is the square?" if i % 2 else "",
-                "image": picture(64, 48, seed=i),
-            },
-            "positive": {
-                "text": f"a large red circle {i}",
-                "image": picture(32, 64, seed=i) if i % 2 else "",
-            },
-        }
-        for i in range(n)
+    queries = [{"text": "What?" * (i % 2), "image": picture(64, 48, seed=i)} for i in range(n)]
+    found = [
+        {"text": f"a circle {i}", "image": picture(32, 64, i) if i % 2 else ""} for i in range(n)
     ]
+    return [{"anchor": a, "positive": b} for a, b in zip(queries, found, strict=True)]
 
 
 def test_the_switch_takes_in_every_family_and_backend(family):
     name, folder, _ = family
     for implementation in ("sdpa", "eager"):
         for bidirectional in (True, False):
-            model = open_backbone(
-                folder, bidirectional=bidirectional, attn_implementation=implementation
-            )  # probed
+            how = {"bidirectional": bidirectional, "attn_implementation": implementation}
+            model = open_backbone(folder, **how)  # probed
             assert type(model) is CLASSES[name][1], "the standard class, unmodified"
-            assert (
-                language_model(model).config.is_causal is not bidirectional and not model.training
-            )
+            assert language_model(model).config.is_causal is not bidirectional
+            assert not model.training
 
 
 def test_positions_are_three_dimensional_where_there_is_an_image(family, picture):
@@ -194,22 +143,19 @@ def test_positions_are_three_dimensional_where_there_is_an_image(family, picture
 def test_embedding_alone_batched_and_padded_left_is_the_same(family, picture):
     _, folder, inputs = family
     module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
-    items = [
-        {"text": "a red circle", "image": picture(64, 48)},
-        {"text": "a"},
-        {"image": picture(32, 80)},
-    ]
-    together = module(inputs.collate(items))["sentence_embedding"]
+    both = {"text": "a red circle", "image": picture(64, 48)}
+    items = [both, {"text": "a"}, {"image": picture(32, 80)}]
+
+    def embed(some):
+        return module(inputs.collate(some))["sentence_embedding"]
+
+    together = embed(items)
     assert torch.allclose(together.norm(dim=1), torch.ones(3))
     for i, item in enumerate(items):
-        assert torch.allclose(
-            module(inputs.collate([item]))["sentence_embedding"][0], together[i], atol=1e-5
-        )
+        assert torch.allclose(embed([item])[0], together[i], atol=1e-5)
     inputs.padding_side = "left"
     try:
-        assert torch.allclose(
-            module(inputs.collate(items))["sentence_embedding"], together, atol=1e-5
-        )
+        assert torch.allclose(embed(items), together, atol=1e-5)
     finally:
         inputs.padding_side = "right"
 
@@ -223,108 +169,76 @@ def test_a_layout_holds_in_every_family(family, picture):
     batch = inputs.collate([{"text": "a", "image": picture(64, 48)}], ["a red circle"])
     other = inputs.collate([{"text": "a", "image": picture(64, 48, seed=1)}], ["a red circle"])
     is_b = batch["segment_ids"] > EOS
-    for layout, same in (
-        ("eos_bridged", True),
-        ("eos_bridged_strict", True),
-        ("bidirectional", False),
-    ):
-        assert (
-            torch.equal(
-                hidden_states(model, batch, layout)[is_b], hidden_states(model, other, layout)[is_b]
-            )
-            is same
-        )
-
-
-def one_step(module, loss):
-    """Backward and one AdamW step: returns the parameters with a gradient, by name."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-    loss.backward()
-    moved = {
-        name
-        for name, p in module.named_parameters()
-        if p.grad is not None and p.grad.abs().sum() > 0
-    }
-    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
-    optimizer.step()
-    return moved
+    for layout in ("eos_bridged", "eos_bridged_strict", "bidirectional"):
+        one, two = (hidden_states(model, which, layout)[is_b] for which in (batch, other))
+        assert torch.equal(one, two) == (layout != "bidirectional"), layout
 
 
 def test_one_step_of_all_three_stages(family, picture):
     name, folder, inputs = family
     model = open_backbone(folder, bidirectional=True).train()
-    recipe = make_recipe("stage1", {"preset": "figure"})
+
+    def step(module, loss):
+        """Backward and an AdamW step; what has a gradient. It helps on the same batch."""
+        model.zero_grad()
+        before = loss()
+        before.backward()
+        gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+        torch.optim.AdamW(module.parameters(), lr=1e-3).step()
+        assert loss() < before
+        return " ".join(n for n, gradient in gradients.items() if gradient.abs().sum() > 0)
+
     stage1 = Reconstruction(model, layout="bidirectional", image_weight=0.5)
+    recipe = make_recipe("stage1", {"preset": "figure"})
     batch = stage1_batch(rows(picture), inputs, recipe, seed=0)
-    before = stage1(**batch)
-    assert before["image_loss"] > 0 and before["text_loss"] > 0
-    moved = one_step(stage1, before["loss"])
-    assert any(n.startswith("decoder.layers.0") for n in moved) and any(
-        ".visual.blocks.0" in n for n in moved
-    )
-    assert any("language_model.layers.0" in n for n in moved)
-    if name == "qwen3_vl":
-        assert any("deepstack_merger_list" in n for n in moved)
-    assert stage1(**batch)["loss"] < before["loss"], (
-        "a step along the gradient helps on the same batch"
-    )
+    moved = step(stage1, lambda: stage1(**batch)["loss"])
+    for part in ("decoder.layers.0", ".visual.blocks.0", "language_model.layers.0"):
+        assert part in moved
+    assert name != "qwen3_vl" or "deepstack_merger_list" in moved
 
     stage2 = Reconstruction(model, layout="eos_bridged")
-    batch = stage2_batch(rows(picture), inputs, make_recipe("stage2"), seed=0)
-    before = stage2(**batch)["loss"]
-    model.zero_grad()
-    assert any(".visual.blocks.0" in n for n in one_step(stage2, before)), (
-        "the caption teaches the eyes through EOS"
-    )
-    assert stage2(**batch)["loss"] < before
+    masked = stage2_batch(rows(picture), inputs, make_recipe("stage2"), seed=0)
+    moved = step(stage2, lambda: stage2(**masked)["loss"])
+    assert ".visual.blocks.0" in moved, "the caption teaches the eyes through EOS"
 
-    embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs)])
-    embedder.train()
-    loss = CachedInfoNCE(embedder, temperature=0.1, mini_batch_size=3)
-    batch = SentenceTransformerDataCollator(
-        partial(pair_features, inputs=inputs, mini_batch_size=3)
-    )(pairs(picture))
+    embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs)]).train()
+    objective = CachedInfoNCE(embedder, temperature=0.1, mini_batch_size=3)
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
+    batch = SentenceTransformerDataCollator(collate)(pairs(picture))
     columns = [
         {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
         for c in ("anchor", "positive")
     ]
-    before = loss([dict(column) for column in columns])
-    model.zero_grad()
-    one_step(embedder, before)
-    assert torch.isfinite(before) and loss([dict(column) for column in columns]) < before
+    step(embedder, lambda: objective([dict(column) for column in columns]))
 
 
 # --- adapters ------------------------------------------------------------------------------------
 
 
-def expected_targets(name):
-    language = [f"model.language_model.layers.{i}.{part}" for i in range(2) for part in LANGUAGE]
-    return sorted(
-        language + [f"model.visual.blocks.{i}.{part}" for i in range(2) for part in IN_VISION[name]]
-    )
-
-
 @pytest.mark.parametrize("dora", [False, True])
-def test_adapters_match_the_published_targets_and_merge_exactly(family, picture, dora, caplog):
+def test_adapters_match_the_published_targets_and_merge_exactly(family, picture, dora):
     name, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
-    batch = inputs.collate(
-        [{"text": "a red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
-    )
+    items = [{"text": "a red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
+    batch = inputs.collate(items)
     with torch.no_grad():
         plain = hidden_states(model, batch)
-    with caplog.at_level(logging.INFO, logger="cocoa_lib.run.adapters"):
-        wrapped, matched = add_adapter(model, r=4, alpha=8, dora=dora)
-    assert matched == expected_targets(name)
-    assert f"matched {len(matched)} modules" in caplog.text
+    recipe = make_recipe("stage1", {"lora_r": 4, "lora_alpha": 8, "dora": dora})
+    wrapped, matched = add_adapter(model, recipe)
+    places = {"language_model.layers": IN_LANGUAGE, "visual.blocks": IN_VISION[name]}
+    assert matched == sorted(
+        f"model.{place}.{i}.{part}"
+        for place, parts in places.items()
+        for part in parts.split()
+        for i in (0, 1)
+    )
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in n for n in trainable)
     torch.manual_seed(0)
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if (
-                "lora_B" in n or "magnitude" in n
-            ):  # B starts at zero: without this the adapter does nothing
+            if "lora_B" in n or "magnitude" in n:  # B starts at zero: the adapter would do nothing
                 p.add_(0.2 * torch.randn_like(p))
         model.eval()
         adapted = hidden_states(model, batch)
@@ -332,17 +246,6 @@ def test_adapters_match_the_published_targets_and_merge_exactly(family, picture,
         merged = wrapped.merge_and_unload()
         assert type(merged) is CLASSES[name][1]
         assert torch.allclose(hidden_states(merged, batch), adapted, atol=1e-5)
-
-
-def test_published_defaults():
-    import inspect
-
-    given = {
-        name: p.default
-        for name, p in inspect.signature(add_adapter).parameters.items()
-        if name != "model"
-    }
-    assert given == {"r": 8, "alpha": 64, "dropout": 0.1, "dora": True}
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -371,20 +274,11 @@ def test_remote_code_is_never_trusted():
 
 def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     _, folder, _ = family
-    monkeypatch.setattr(
-        "cocoa_lib.backbone.set_bidirectional", lambda model, bidirectional: model
-    )  # the switch does nothing
-    with pytest.raises(
-        RuntimeError, match="the attention switch did not take: bidirectional.*'sdpa'.*causal"
-    ):
+    nothing = lambda model, bidirectional: model  # noqa: E731
+    monkeypatch.setattr("cocoa_lib.backbone.set_bidirectional", nothing)
+    said = "the attention switch did not take: bidirectional.*'sdpa'.*causal"
+    with pytest.raises(RuntimeError, match=said):
         open_backbone(folder, bidirectional=True)
-
-
-def test_probe_leaves_the_mode_and_no_gradient(family):
-    _, folder, _ = family
-    model = open_backbone(folder, bidirectional=True).train()
-    probe_attention(model, True)
-    assert model.training and all(p.grad is None for p in model.parameters())
 
 
 # --- FlexAttention -------------------------------------------------------------------------------
@@ -397,14 +291,8 @@ def uncompiled_flex(monkeypatch):
     from transformers.integrations import flex_attention as integration
 
     monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
-    monkeypatch.setattr(
-        integration, "WrappedFlexAttention", lambda training: lambda: module.flex_attention
-    )
-
-
-def flex_batch(inputs, picture):
-    items = [{"text": "a large red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
-    return inputs.collate(items, ["a red circle", "a blue 7 at the bottom"])
+    plain = lambda training: lambda: module.flex_attention  # noqa: E731
+    monkeypatch.setattr(integration, "WrappedFlexAttention", plain)
 
 
 @torch.no_grad()
@@ -413,7 +301,9 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex):
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     config = language_model(model).config
-    batch = flex_batch(replace(inputs, padding_side="left"), picture)
+    items = [{"text": "a large red circle", "image": picture(64, 48)}, {"text": "a blue 7"}]
+    padded = replace(inputs, padding_side="left")
+    batch = padded.collate(items, ["a red circle", "a blue 7 at the bottom"])
     real = batch["attention_mask"].bool()
     config._attn_implementation = "flex_attention"
     fused = PatchDecoder(model).eval()  # has a layer of the model, and its implementation
@@ -422,14 +312,12 @@ def test_flex_equals_sdpa_for_every_layout(family, picture, uncompiled_flex):
     plain.load_state_dict(fused.state_dict())
     for layout in (None, *LAYOUTS):
         dense = hidden_states(model, batch, layout)
-        pixels = plain(dense, model, batch, layout or "bidirectional")
+        how = (dense, model, batch, layout or "bidirectional")
+        pixels = plain(*how)
         config._attn_implementation = "flex_attention"
-        assert torch.allclose(hidden_states(model, batch, layout)[real], dense[real], atol=1e-5), (
-            layout
-        )
-        assert torch.allclose(
-            fused(dense, model, batch, layout or "bidirectional"), pixels, atol=1e-5
-        ), layout
+        states = hidden_states(model, batch, layout)
+        assert torch.allclose(states[real], dense[real], atol=1e-5), layout
+        assert torch.allclose(fused(*how), pixels, atol=1e-5), layout
         config._attn_implementation = "sdpa"
     config._attn_implementation = "flex_attention"
     probe_attention(model, True)
@@ -448,51 +336,9 @@ def test_flex_falls_back_to_sdpa_with_a_warning(small, tmp_path, monkeypatch, ca
     monkeypatch.setattr("cocoa_lib.backbone.block_mask", broken)
     opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
     assert language_model(opened).config._attn_implementation == "sdpa"
-    assert (
-        "flex_attention is not available here (RuntimeError: no C++ compiler); using sdpa"
-        in caplog.text
-    )
+    said = "flex_attention is not available here (RuntimeError: no C++ compiler); using sdpa"
+    assert said in caplog.text
     assert all(p.grad is None for p in opened.parameters())
-
-
-def test_a_kernel_of_the_accelerator_is_tried_there(small, tmp_path, monkeypatch):
-    """Flex and flash-attention have no (whole) kernel on a CPU: they are tried on the device."""
-    model, _ = small
-    model.save_pretrained(tmp_path)
-    moves, move = [], torch.nn.Module.to
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu:0"))
-    monkeypatch.setattr(
-        torch.nn.Module, "to", lambda self, device: moves.append(str(device)) or move(self, "cpu")
-    )
-    monkeypatch.setattr("cocoa_lib.backbone._train_a_little", lambda model: moves.append("tried"))
-    monkeypatch.setattr("cocoa_lib.backbone.probe_attention", lambda *args: moves.append("probed"))
-    open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
-    assert moves == ["cpu:0", "tried", "probed", "cpu"]
-    moves.clear()
-    open_backbone(tmp_path, bidirectional=True)
-    assert moves == ["probed", "cpu"]
-
-
-def test_the_vision_tower_takes_all_pictures_at_once_where_it_can(family, monkeypatch, caplog):
-    _, folder, _ = family
-
-    def used(**how):
-        opened = open_backbone(folder, bidirectional=True, **how)
-        return opened.model.visual.config._attn_implementation
-
-    assert (used(), used(attn_implementation="eager")) == (PICTURES, "eager"), "a CPU"
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    widths = []
-    monkeypatch.setattr("cocoa_lib.kernels.find_picture_fault", lambda width: widths.append(width))
-    assert (used(), used(attn_implementation="eager")) == (PICTURES, "eager")
-    attention = open_backbone(folder, bidirectional=True).model.visual.blocks[0].attn
-    assert widths == [attention.head_dim] * 2 and not caplog.text
-    monkeypatch.setattr("cocoa_lib.kernels.find_picture_fault", lambda width: "no kernel")
-    assert (
-        used() == "sdpa"
-        and "one by one, which takes longer and gives the same: no kernel" in caplog.text
-    )
 
 
 def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
@@ -517,33 +363,28 @@ def test_a_kernel_for_pictures_is_tried_forth_and_back(monkeypatch):
     assert find_picture_fault(80, "cpu") == "ZeroDivisionError: division by zero"
 
 
-@pytest.mark.parametrize(
-    "sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=["one size", "different"]
-)
+@pytest.mark.parametrize("sizes", [[(64, 48)] * 3, [(64, 48), (32, 64), (96, 32)]], ids=(1, 3))
 def test_pictures_at_once_are_pictures_singly(family, picture, sizes, monkeypatch):
     """Of one size in one call; states and gradients are the same."""
     _, folder, inputs = family
     model = open_backbone(folder, bidirectional=True)
     visual = model.model.visual
-    batch = inputs.collate(
-        [{"text": "which", "image": picture(*size, seed=i)} for i, size in enumerate(sizes)]
-    )
+    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    batch = inputs.collate([{"text": "which", "image": image} for image in images])
     calls, found, original = [], [], torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(
-        torch.nn.functional,
-        "scaled_dot_product_attention",
-        lambda *args, **how: (
-            calls.append(visual.config._attn_implementation) or original(*args, **how)
-        ),
-    )
+
+    def attend(*args, **how):
+        calls.append(visual.config._attn_implementation)
+        return original(*args, **how)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     for implementation in ("sdpa", PICTURES):
         visual.config._attn_implementation = implementation
         states = hidden_states(model, batch, "bidirectional")
         model.zero_grad()
         states.square().sum().backward()
-        found.append(
-            [states.detach(), *(p.grad.clone() for p in visual.parameters() if p.grad is not None)]
-        )
+        gradients = [p.grad.clone() for p in visual.parameters() if p.grad is not None]
+        found.append([states.detach(), *gradients])
     assert len(found[0]) == len(found[1]) > 5
     for one, other in zip(*found, strict=True):
         assert torch.allclose(one, other, atol=1e-5 * float(one.abs().max()) + 1e-7)
@@ -587,32 +428,3 @@ def test_patches_are_multiplied_as_they_are_convolved(family):
         found.append((out.detach(), embed.proj.weight.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_flex_is_kept_where_it_works(small, tmp_path, monkeypatch, uncompiled_flex):
-    model, inputs = small
-    model.save_pretrained(tmp_path)
-    monkeypatch.setattr("cocoa_lib.backbone._train_a_little", lambda model: None)
-    with torch._dynamo.config.patch(
-        recompile_limit=8
-    ):  # monkeypatch would hide the option from other tests afterwards
-        opened = open_backbone(tmp_path, bidirectional=True, attn_implementation="flex_attention")
-        assert torch._dynamo.config.recompile_limit == 64, "batches of many shapes stay compiled"
-    assert language_model(opened).config._attn_implementation == "flex_attention"
-    assert opened.config.vision_config._attn_implementation == PICTURES, (
-        "the vision tower has its own masks"
-    )
-    ids = torch.tensor([[5, 6, 7]])
-    seen = []
-    monkeypatch.setattr(
-        opened.model,
-        "forward",
-        lambda **given: seen.append(given) or SimpleNamespace(last_hidden_state=None),
-    )
-    with torch.no_grad():
-        hidden_states(opened, _text_batch(ids, torch.full_like(ids, A)))
-    mask = seen[0]["attention_mask"]
-    assert (
-        type(mask).__name__ == "BlockMask"
-        and dense_mask("bidirectional", torch.full_like(ids, A)).all()
-    )

@@ -118,6 +118,7 @@ def test_keys_reach_the_loss_and_chance_counts_what_is_left(chunk):
 
 
 def test_two_batches_may_wait_for_their_backward_pass():
+    torch.manual_seed(1)
     model = Toy().eval()
     objective = CachedInfoNCE(model, temperature=0.1, mini_batch_size=3)
     first, second, expected = columns(), columns(n=7), []

@@ -106,7 +106,7 @@ def trained_module(folder, recipe):
         model.gradient_checkpointing_enable()
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
     if recipe.lora_r:
-        add_adapter(model)
+        add_adapter(model, make_recipe("stage1", {"lora_r": 8}))
     return module.train()
 
 

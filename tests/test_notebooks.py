@@ -67,4 +67,4 @@ def test_papermill_with_a_profile_as_its_file_stops_before_anything_trains(tmp_p
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode
-    assert "smoke.yaml is a profile: pass it by name, -p profile smoke" in done.stderr
+    assert "name the profile, -p profile NAME" in done.stderr

@@ -60,46 +60,29 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     batch, positions = padded(shapes)
     packed = pack(batch, positions)
     real = packed["attention_mask"].bool()
-    assert (
-        packed["input_ids"].shape[0] <= len(shapes)
-        and packed["input_ids"].shape[1] <= ROOM * batch["input_ids"].shape[1]
-    )
-    assert (
-        sorted(packed["input_ids"][real].tolist())
-        == batch["input_ids"][batch["attention_mask"].bool()].tolist()
-    )
-    assert torch.equal(
-        packed["position_ids"][:, real], packed["input_ids"][real] * torch.tensor([[3], [5], [7]])
-    )
-    assert (
-        torch.equal(packed["labels"][real], packed["input_ids"][real] * 2)
-        and (packed["labels"][~real] == -100).all()
-    )
-    assert (packed["sample_ids"][~real] == NO_SAMPLE).all() and (
-        packed["segment_ids"][~real] == PAD
-    ).all()
+    given, ids, before = batch["input_ids"], packed["input_ids"], batch["attention_mask"].bool()
+    assert ids.shape[0] <= len(shapes) and ids.shape[1] <= ROOM * given.shape[1]
+    assert sorted(ids[real].tolist()) == given[before].tolist()
+    assert torch.equal(packed["position_ids"][:, real], ids[real] * torch.tensor([[3], [5], [7]]))
+    assert torch.equal(packed["labels"][real], ids[real] * 2)
+    for name, nothing in (("labels", -100), ("sample_ids", NO_SAMPLE), ("segment_ids", PAD)):
+        assert (packed[name][~real] == nothing).all()
     mask = dense_mask(layout, packed["segment_ids"], packed["sample_ids"])[:, 0]
     alone = dense_mask(layout, batch["segment_ids"])[:, 0]
     for sample in range(len(shapes)):
         at = packed["sample_ids"] == sample
         row, inside = int(at.any(1).nonzero()), at[at.any(1)][0]
-        assert torch.equal(
-            packed["input_ids"][at],
-            batch["input_ids"][sample][batch["attention_mask"][sample].bool()],
-        )
-        keep = batch["attention_mask"][sample].bool()
-        assert torch.equal(mask[row][inside][:, inside], alone[sample][keep][:, keep]), (
-            "inside a sample nothing changes"
-        )
+        keep = before[sample]
+        assert torch.equal(ids[at], given[sample][keep])
+        assert torch.equal(mask[row][inside][:, inside], alone[sample][keep][:, keep])
         assert not mask[row][inside][:, ~inside].any(), "and nothing outside is seen"
     assert mask.any(-1).all(), "no row of the mask is empty"
     if "pixel_values" not in batch:
         return
     # A picture has a cell for each image token of its sample, marked with that token.
-    assert torch.equal(
-        packed["pixel_values"][:, 0], packed["input_ids"][packed["mm_token_type_ids"] == 1]
-    )
-    assert torch.equal(packed["hidden_cells"], packed["pixel_values"][:, 0] % 2 == 0)
+    pixels = packed["pixel_values"][:, 0]
+    assert torch.equal(pixels, ids[packed["mm_token_type_ids"] == 1])
+    assert torch.equal(packed["hidden_cells"], pixels % 2 == 0)
 
 
 @settings(max_examples=20, deadline=None)
@@ -109,13 +92,8 @@ def test_the_flex_mask_of_packed_rows_is_the_dense_one(shapes, layout):
 
     packed = pack(*padded(shapes))
     ids = packed["segment_ids"]
-    made = create_mask(
-        block_mask(layout, ids, packed["sample_ids"]).mask_mod,
-        len(ids),
-        None,
-        *[ids.shape[1]] * 2,
-        device="cpu",
-    )
+    block, length = block_mask(layout, ids, packed["sample_ids"]), ids.shape[1]
+    made = create_mask(block.mask_mod, len(ids), None, length, length, device="cpu")
     assert torch.equal(made, dense_mask(layout, ids, packed["sample_ids"]))
 
 
@@ -137,11 +115,10 @@ def mixture(picture, n=9):
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "stage2 with pictures", "mlm"])
 def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage, implementation):
     model, inputs = small
-    values = {"stage2 with pictures": {"image_weight": 0.5}, "mlm": {"preset": "moca"}}.get(
-        stage, {}
-    )
-    recipe = make_recipe("stage1" if stage in ("stage1", "mlm") else "stage2", values)
-    make = stage1_batch if stage in ("stage1", "mlm") else stage2_batch
+    more = {"stage2 with pictures": {"image_weight": 0.5}, "mlm": {"preset": "moca"}}
+    first = stage in ("stage1", "mlm")
+    recipe = make_recipe("stage1" if first else "stage2", more.get(stage, {}))
+    make = stage1_batch if first else stage2_batch
     set_bidirectional(model, recipe.layout == "bidirectional")
     model.set_attn_implementation(implementation)
     torch.manual_seed(0)
@@ -152,16 +129,13 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage,
     try:
         for packing in (False, True):
             module.packing = packing
-            module.zero_grad()
+            module.zero_grad(set_to_none=True)
             out = module(**batch)
             out["loss"].backward()
+            gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
             seen[packing] = (
                 {name: float(value.detach()) for name, value in out.items()},
-                {
-                    name: p.grad.clone()
-                    for name, p in module.named_parameters()
-                    if p.grad is not None
-                },
+                gradients,
             )
     finally:
         model.set_attn_implementation("sdpa")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -35,14 +34,9 @@ from cocoa_lib.world.backbone import causal_batch
 
 
 def rows(picture, n=4):
-    texts = (
-        "a large red circle at the top left,a small blue 7,a square,a green 3 at the bottom".split(
-            ","
-        )
-    )
-    return [
-        {"text": "", "image": picture(seed=i), "target": texts[i % 4], "draw": i} for i in range(n)
-    ]
+    texts = ["a large red circle at the top left", "a small blue 7", "a square", "a green 3"]
+    made = ({"text": "", "image": picture(seed=i), "draw": i} for i in range(n))
+    return [row | {"target": texts[row["draw"] % 4]} for row in made]
 
 
 # --- corruption ----------------------------------------------------------------------------------
@@ -64,10 +58,8 @@ def test_only_plain_text_of_the_segment_is_masked(small, picture):
 
 def test_the_first_token_is_not_hidden_on_either_side(small):
     model, inputs = small
-    made = [
-        {"text": "", "image": None, "target": text, "draw": i}
-        for i, text in enumerate(["red", "a large red circle"])
-    ]
+    texts = enumerate(["red", "a large red circle"])
+    made = [{"text": "", "image": None, "target": text, "draw": i} for i, text in texts]
     recipe = make_recipe("stage1", {"text_mask_rate": 1.0, "image_weight": 0.0})
     module, losses = Reconstruction(model, layout="bidirectional").eval(), []
     for side in ("right", "left"):
@@ -109,12 +101,6 @@ def test_mask_cells_hides_whole_merged_cells(small, picture):
     fill = patch_noise(pixels.shape[1], seed=0)
     changed = (hide_cells(pixels, hidden, fill, 2) != pixels).any(1).view(-1, 4)
     assert torch.equal(changed.all(1), hidden) and torch.equal(changed.any(1), hidden)
-
-
-def test_the_noise_is_the_runs():
-    assert torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=3))
-    assert not torch.equal(patch_noise(8, seed=3), patch_noise(8, seed=4))
-    assert patch_noise(10_000, seed=0).std() == pytest.approx(1.0, abs=0.05)
 
 
 # --- losses --------------------------------------------------------------------------------------
@@ -185,13 +171,9 @@ def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
     set_bidirectional(model, True)
     recipe = make_recipe("stage1", {"preset": preset, "patch_fill": fill})
     batch = stage1_batch(rows(picture), inputs, recipe, seed=0)
-    module = Reconstruction(
-        model,
-        layout="bidirectional",
-        objective=recipe.objective,
-        image_weight=recipe.image_weight,
-        learned_fill=fill == "learned",
-    )
+    values = {"objective": recipe.objective, "image_weight": recipe.image_weight}
+    learned = {"learned_fill": fill == "learned"}
+    module = Reconstruction(model, layout="bidirectional", **values, **learned)
     out = module(**batch)
     assert torch.isfinite(out["loss"]) and out["text_loss"] > 0 and out["image_loss"] > 0
     both = out["text_loss"] + recipe.image_weight * out["image_loss"]
@@ -200,16 +182,6 @@ def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
     assert fill != "learned" or module.decoder.fill.grad.abs().sum() > 0
     model.zero_grad()
     set_bidirectional(model, False)
-
-
-def test_either_half_of_stage_1_can_be_left_out(small, picture):
-    model, inputs = small
-    batch = stage1_batch(rows(picture), inputs, make_recipe("stage1", {"preset": "figure"}), 0)
-    for text, image in ((0.0, 0.5), (1.0, 0.0)):
-        module = Reconstruction(model, layout="bidirectional", text_weight=text, image_weight=image)
-        out = {name: float(value.detach()) for name, value in module(**batch).items()}
-        expected = text * out["text_loss"] + image * out["image_loss"]
-        assert out["loss"] == pytest.approx(expected) and out["loss"] > 0
 
 
 def test_presets_are_the_sources_numbers():
@@ -223,14 +195,11 @@ def test_presets_are_the_sources_numbers():
 
 def test_a_text_only_batch_works_in_both_stages(small):
     model, inputs = small
-    plain = [
-        {"text": "a red", "image": None, "target": "a circle", "draw": 0},
-        {"text": "b", "image": None, "target": "x y", "draw": 1},
-    ]
-    for batch, layout in (
-        (stage1_batch(plain, inputs, make_recipe("stage1"), 0), "bidirectional"),
-        (stage2_batch(plain, inputs, make_recipe("stage2"), 0), "eos_bridged"),
-    ):
+    texts = enumerate([("a red", "a circle"), ("b", "x y")])
+    plain = [{"text": a, "image": None, "target": b, "draw": i} for i, (a, b) in texts]
+    one = stage1_batch(plain, inputs, make_recipe("stage1"), 0)
+    two = stage2_batch(plain, inputs, make_recipe("stage2"), 0)
+    for batch, layout in ((one, "bidirectional"), (two, "eos_bridged")):
         out = Reconstruction(model, layout=layout, image_weight=0.5)(**batch)
         assert torch.isfinite(out["loss"]) and out["image_loss"] == 0
 
@@ -241,14 +210,10 @@ def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatc
     torch.manual_seed(0)
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5).train()
     recipe, found = make_recipe("stage1", {"text_mask_rate": 0.5}), []
-    parts = [
-        stage1_batch(part, inputs, recipe, 0) for part in (rows(picture)[:1], rows(picture)[1:])
-    ]
-    counts = torch.stack(
-        [
-            torch.stack([(part["labels"] != IGNORE).sum(), part["hidden_cells"].sum()])
-            for part in parts
-        ]
+    halves = (rows(picture)[:1], rows(picture)[1:])
+    parts = [stage1_batch(half, inputs, recipe, 0) for half in halves]
+    counts = torch.tensor(
+        [[int((part["labels"] != IGNORE).sum()), int(part["hidden_cells"].sum())] for part in parts]
     )
     for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
         if len(batches) == 2:
@@ -298,17 +263,6 @@ def test_stage2_can_also_restore_the_picture_through_eos(small, picture):
     assert torch.allclose(out["loss"], out["text_loss"] + 0.5 * out["image_loss"])
     off = stage2_batch(mixed, inputs, make_recipe("stage2"), seed=0)
     assert "hidden_cells" not in off and off["num_images_per_sample"].tolist() == [1, 1, 1, 1, 0]
-
-
-def test_a_picture_and_its_copy_fit(small, picture):
-    _, inputs = small
-    recipe = make_recipe("stage2", {"image_weight": 0.5, "max_length": 64})
-    mine = replace(inputs, image_processor=copy.deepcopy(inputs.image_processor), max_length=64)
-    mine.image_processor.size = replace(mine.image_processor.size, longest_edge=10**6)
-    mine.limit_images(recipe.image_limit(64))
-    row = {"text": "", "image": picture(1280, 640), "target": "a large red circle", "draw": 0}
-    batch = stage2_batch([row], mine, recipe, 0)
-    assert batch["input_ids"].shape[1] <= 64 and (batch["labels"] != IGNORE).any()
 
 
 @torch.no_grad()

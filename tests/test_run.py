@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 
-import httpx
-import nbformat
 import pytest
-import torch
 import yaml
 from conftest import SHARED
 from PIL import Image
@@ -19,10 +17,9 @@ from transformers import TrainingArguments
 from cocoa_lib.evaluate import read_probes, read_ranks, read_runs
 from cocoa_lib.items import InputError
 from cocoa_lib.recipes import RecipeError, make_recipe
-from cocoa_lib.run import Run, estimate, launch, stage
+from cocoa_lib.run import Run, launch, stage
 from cocoa_lib.run.__main__ import main
-from cocoa_lib.run.checks import check_model, explain_memory
-from cocoa_lib.run.profiles import PROFILES, ROOT, load_profile, read_arms
+from cocoa_lib.run.profiles import PROFILES, load_profile, read_arms
 from cocoa_lib.run.resume import TrainingError
 from cocoa_lib.run.trainers import training_arguments
 from cocoa_lib.store.checkpoint import CheckpointError, read_meta
@@ -67,29 +64,18 @@ def test_a_profile_takes_over_what_it_extends():
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PROFILES.glob("*.yaml")))
 def test_profiles_and_their_grids_are_whole(name):
-    real = (
-        {"model": "Qwen/Qwen2-VL-2B-Instruct", "data": "data"}
-        if name in ("paper", "qwen2vl_2b")
-        else {}
-    )
-    run = Run(name, **real)
+    real = {"model": "Qwen/Qwen2-VL-2B-Instruct", "data": "data"}
+    run = Run(name, **(real if name in ("paper", "qwen2vl_2b") else {}))
     assert {"contrastive", "cocoa"} <= run.grid.keys()
     for arm in run.grid:
         one = run.other(arm=arm)
         assert [one.recipe(stage).steps for stage in one.stages]
 
 
-def test_arms_are_fourteen_at_most_each_with_a_hypothesis():
-    arms = read_arms()
-    assert len(arms) <= 14 and all(arm.hypothesis.endswith(".") for arm in arms.values())
-    assert Run("smoke", "contrastive_mean").stages == ("stage3",)
-
-
 def test_arms_share_what_is_the_same_and_nothing_else():
     folders = {arm: Run("smoke", arm) for arm in read_arms()}
-    shared = {
-        arm: str(run.folder("stage2")) for arm, run in folders.items() if "stage2" in run.stages
-    }
+    second = {arm: run for arm, run in folders.items() if "stage2" in run.stages}
+    shared = {arm: str(run.folder("stage2")) for arm, run in second.items()}
     assert shared["cocoa"] == shared["cocoa_mean"] == shared["cocoa_few"] != shared["cocoa_strict"]
     assert shared["stage2_only"] not in (shared["cocoa"], shared["no_truncation"])
     assert folders["cocoa"].folder("stage1") == folders["stage1_only"].folder("stage1")
@@ -113,55 +99,47 @@ def test_two_runs_never_share_a_folder(tmp_path):
     assert places[1].backbone == "a/b", "a hub name is never turned into a path"
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"profile": "laptp"}, "profile: unknown name 'laptp'; did you mean 'laptop'"),
-        ({"arm": "coca"}, "arm: unknown name 'coca'; did you mean 'cocoa'"),
-        ({"seed": "1"}, "seed: expected int, found '1'"),
-        ({"seed": True}, "seed: expected int"),
-        ({"seed": -1}, "seed: expected a whole number from 0"),
-        ({"changes": '{"stage3": {}}'}, "changes is the text .* pass it with -y"),
-        ({"changes": {"stage3": "{'steps': 5}"}}, "stage3 must be names and values"),
-        ({"changes": {"stage9": {}}}, "unknown name 'stage9'; did you mean 'stage3'"),
-        ({"changes": {"stage3": {"steps": "5"}}}, "stage3.steps: .*got '5'"),
-        ({"changes": {"stage3": {"stepz": 5}}}, "unknown name 'stepz'; did you mean 'steps'"),
-        ({"changes": {"evaluation": {"n_queries": "all"}}}, "evaluation.n_queries: expected int"),
-        ({"model": "nope"}, "model 'nope': no such folder here, and not a hub name"),
-        ({"data": "nope.jsonl"}, "data 'nope.jsonl': no such file or folder; data takes"),
-        ({"data": "MMEB"}, "data MMEB: not there yet; run `python -m cocoa_lib.data.download"),
-        ({"profile": "paper"}, "profile paper has no built-in backbone; give model"),
-    ],
-)
+WRONG = [
+    ({"profile": "laptp"}, "profile: unknown name 'laptp'; did you mean 'laptop'"),
+    ({"arm": "coca"}, "arm: unknown name 'coca'; did you mean 'cocoa'"),
+    ({"seed": "1"}, "seed: expected int, found '1'"),
+    ({"seed": True}, "seed: expected int"),
+    ({"changes": '{"stage3": {}}'}, "changes: expected dict, found .* pass it with -y"),
+    ({"changes": {"stage3": "{'steps': 5}"}}, "stage3: expected names and values"),
+    ({"changes": {"stage9": {}}}, "unknown name 'stage9'; did you mean 'stage3'"),
+    ({"changes": {"stage3": {"steps": "5"}}}, "stage3.steps: .*got '5'"),
+    ({"changes": {"stage3": {"stepz": 5}}}, "unknown name 'stepz'; did you mean 'steps'"),
+    ({"changes": {"evaluation": {"n_queries": "all"}}}, "evaluation.n_queries: expected int"),
+    ({"model": "nope"}, "model 'nope': no such folder here, and not a hub name"),
+    ({"data": "nope.jsonl"}, "data 'nope.jsonl': no such file or folder; data takes"),
+    ({"data": "MMEB"}, "data takes MMEB, once `python -m cocoa_lib.data.download"),
+    ({"profile": "paper"}, "profile paper has no built-in backbone; give model"),
+]
+
+
+@pytest.mark.parametrize("given, message", WRONG)
 def test_a_wrong_name_or_type_is_an_error_that_names_what_is_known(given, message):
     with pytest.raises((RecipeError, InputError, CheckpointError), match=message):
         Run(**{"profile": "smoke"} | given)
 
 
-def inject(**values):
-    """A kernel's cells after papermill."""
-    cell = "# Parameters\n" + "".join(f"{name} = {value!r}\n" for name, value in values.items())
-    return {"In": ["", 'profile = "smoke"', cell], "profile": "smoke", "np": sys, **values}
+INJECTED = [
+    ({"sed": 1}, "unknown name 'sed'; did you mean 'seed'"),
+    ({"stage3": '{"steps": 5}'}, r"stage3 is a section of a profile.*-y '\{changes: \{stage3"),
+    (yaml.safe_load((PROFILES / "laptop.yaml").read_text()), "-p profile NAME"),
+    ({"changes": "{}"}, "pass it with -y"),
+    ({"seed": 2, "changes": {"stage3": {"steps": 5}}}, ""),
+]
 
 
-def test_a_notebook_makes_its_run_and_other_names_of_the_kernel_are_no_matter():
-    run = Run.from_namespace(inject(seed=2, changes={"stage3": {"steps": 5}}) | {"n_shown": 3})
-    assert (run.profile, run.seed, run.recipe("stage3").steps) == ("smoke", 2, 5)
-
-
-@pytest.mark.parametrize(
-    "injected, message",
-    [
-        ({"sed": 1}, "unknown name 'sed'; did you mean 'seed'"),
-        ({"stage3": '{"steps": 5}'}, r"stage3 is a section of a profile.*-y '\{changes: \{stage3"),
-        (yaml.safe_load((PROFILES / "laptop.yaml").read_text()), "-p profile laptop"),
-        ({"changes": "{}"}, "pass it with -y"),
-    ],
-    ids=["misspelt", "section", "a whole profile", "text"],
-)
+@pytest.mark.parametrize("injected, message", INJECTED, ids=range(5))
 def test_what_papermill_injects_by_mistake_is_refused(injected, message):
-    with pytest.raises(RecipeError, match=message):
-        Run.from_namespace(inject(**injected))
+    """Other names of the kernel are no matter."""
+    cell = "".join(f"{name} = {value!r}\n" for name, value in injected.items())
+    kernel = {"In": ["", 'profile = "smoke"', f"# Parameters\n{cell}"], "profile": "smoke", "n": 3}
+    with pytest.raises(RecipeError, match=message) if message else nullcontext():
+        run = Run.from_namespace(kernel | injected)
+        assert (run.profile, run.seed, run.recipe("stage3").steps) == ("smoke", 2, 5)
 
 
 def test_the_road_leaves_tables_and_opens_what_is_there(tiny, runs, monkeypatch):
@@ -175,25 +153,6 @@ def test_the_road_leaves_tables_and_opens_what_is_there(tiny, runs, monkeypatch)
     again = Run("smoke", changes=TINY, runs=runs)
     assert again.evaluate(show_progress=False).equals(ranks)
     assert read_meta(again.stage("stage2", show_progress=False))["run"]["parent_stage"] == "stage1"
-
-
-def test_a_folder_of_other_parameters_is_refused_before_anything_trains(tiny, monkeypatch):
-    """As where the profile was edited since: of the last stage already at the first."""
-    monkeypatch.setattr(stage, "_train", None)
-    edited = Run("smoke", changes=TINY, runs=tiny.runs)
-    edited.values["stage3"] = edited.values["stage3"] | {"learning_rate": 0.5}
-    with pytest.raises(
-        CheckpointError, match="stage3/cocoa: holds a run of another.*learning_rate"
-    ):
-        edited.stage("stage1", show_progress=False)
-
-
-def test_bf16_without_a_gpu_is_refused(runs):
-    run = Run("smoke", changes=TINY | {"stage1": FAST | {"bf16": True}}, runs=runs)
-    with pytest.raises(
-        TrainingError, match="stage1 of profile smoke trains in bf16, which needs a GPU"
-    ):
-        run.check()
 
 
 # --- models and data of others --------------------------------------------------------------------
@@ -218,52 +177,21 @@ def test_the_road_runs_on_a_published_model_and_mmeb(real, runs):
         run.probe()
 
 
-def test_a_model_that_cannot_be_used_is_said(real, tmp_path):
+def test_a_model_that_is_none_or_lacks_a_part_is_said_by_transformers(real, runs, tmp_path):
     model = shutil.copytree(real[0], tmp_path / "model")
     shard = sorted(model.glob("*-of-*.safetensors"))[0]
     shard.unlink()
-    with pytest.raises(CheckpointError, match=f"shards are missing, e.g. {shard.name}"):
-        check_model(model)
-    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(
-        CheckpointError, match="is a llama without a vision tower; CoCoA needs one of"
-    ):
-        check_model(model)
-    with pytest.raises(CheckpointError, match="hub could not be reached or has no such model"):
-        check_model("someone/no-such-model")
+    run = Run("smoke", "contrastive", model=str(model), data=str(real[1]), changes=TINY, runs=runs)
+    with pytest.raises(OSError, match=shard.name):
+        run.stage("stage3", show_progress=False)
+    with pytest.raises(OSError, match="couldn't connect|no-such-model"):
+        run.other(model="someone/no-such-model").stage("stage3", show_progress=False)
 
 
-def test_a_gated_model_says_how_to_get_it(monkeypatch):
-    from huggingface_hub.errors import GatedRepoError
-    from transformers import AutoConfig
-
-    def refuse(*args, **kwargs):
-        cause = GatedRepoError("403", response=httpx.Response(403, request=httpx.Request("GET", "http://x")))
-        raise OSError("You are trying to access a gated repo.") from cause
-
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
-    with pytest.raises(CheckpointError, match="gated; accept its terms on the hub, then run"):
-        check_model("Some/Gated-Model")
-
-
-def test_too_little_memory_is_said_with_the_estimate(tiny):
-    with pytest.raises(TrainingError, match="stage3: not enough memory") as caught:
-        with explain_memory(tiny, "stage3"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert estimate.HEAD in str(caught.value) and "2.00 GiB" in str(caught.value)
-
-
-@pytest.mark.parametrize("given, wanted", [("none", []), (["tensorboard"], ["tensorboard"])])
-def test_trackers_are_handed_to_the_trainers(tmp_path, given, wanted):
-    recipe = make_recipe("stage1", {"report_to": given})
-    assert training_arguments(TrainingArguments, recipe, tmp_path, seed=0).report_to == wanted
-
-
-def test_data_without_pictures_are_refused(real, runs, tmp_path):
-    data = shutil.copytree(real[1], tmp_path / "mmeb")
-    shutil.rmtree(data / "images")
-    with pytest.raises(InputError, match="no pictures in .*images; unpack"):
-        Run("smoke", data=str(data), runs=runs).check()
+def test_bf16_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match="bf16 needs a GPU"):
+        recipe = make_recipe("stage1", {"bf16": True})
+        training_arguments(TrainingArguments, recipe, tmp_path, seed=0)
 
 
 def test_a_users_pairs_become_a_data_folder_and_a_changed_file_is_refused(runs, tmp_path):
@@ -277,7 +205,7 @@ def test_a_users_pairs_become_a_data_folder_and_a_changed_file_is_refused(runs, 
     assert Run("smoke", data=str(table), runs=runs).data == run.data
     table.write_text("\n".join(map(json.dumps, rows[1:])))
     with pytest.raises(InputError, match="holds other data .*delete the folder"):
-        Run("smoke", data=str(table), runs=runs).check()
+        Run("smoke", data=str(table), runs=runs).prepare()
 
 
 # --- the command, and several processes -----------------------------------------------------------
@@ -287,28 +215,17 @@ def test_the_command_is_the_same_run(tiny, capsys, monkeypatch):
     monkeypatch.setattr(stage, "_train", None)
     main(["evaluate", *tiny.arguments()])
     assert capsys.readouterr().out.strip() == str(tiny.folder("evaluate"))
+    small = tiny.other(changes={"stage3": {"learning_rate": 1e-5}}).arguments()
+    assert yaml.safe_load(small[3].partition("=")[2]) == {"stage3": {"learning_rate": 1e-5}}
     with pytest.raises(SystemExit, match="unknown name 'cocao'; did you mean 'cocoa'"):
         main(["stage1", "--profile", "smoke", "--arm", "cocao"])
 
 
-def test_a_launch_streams_lines_and_fails_with_the_workers_message(tiny, monkeypatch):
-    run, lines = tiny.other(changes=TINY | {"launch": {"processes": 2}}), []
-    line = launch.command(run, "stage1")
-    assert line[line.index("--num_processes") + 1] == "2" and launch.processes(tiny) == 1
-    worker = (
-        "print('step 1', flush=True); raise SystemExit('stopped: batch_size 15 does not divide')"
-    )
-    monkeypatch.setattr(launch, "command", lambda *_: [sys.executable, "-c", worker])
-    with pytest.raises(TrainingError, match="stage1 on 2 processes: batch_size 15 does not divide"):
-        run.stage("stage1", show_progress=lines.append)
-    assert lines == ["step 1", "stopped: batch_size 15 does not divide"]
-
-
-def test_notebooks_declare_the_six_names():
-    names = ["profile", "arm", "seed", "model", "data", "changes"]
-    for path in sorted((ROOT / "notebooks").glob("0*.ipynb")):
-        cells = nbformat.read(path, as_version=4).cells
-        source = next(
-            cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])
-        )
-        assert [line.split(" = ")[0] for line in source.splitlines()] == names, path.name
+def test_a_launch_streams_lines_and_fails_with_the_workers_message():
+    lines, command = [], launch.command({"processes": 2}, "stage1", ["--seed=1"])
+    assert command[command.index("--num_processes") + 1] == "2" and command[-1] == "--seed=1"
+    assert launch.count_processes({}) == 1
+    worker = "print('step 1', flush=True); raise SystemExit('stopped: 15 does not divide')"
+    with pytest.raises(TrainingError, match="on several processes: 15 does not divide"):
+        launch.launch([sys.executable, "-c", worker], lines.append)
+    assert lines == ["step 1", "stopped: 15 does not divide"]

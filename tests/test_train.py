@@ -60,11 +60,8 @@ def test_a_stage_leaves_a_whole_checkpoint(home, stage):
     assert meta["run"]["parent_stage"] == PARENT[stage]
     assert meta["run"]["parent_sha256"] == parent["weights_sha256"] != meta["weights_sha256"]
     log = pd.read_csv(folder / "log.csv")
-    assert (
-        log["step"].tolist() == [4, 6]
-        and np.isfinite(log["loss"]).all()
-        and (log["loss"] > 0).all()
-    )
+    assert log["step"].tolist() == [4, 6]
+    assert np.isfinite(log["loss"]).all() and (log["loss"] > 0).all()
     if stage != "stage3":
         weight = meta["run"]["recipe"].get("image_weight", 0.0)
         assert np.allclose(log["loss"], log["text_loss"] + weight * log["image_loss"])
@@ -85,9 +82,8 @@ def test_a_log_row_is_the_mean_of_its_steps(home, tmp_path):
 
 
 def test_stage3_learns(home, tmp_path):
-    recipe = tiny(
-        "stage3", steps=20, batch_size=16, logging_steps=1, save_steps=100, temperature=0.2
-    )
+    how = {"logging_steps": 1, "save_steps": 100, "temperature": 0.2}
+    recipe = tiny("stage3", steps=20, batch_size=16, **how)
     loss = pd.read_csv(go(home, "stage3", tmp_path / "out", recipe) / "log.csv")["loss"]
     assert loss[-5:].mean() < loss[:5].mean() - 0.1
 
@@ -109,7 +105,7 @@ def test_a_finished_run_is_returned_and_another_configuration_refused(home, monk
         go(home, "stage1", out, tiny("stage1", steps=7))
     with pytest.raises(CheckpointError, match=r"\(seed 0, not 3\)"):
         go(home, "stage1", out, seed=3)
-    with pytest.raises(CheckpointError, match=r"stage \"stage1\", not \"stage2\""):
+    with pytest.raises(CheckpointError, match="stage 'stage1', not 'stage2'"):
         go(home, "stage2", out)
     with pytest.raises(CheckpointError, match="stage None, not"):
         go(home, "stage1", home / "causal")  # a checkpoint that no run made
@@ -142,46 +138,33 @@ def test_a_parent_without_our_record_is_told_by_its_weights(home, tmp_path):
 @pytest.mark.parametrize(
     "stage, item, message",
     [
-        ("stage1", {"text": "", "target": "<|image_1|>", "image": ""}, "neither text nor picture"),
-        ("stage1", {"text": "", "target": "a", "image": "1x300"}, "of 1 x 300 pixels"),
-        (
-            "stage2",
-            {"text": "<|image_1|><|image_2|>", "target": "a", "image": "there"},
-            "marks 2 image",
-        ),
-        (
-            "stage3",
-            {"text": "<|image_1|>", "image": ""},
-            r"neither text nor picture.*row with text '<\|image_1\|>'",
-        ),
+        ("stage1", {"text": "", "target": "<|image_1|>"}, "neither text nor picture"),
+        ("stage1", {"text": "", "target": "a", "image": "1x300.png"}, "of 1 x 300 pixels"),
+        ("stage2", {"text": "<|image_1|>" * 2, "target": "a", "image": "8x8.png"}, "marks 2 image"),
+        ("stage2", {"text": "a", "target": ""}, "no text to restore; mend or leave out the row"),
+        ("stage3", {"text": "<|image_1|>"}, r"nor picture.*row with text '<\|image_1\|>'"),
     ],
 )
 def test_a_row_that_no_step_could_read_is_named_before_the_first(
     home, stage, item, message, tmp_path, monkeypatch
 ):
-    Image.new("RGB", (1, 300)).save(tmp_path / "strip.png")
-    Image.new("RGB", (8, 8)).save(tmp_path / "there.png")
-    item = item | {
-        "image": {"1x300": str(tmp_path / "strip.png"), "there": str(tmp_path / "there.png")}.get(
-            item["image"], ""
-        )
-    }
-    if stage == "stage3":
-        bad = datasets.Dataset.from_list(
-            [{"anchor": item, "positive": {"text": "a", "image": ""}}] * 8
-        )
-        monkeypatch.setattr(corpus, "pairs", lambda *_, **__: (bad, [8]))
-    else:
-        monkeypatch.setattr(corpus, "captions", lambda *_: [item] * 8)
-        monkeypatch.setattr(corpus, "text_pairs", lambda *_: {})
+    for width, height in ((1, 300), (8, 8)):
+        Image.new("RGB", (width, height)).save(tmp_path / f"{width}x{height}.png")
+    item = item | {"image": str(tmp_path / item["image"]) if "image" in item else ""}
+    bad = datasets.Dataset.from_list([{"anchor": item, "positive": {"text": "a", "image": ""}}] * 8)
+    monkeypatch.setattr(corpus, "pairs", lambda *_, **__: (bad, [8]))
+    monkeypatch.setattr(corpus, "captions", lambda *_: [item] * 8)
+    monkeypatch.setattr(corpus, "text_pairs", lambda *_: {})
     with pytest.raises(InputError, match=message):
         go(home, stage, tmp_path / "out")
     assert not list(tmp_path.glob(".out.work/checkpoint-*"))
 
 
-def test_a_length_that_the_parent_does_not_reach_is_said(home, tmp_path, caplog):
-    go(home, "stage3", tmp_path / "out", tiny("stage3", max_length=512))
-    assert "max_length 512: the parent was made for 128 tokens, which is used" in caplog.text
+def test_what_does_not_fit_is_said(home, tmp_path, caplog):
+    with pytest.raises(TrainingError, match="64 training pairs are fewer than one batch of 65"):
+        go(home, "stage3", tmp_path / "large", tiny("stage3", batch_size=65))
+    go(home, "stage3", tmp_path / "out", tiny("stage3", max_length=512, steps=1))
+    assert "max_length 512: the parent was made for 128" in caplog.text
 
 
 def killed_run(home, stage, out, recipe, where):
@@ -268,34 +251,14 @@ def test_ctrl_c_twice_stops_at_once_but_sigterm_may_come_from_scheduler_and_laun
 
 
 def test_a_stage_starts_from_the_one_before_unless_told(home, tmp_path):
-    for stage, parent in (
-        ("stage1", "stage2"),
-        ("stage2", "causal"),
-        ("stage3", "stage1"),
-    ):
-        with pytest.raises(
-            CheckpointError,
-            match=f"{stage} starts from a .* but .*{parent}.* is {parent}.*allow_parent",
-        ):
+    for stage, parent in (("stage1", "stage2"), ("stage2", "causal"), ("stage3", "stage1")):
+        said = f"{stage} starts from a .* but .*{parent}.* is {parent}.*allow_parent"
+        with pytest.raises(CheckpointError, match=said):
             go(home, stage, tmp_path / "out", parent=home / parent)
     assert not list(tmp_path.iterdir()), "a refusal leaves nothing behind"
-    out = go(
-        home,
-        "stage3",
-        tmp_path / "out",
-        tiny("stage3", steps=1),
-        parent=home / "causal",
-        allow_parent=True,
-    )
+    how = {"parent": home / "causal", "allow_parent": True}
+    out = go(home, "stage3", tmp_path / "out", tiny("stage3", steps=1), **how)
     assert read_meta(out)["run"]["parent_stage"] == "causal"
-
-
-def test_parents_that_are_no_checkpoint(home, tmp_path):
-    with pytest.raises(CheckpointError, match="no such folder"):
-        go(home, "stage1", tmp_path / "out", parent=tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match="no config.json"):
-        go(home, "stage1", tmp_path / "out", parent=tmp_path / "empty")
 
 
 def test_altered_weights_are_noticed(home, tmp_path):
@@ -307,11 +270,8 @@ def test_altered_weights_are_noticed(home, tmp_path):
     content[-5] ^= 4
     file.write_bytes(content)
     assert read_meta(copy, check=False)["stage"] == "causal"
-    for use in (
-        read_meta,
-        CocoaEmbedder.load,
-        lambda folder: go(home, "stage1", tmp_path / "out", parent=folder),
-    ):
+    starts = lambda folder: go(home, "stage1", tmp_path / "out", parent=folder)  # noqa: E731
+    for use in (read_meta, CocoaEmbedder.load, starts):
         with pytest.raises(CheckpointError, match="the weights do not match cocoa.json"):
             use(copy)
     file.unlink()
@@ -334,11 +294,6 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(home, tmp_path):
     assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C must work after a failed run"
 
 
-def test_a_batch_larger_than_the_data_is_refused(home, tmp_path):
-    with pytest.raises(TrainingError, match="64 training pairs are fewer than one batch of 65"):
-        go(home, "stage3", tmp_path / "out", tiny("stage3", batch_size=65))
-
-
 def test_with_an_adapter_the_patch_decoder_is_trained_whole(home, tmp_path, monkeypatch):
     seen = {}
 
@@ -349,12 +304,10 @@ def test_with_an_adapter_the_patch_decoder_is_trained_whole(home, tmp_path, monk
     monkeypatch.setattr(ReconstructionTrainer, "train", look)
     with pytest.raises(RuntimeError, match="seen"):
         go(home, "stage1", tmp_path / "out", tiny("stage1", **LORA))
-    decoder = {name: flag for name, flag in seen.items() if name.startswith("decoder.")}
-    assert decoder and all(decoder.values()) and not any("lora" in name for name in decoder)
-    rest = {name: flag for name, flag in seen.items() if not name.startswith("decoder.")}
-    assert {name for name, flag in rest.items() if flag} == {
-        name for name in rest if "lora_" in name
-    }
+    decoder = {name for name in seen if name.startswith("decoder.")}
+    adapter = {name for name in seen if "lora_" in name}
+    assert decoder and adapter and not decoder & adapter
+    assert {name for name, trained in seen.items() if trained} == decoder | adapter
 
 
 def test_collapse_is_reported_once_with_what_to_try(home, tmp_path, monkeypatch, caplog):
@@ -366,11 +319,6 @@ def test_collapse_is_reported_once_with_what_to_try(home, tmp_path, monkeypatch,
     assert "for 10 steps, up to step 12" in text
     for remedy in ("warmup_steps", "max_grad_norm", "learning_rate", "batch_size"):
         assert remedy in text
-
-
-def test_a_healthy_run_is_not_called_collapsed(home, tmp_path, caplog):
-    go(home, "stage3", tmp_path / "out", tiny("stage3", steps=14, batch_size=16))
-    assert "collapsed" not in caplog.text
 
 
 def test_stage_3_and_encode_never_call_the_language_model_head(home, tmp_path):
@@ -411,29 +359,18 @@ def test_plan_takes_every_row_once_before_any_twice(sizes, n, block, seed):
 
 @settings(max_examples=50, deadline=None)
 @given(sizes=sizes, n=st.integers(1, 60), more=st.integers(0, 40), block=st.integers(0, 9))
-def test_a_shorter_plan_begins_a_longer_one(sizes, n, more, block):
-    assert np.array_equal(
-        index_plan(sizes, n + more, seed=0, block=block)[:n],
-        index_plan(sizes, n, seed=0, block=block),
-    )
-
-
-@settings(max_examples=50, deadline=None)
-@given(sizes=sizes, n=st.integers(1, 80), block=st.integers(2, 9))
-def test_a_block_is_of_one_subset(sizes, n, block):
-    subset = np.searchsorted(
-        np.cumsum(sizes), index_plan(sizes, n, seed=0, block=block), side="right"
-    )
-    for first in range(0, n, block):
-        assert len(set(subset[first : first + block].tolist())) == 1
+def test_a_shorter_plan_begins_a_longer_one_and_a_block_is_of_one_subset(sizes, n, more, block):
+    plan = index_plan(sizes, n, seed=0, block=block)
+    assert np.array_equal(index_plan(sizes, n + more, seed=0, block=block)[:n], plan)
+    subset = np.searchsorted(np.cumsum(sizes), plan, side="right")
+    for first in range(0, n, block or 1):
+        assert len(set(subset[first : first + (block or 1)].tolist())) == 1
 
 
 def test_subsets_take_turns_in_proportion_and_seeds_differ():
     plan = index_plan([300, 100], 4000, seed=0)
     assert 0.72 < (plan < 300).mean() < 0.78
     assert not np.array_equal(plan, index_plan([300, 100], 4000, seed=1))
-    with pytest.raises(ValueError, match=r"a subset without training rows \(sizes \[3, 0\]\)"):
-        index_plan([3, 0], 5, seed=0)
 
 
 def test_stages_1_and_2_take_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeypatch):
@@ -452,16 +389,6 @@ def test_stage_3_takes_the_rows_in_the_order_of_the_plan(home, tmp_path, monkeyp
     assert taken[-24:] == list(range(24)), "so that a block of one subset is in one batch"
 
 
-def test_order_and_draws_do_not_depend_on_workers():
-    data = Planned([{"row": i} for i in range(7)], index_plan([7], 20, seed=0))
-    loaders = [
-        torch.utils.data.DataLoader(data, batch_size=4, collate_fn=list, num_workers=n)
-        for n in (0, 2)
-    ]
-    alone, shared = [[row for batch in loader for row in batch] for loader in loaders]
-    assert alone == shared and [row["draw"] for row in alone] == list(range(20))
-
-
 def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
@@ -469,25 +396,3 @@ def test_a_folder_with_files_is_refused_before_training(home, tmp_path, monkeypa
     with pytest.raises(CheckpointError, match="holds files that are no checkpoint"):
         go(home, "stage1", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-
-
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        (("", "caption", "", "no picture"), "neither text nor picture"),
-        (("a.png", "caption", "", ""), "no text to restore"),
-    ],
-)
-def test_a_row_without_two_sides_is_named_before_training(
-    home, tmp_path, row, message, monkeypatch
-):
-    data = shutil.copytree(home / "world", tmp_path / "world")
-    table = pd.read_parquet(data / "corpus/train.parquet")
-    table.loc[0] = [row[0] and table.loc[0, "image_path"], *row[1:]]
-    table.to_parquet(data / "corpus/train.parquet", index=False)
-    monkeypatch.setattr(
-        ReconstructionTrainer, "train", lambda *_, **__: pytest.fail("training began")
-    )
-    recipe = tiny("stage2", sources="captions", steps=10)
-    with pytest.raises(InputError, match=f"world: {message}; mend or leave out the row with text"):
-        go(home, "stage2", tmp_path / "out", recipe, data=data)

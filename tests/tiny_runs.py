@@ -18,9 +18,9 @@ from cocoa_lib.world.build import build
 
 STAGES = ("stage1", "stage2", "stage3")
 PARENT = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
-# Checkpoints at 2 and 4, log rows at 4 and 6: neither falls together, so a resumed run must carry half a log row.
-TINY = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
-        "logging_steps": 4}  # fmt: skip
+# Checkpoints at 2 and 4, log rows at 4 and 6: a resumed run must carry half a log row.
+TINY = {"steps": 6, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128}
+TINY |= {"save_steps": 2, "logging_steps": 4}
 LORA = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
 
 
@@ -29,28 +29,29 @@ def tiny(stage, **values):
     return make_recipe(stage, TINY | extra | values)
 
 
-def make_home(folder: Path) -> Path:
-    """Write `world`, `causal` and the three stages from it, seed 0, uninterrupted."""
+def make_start(folder: Path) -> Path:
+    """Write `world` and the random model `causal`."""
     torch.set_num_threads(1)
     build(folder / "world", seed=0, n_pairs=64, n_queries=8, n_corpus=16)
     rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
-    model, inputs = new_backbone(
-        [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
-        layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
-    )  # fmt: skip
+    shape = {"hidden_size": 64, "layers": 2, "heads": 2, "vision_dim": 32, "vision_layers": 1}
+    shape |= {"patch_size": 8, "vocab_size": 400, "image_pixels": 1024}
+    model, inputs = new_backbone([row["text"] + row["target"] for row in rows], seed=0, **shape)
     save_checkpoint(folder / "causal", model, inputs, {"stage": "causal"})
+    return folder
+
+
+def make_home(folder: Path) -> Path:
+    """Write a start and the three stages from it, seed 0, uninterrupted."""
+    make_start(folder)
     for stage in STAGES:
         go(folder, stage, folder / stage)
     return folder
 
 
 def go(home, stage, out, recipe=None, **settings):
-    settings = {
-        "parent": home / PARENT[stage],
-        "data": home / "world",
-        "show_progress": False,
-    } | settings
-    return run_stage(stage, recipe or tiny(stage), out=out, **settings)
+    places = {"parent": home / PARENT[stage], "data": home / "world", "show_progress": False}
+    return run_stage(stage, recipe or tiny(stage), out=out, **places | settings)
 
 
 def weights(folder):
@@ -66,7 +67,7 @@ def assert_same_run(one, other):
 
 
 def stop_at(monkeypatch, step, how):
-    """At the loss of `step`: raise `how`, or send that signal to this process; steps before it are untouched."""
+    """At the loss of `step`: raise `how`, or send that signal to this process."""
     original = PlainTrainer.check_loss
 
     def checked(self, loss):

@@ -6,11 +6,10 @@ Also under `accelerate launch` and `torchrun`.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import yaml
 from transformers.utils.logging import disable_progress_bar
@@ -28,14 +27,6 @@ logger = logging.getLogger(__name__)
 STEPS = ("prepare", *STAGES, "evaluate", "probe", "all")
 
 
-def parse_changes(text: str) -> Any:
-    """Changes as JSON, or else as YAML, which takes 1e-3 for a text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return yaml.safe_load(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cocoa_lib.run", description=__doc__)
     parser.add_argument("step", choices=STEPS, help="trains what it needs and is not there")
@@ -49,19 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def do_step(run: Run, step: str) -> str:
+def do_step(run: Run, step: str) -> Path | str:
     """Do one step; return where it lies."""
     show = sys.stderr.isatty() or logger.info
     if step == "prepare":
         run.prepare()
-        return str(run.backbone)
+        return run.backbone
     if step in STAGES:
-        return str(run.stage(step, show_progress=show))
-    if step in ("evaluate", "all"):
+        return run.stage(step, show_progress=show)
+    if step != "probe":
         run.evaluate(show_progress=show)
-    if step == "probe" or (step == "all" and run.built_in):
+    if step != "evaluate" and (step == "probe" or run.built_in):
         run.probe()
-    return str(run.folder("evaluate"))
+    return run.folder("evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,11 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
     try:
-        run = Run(**given | {"changes": parse_changes(given["changes"])})
+        run = Run(**given | {"changes": yaml.safe_load(given["changes"])})
         found = do_step(run, step)
-    except (RecipeError, InputError, CheckpointError, TrainingError, yaml.YAMLError) as error:
-        said = " ".join(str(error).splitlines()) if state.num_processes > 1 else str(error)
-        sys.exit(MESSAGE + said)
+    except (RecipeError, InputError, CheckpointError, TrainingError, OSError) as error:
+        sys.exit(MESSAGE + " ".join(str(error).split("\n")))
     if state.is_main_process:
         print(found)  # noqa: T201
 

@@ -102,8 +102,7 @@ def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     if recipe.lora_r:
-        settings = {name: getattr(recipe, f"lora_{name}") for name in ("r", "alpha", "dropout")}
-        add_adapter(model, **settings, dora=recipe.dora)
+        add_adapter(model, recipe)
     return module.train()
 
 

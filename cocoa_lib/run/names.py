@@ -14,31 +14,18 @@ from typing import Any
 from ..items import InputError
 from ..recipes import RecipeError, unknown_name
 from ..store.checkpoint import CheckpointError
-from .profiles import PROFILES, ROOT, SECTIONS, read_yaml
+from .profiles import ROOT, SECTIONS
 
-NAMES: dict[str, tuple[type, ...]] = {
-    "profile": (str,),
-    "arm": (str,),
-    "seed": (int,),
-    "model": (str,),
-    "data": (str,),
-    "changes": (dict, type(None)),
-}
+NAMES = {"profile": str, "arm": str, "seed": int, "model": str, "data": str, "changes": dict}
 
 
 def check_types(given: Mapping[str, Any]) -> None:
     """Raise RecipeError for a value of another type than its name has."""
     for name, value in given.items():
-        if type(value) in NAMES[name]:
-            continue
-        if name == "changes" and isinstance(value, str):
-            raise RecipeError(
-                f"changes is the text {value!r:.60}, not names and values; pass it with -y: "
-                "-y '{changes: {stage3: {steps: 500}}}'"
-            )
-        raise RecipeError(f"{name}: expected {NAMES[name][0].__name__}, found {value!r:.60}")
-    if given["seed"] < 0:
-        raise RecipeError(f"seed: expected a whole number from 0, found {given['seed']}")
+        if type(value) is not NAMES[name]:
+            said = f"{name}: expected {NAMES[name].__name__}, found {value!r:.60}"
+            hint = "; pass it with -y: -y '{changes: {stage3: {steps: 500}}}'"
+            raise RecipeError(said + (hint if name == "changes" else ""))
 
 
 def check_injected(cells: Sequence[str]) -> None:
@@ -46,90 +33,50 @@ def check_injected(cells: Sequence[str]) -> None:
 
     `cells`: a kernel's cells so far, IPython's `In`.
     """
-    injected: dict[str, Any] = {}
-    for cell in cells:
-        if cell.startswith("# Parameters\n"):
-            for node in ast.parse(cell).body:
-                if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-                    injected[node.targets[0].id] = ast.literal_eval(node.value)
-    unknown = [name for name in injected if name not in NAMES]
-    if not unknown:
-        return
-    known = f"the parameters of every notebook are {', '.join(NAMES)}"
-    if set(unknown) <= set(SECTIONS):
-        layers = {path.stem: read_yaml(path) for path in PROFILES.glob("*.yaml")}
-        same = [
-            name
-            for name, layer in layers.items()
-            if layer == {key: injected[key] for key in unknown}
-        ]
-        if same:
+    lines = [ast.parse(cell).body for cell in cells if cell.startswith("# Parameters\n")]
+    for name in (line.targets[0].id for line in sum(lines, [])):
+        if name in (*SECTIONS, "grid", "extends"):
             raise RecipeError(
-                f"{same[0]}.yaml is a profile: pass it by name, -p profile {same[0]}; {known}"
+                f"{name} is a section of a profile, not a parameter: name the profile, "
+                f"-p profile NAME, or pass -y '{{changes: {{{name}: ...}}}}'"
             )
-        section = unknown[0]
-        raise RecipeError(
-            f"{section} is a section of a profile, not a parameter: pass -y "
-            f"'{{changes: {{{section}: ...}}}}', or name a "
-            f"profile, -p profile NAME; {known}"
-        )
-    raise unknown_name(unknown[0], list(NAMES), "papermill's parameters")
+        if name not in NAMES:
+            raise unknown_name(name, list(NAMES), "papermill's parameters")
 
 
 def find_path(name: str) -> str | None:
-    """Find a file or folder: its path from the repository's root, absolute outside; None without
-    one.
+    """Find a file or folder: its path from the repository's root, absolute outside, or None.
 
     Relative names start at the working directory, or else at the repository's root.
     """
     for start in (Path.cwd(), ROOT):
         path = Path(os.path.abspath(start / Path(name).expanduser()))
         if path.exists():
-            return (
-                path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-            )
+            return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
     return None
 
 
 def find_model(name: str) -> str:
-    """Find a model: a folder's path (see `find_path`), or a hub name as it is.
-
-    Raises CheckpointError for neither.
-    """
-    if not name:
-        return ""
-    if (path := find_path(name)) is not None:
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    """Find a model: a folder's path (see `find_path`), or a hub name as it is; else an error."""
+    path = find_path(name) if name else ""
+    if path is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(
             f"model {name!r}: no such folder here, and not a hub name such as "
-            f"Qwen/Qwen2-VL-2B-Instruct"
+            "Qwen/Qwen2-VL-2B-Instruct"
         )
-    return name
+    return name if path is None else path
 
 
 def find_data(name: str) -> str:
     """Find a data folder or table (see `find_path`). Raises InputError saying what `data` takes."""
-    if not name:
-        return ""
-    path = find_path("data/MMEB" if name == "MMEB" else name)
-    if path is None and name == "MMEB":
-        raise InputError(
-            "data MMEB: not there yet; run `python -m cocoa_lib.data.download --out data/MMEB`"
-        )
+    path = find_path("data/MMEB" if name == "MMEB" else name) if name else ""
     if path is None:
         raise InputError(
-            f"data {name!r}: no such file or folder; data takes a folder in MMEB's layout, MMEB, "
-            f"a .jsonl or .csv file of "
-            "pictures and texts, or a folder of named folders of pictures"
+            f"data {name!r}: no such file or folder; data takes MMEB, once `python -m "
+            "cocoa_lib.data.download --out data/MMEB` has run, a folder in its layout, a .jsonl or "
+            ".csv file of pictures and texts, or a folder of named folders of pictures"
         )
     return path
-
-
-def is_pairs(source: Path) -> bool:
-    """Tell a user's own pictures and texts from a folder in MMEB's layout."""
-    tables = ("train/*/*.parquet", "eval/*/*.parquet", "corpus/*.parquet", "manifest.json")
-    return not source.is_dir() or not any(next(source.glob(table), None) for table in tables)
 
 
 def digest(content: Any) -> str:

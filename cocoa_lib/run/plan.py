@@ -31,19 +31,14 @@ def index_plan(sizes: Sequence[int], n: int, *, seed: int, block: int = 0) -> np
     negatives are of the same task. No row of a subset comes a second time before all have come
     once. For the same sizes and seed a shorter plan is the beginning of a longer one.
     """
-    sizes_array = np.asarray(sizes)
-    if not len(sizes_array) or sizes_array.min() < 1:
-        raise ValueError(f"there is a subset without training rows (sizes {list(sizes)})")
-    step = max(1, block)
+    step, shares, starts = max(1, block), np.divide(sizes, sum(sizes)), np.cumsum([0, *sizes])
     rng = np.random.default_rng([seed, 2])
-    turns = rng.choice(
-        len(sizes), size=math.ceil(n / step), p=sizes_array / sizes_array.sum()
-    ).repeat(step)[:n]
+    turns = rng.choice(len(sizes), size=math.ceil(n / step), p=shares).repeat(step)[:n]
     plan = np.empty(n, dtype=np.int64)
     for subset, size in enumerate(sizes):
         places = np.flatnonzero(turns == subset)
         rng = np.random.default_rng([seed, 2, subset])
-        rounds = [rng.permutation(size) for _ in range(math.ceil(len(places) / size))]
-        order = np.concatenate(rounds)[: len(places)] if rounds else np.empty(0, dtype=np.int64)
-        plan[places] = order + int(sizes_array[:subset].sum())
+        for first in range(0, len(places), size):
+            some = places[first : first + size]
+            plan[some] = starts[subset] + rng.permutation(size)[: len(some)]
     return plan

@@ -8,7 +8,6 @@ leaves a stage out. A run's values are the profile's, then the arm's, then its `
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +19,17 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 STAGES = ("stage1", "stage2", "stage3")
+SHAPE = "seed hidden_size layers heads vision_dim vision_layers"
+PAIRS = "image_column text_column class_column image_root on_bad_row"
 # Sections beside the recipes, and the type of each value. `launch`: how several GPUs are used.
 SETTINGS: dict[str, dict[str, type]] = {
     "benchmark": {"n_pairs": int, "n_queries": int, "n_corpus": int, "seed": int},
-    "pairs": {
-        **dict.fromkeys("image_column text_column class_column image_root on_bad_row".split(), str),
-        "n_eval": int,
-        "max_side": int,
-    },
-    "backbone": {
-        **dict.fromkeys("seed hidden_size layers heads vision_dim vision_layers".split(), int),
-        "effort": float,
-    },
+    "pairs": dict.fromkeys(PAIRS.split(), str) | {"n_eval": int, "max_side": int},
+    "backbone": dict.fromkeys(SHAPE.split(), int) | {"effort": float},
     "evaluation": {"n_queries": int, "batch_size": int, "dtype": str, "tasks": list},
     "launch": {"processes": int, "config_file": str},
 }
-CHANGEABLE = (*SETTINGS, *RECIPES)
-SECTIONS = (*CHANGEABLE, "grid", "extends")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What differs from the profile: section -> values; False where a stage is left out."""
-
-    name: str
-    hypothesis: str
-    changes: dict[str, dict[str, Any] | bool] = field(default_factory=dict)
+SECTIONS = (*SETTINGS, *RECIPES)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -61,25 +45,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def check_values(section: str, values: Any, where: str) -> None:
     """Raise RecipeError for a section, name or type that is not known, saying what is."""
-    if section not in CHANGEABLE:
-        raise unknown_name(str(section), list(CHANGEABLE), where)
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"{where}: {section} must be names and values, such as {{steps: 5}}; found "
-            f"{values!r:.60}"
-        )
-    if section in RECIPES:
-        try:
-            make_recipe(section, values)
-        except RecipeError as error:
-            raise RecipeError(f"{where}: {error}") from None
+    if section not in SECTIONS:
+        raise unknown_name(str(section), list(SECTIONS), where)
+    if section in SETTINGS:
+        _check_types(values, SETTINGS[section], f"{where}: {section}")
         return
+    try:
+        make_recipe(section, values)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _check_types(values: Any, known: dict[str, type], where: str) -> None:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: expected names and values, found {values!r:.60}")
     for name, value in values.items():
-        if name not in SETTINGS[section]:
-            raise unknown_name(str(name), list(SETTINGS[section]), f"{where}: {section}")
-        if type(value) is not (kind := SETTINGS[section][name]):
+        if name not in known:
+            raise unknown_name(str(name), list(known), where)
+        if type(value) is not known[name]:
             raise RecipeError(
-                f"{where}: {section}.{name}: expected {kind.__name__}, found {value!r:.60}"
+                f"{where}.{name}: expected {known[name].__name__}, found {value!r:.60}"
             )
 
 
@@ -90,62 +75,45 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
         for section, values in layer.items():
             before = merged.get(section, {})
             off = values is False or before is False
-            merged[section] = False if off else {**before, **values}
+            merged[section] = False if off else {**before, **(values or {})}
     return merged
 
 
-def load_profile(name: str, folder: Path = PROFILES) -> dict[str, Any]:
-    """Read a profile's sections, those of the profile that it extends included.
+def load_profile(
+    name: str, folder: Path = PROFILES, *, above: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Read a profile's sections and its `grid`, those of the profile that it extends included.
 
-    All values are checked. Raises RecipeError naming the profile, section and value that is wrong.
+    above: the profiles that extend this one. All values are checked. Raises RecipeError naming the
+    profile, section and value that is wrong.
     """
-    seen: list[str] = []
-    layers: list[dict[str, Any]] = []
-    while name:
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        where = str(folder / f"{seen[-1]}.yaml") if seen else "profile"
-        if name not in known or name in seen:
-            raise unknown_name(str(name), [one for one in known if one not in seen], where)
-        seen.append(name)
-        path = folder / f"{name}.yaml"
-        layer = read_yaml(path)
-        name = layer.pop("extends", "")
-        for section, values in layer.items():
-            if section == "grid":
-                _check_grid(values, str(path))
-            else:
-                check_values(section, values, str(path))
-        layers.insert(0, layer)
-    grids = [layer.pop("grid") for layer in layers if "grid" in layer]
-    return merge(*layers) | {"grid": grids[-1] if grids else {}}
+    known = sorted({file.stem for file in folder.glob("*.yaml")} - set(above))
+    if name not in known:
+        raise unknown_name(str(name), known, f"{above[-1]}.yaml" if above else "profile")
+    layer = read_yaml(folder / f"{name}.yaml")
+    base = layer.pop("extends", None)
+    below = {} if base is None else load_profile(base, folder, above=(*above, name))
+    grid = layer.pop("grid", {})
+    _check_types(grid, dict.fromkeys(read_arms(), int), f"{name}.yaml: grid")
+    for section, values in layer.items():
+        check_values(section, values, f"{name}.yaml")
+    return merge(below, layer) | {"grid": grid or below.get("grid", {})}
 
 
-def _check_grid(grid: Any, where: str) -> None:
-    """Check arm -> number of seeds."""
-    if not isinstance(grid, dict):
-        raise RecipeError(f"{where}: grid must be arm: number of seeds, found {grid!r:.60}")
-    arms = read_arms()
-    for arm, seeds in grid.items():
-        if arm not in arms:
-            raise unknown_name(str(arm), list(arms), f"{where}: grid")
-        if type(seeds) is not int or seeds < 1:
-            raise RecipeError(
-                f"{where}: grid.{arm}: expected a number of seeds from 1, found {seeds!r}"
-            )
+def read_arms(path: Path = NOTEBOOKS / "arms.yaml") -> dict[str, dict[str, Any]]:
+    """Read the arms: name -> `hypothesis` and the sections that differ, False where one is off.
 
-
-def read_arms(path: Path = NOTEBOOKS / "arms.yaml") -> dict[str, Arm]:
-    """Read the arms by name. Raises RecipeError naming the arm and value that is wrong."""
-    arms = {}
-    for name, values in read_yaml(path).items():
-        where = f"{path}, {name}"
+    Raises RecipeError naming the arm and value that is wrong.
+    """
+    arms = read_yaml(path)
+    for name, values in arms.items():
+        where = f"{path.name}, {name!s:.40}"
         if not re.fullmatch(r"[A-Za-z0-9_]+", str(name)):  # it names folders
-            raise RecipeError(f"{path}: an arm's name is letters, digits and _; found {name!r:.40}")
+            raise RecipeError(f"{where}: an arm's name is letters, digits and _")
         if not isinstance(values, dict) or not isinstance(values.get("hypothesis"), str):
             raise RecipeError(f"{where}: expected a hypothesis in one sentence, and what differs")
-        changes = {section: part for section, part in values.items() if section != "hypothesis"}
-        for section, part in changes.items():
-            if not (part is False and section in ("stage1", "stage2")):
+        for section, part in values.items():
+            off = part is False and section in ("stage1", "stage2")
+            if section != "hypothesis" and not off:
                 check_values(section, part, where)
-        arms[name] = Arm(name, values["hypothesis"], changes)
     return arms

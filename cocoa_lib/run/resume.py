@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -61,9 +60,8 @@ class Watch(TrainerCallback):
                 self.previous[number] = signal.signal(number, self._interrupt)
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if (
-            self.interrupted and number == signal.SIGINT
-        ):  # SIGTERM may come from scheduler and launcher
+        # SIGTERM may come twice, from scheduler and launcher.
+        if self.interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.interrupted = True
 
@@ -81,9 +79,8 @@ class Watch(TrainerCallback):
 
 def list_checkpoints(work: Path) -> list[Path]:
     """List Trainer checkpoints, newest first: by step, since a clock can jump."""
-    return sorted(
-        work.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
-    )
+    found = work.glob("checkpoint-*")
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def find_checkpoint(work: Path) -> Path | None:
@@ -97,28 +94,17 @@ def find_checkpoint(work: Path) -> Path | None:
 
 
 @contextmanager
-def explain_losses(work: Path, workers: int) -> Iterator[None]:
-    """Re-raise a lost process, a killed worker and a full disk as TrainingError with a remedy."""
+def explain_losses(work: Path) -> Iterator[None]:
+    """Re-raise a lost process and a full disk as TrainingError with a remedy."""
     try:
         yield
     except TrainingError:
         raise
-    except (OSError, EOFError, SafetensorError, RuntimeError) as error:
-        said = str(error)
-        broken = (
-            isinstance(error, (ConnectionError, EOFError)) or "ancdata" in said
-        )  # half a batch handed over
-        if "gloo" in said or isinstance(error, torch.distributed.DistError):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if "gloo" in str(error) or isinstance(error, torch.distributed.DistError):
             what = "another process of this run died or cannot be reached; its own log says why"
-        elif said.startswith("DataLoader worker") or (broken and workers > 0):
-            with suppress(RuntimeError):  # the other workers go with the loader
-                clear_frames(error.__traceback__)
-            what = f"a worker that reads pictures was killed ({error!r}), as a rule for want of "
-            what += "memory; free some, or start anew with fewer `workers`"
-        elif any(words in said for words in FULL):
-            what = (
-                f"the disk is full, a checkpoint could not be written below {work}; free some space"
-            )
+        elif any(words in str(error) for words in FULL):
+            what = f"the disk is full, a checkpoint could not be written below {work}"
         else:
             raise
         raise TrainingError(

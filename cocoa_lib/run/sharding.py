@@ -43,14 +43,12 @@ def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | Non
             "notebooks/profiles/accelerate/fsdp_1x8.yaml"
         )
     plugin.transformer_cls_names_to_wrap = [type(language_model(model).layers[0]).__name__]
-    if (policy := getattr(plugin, "mixed_precision_policy", None)) is not None:
+    if (policy := plugin.mixed_precision_policy) is not None:
         # The model in bf16, as accelerate has it; not the losses, nor sums of gradients.
-        plugin.mixed_precision_policy = dataclasses.replace(
-            policy, output_dtype=None, reduce_dtype=torch.float32
-        )
-    whole = (
-        copy.deepcopy((trainer.model, model, adapter)) if trainer.is_world_process_zero() else None
-    )
+        ours = {"output_dtype": None, "reduce_dtype": torch.float32}
+        plugin.mixed_precision_policy = dataclasses.replace(policy, **ours)
+    parts = (trainer.model, model, adapter)
+    whole = copy.deepcopy(parts) if trainer.is_world_process_zero() else None
     if adapter is not None:
         # Else a text's first layer gets its gradients last, a picture's in its turn: two orders.
         model.enable_input_require_grads()

@@ -34,35 +34,20 @@ from ..data.tables import fingerprint
 from ..embedder import EosEmbedding
 from ..inputs import Inputs
 from ..kernels import compile_layers
-from ..recipes import RECIPES, Recipe, Stage3Recipe
+from ..recipes import RECIPES, Recipe
 from ..reconstruction import Reconstruction
-from ..store.checkpoint import (
-    META,
-    CheckpointError,
-    load_inputs,
-    read_meta,
-    read_note,
-    save_checkpoint,
-    weights_hash,
-)
+from ..store import checkpoint as store
+from ..store.checkpoint import META, CheckpointError
 from ..store.files import locked, write_json
+from . import resume, trainers
 from .adapters import add_adapter
 from .plan import Planned, index_plan
-from .resume import TrainingError, Watch, explain_losses, find_checkpoint, list_checkpoints
+from .resume import TrainingError
 from .sharding import join_processes, shard, unshard
-from .trainers import (
-    Bar,
-    ContrastiveTrainer,
-    ReconstructionTrainer,
-    average_log,
-    training_arguments,
-)
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}
-KEPT_IMAGES = (
-    1 << 29
-)  # bytes of processed pictures that a process keeps, its workers together (ours)
+KEPT_IMAGES = 1 << 29  # bytes of pictures that a process keeps, its workers together (ours)
 Progress = bool | Callable[[str], None]  # a bar, nothing, or a function that takes lines
 
 
@@ -83,20 +68,15 @@ class Job:
         return self.out.parent / f".{self.out.name}.work"
 
     def record(self) -> dict[str, Any]:
-        """List what makes two runs the same run."""
+        """List what makes two runs the same run; where the log is sent changes no result."""
         return {
             "stage": self.stage,
-            "recipe": record_recipe(self.recipe),
+            "recipe": dataclasses.asdict(self.recipe) | {"report_to": "none"},
             "seed": self.seed,
             "parent_stage": self.parent_meta.get("stage"),
             "parent_sha256": self.parent_meta["weights_sha256"],
             "data": fingerprint(self.data),
         }
-
-
-def record_recipe(recipe: Recipe) -> dict[str, Any]:
-    """List a recipe's values, but where its log is sent, which changes no result."""
-    return dataclasses.asdict(recipe) | {"report_to": "none"}
 
 
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
@@ -107,13 +87,9 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
     """
     folder = Path(parent)
     if (folder / META).is_file():
-        meta = read_meta(parent)
-    elif folder.is_absolute() and not folder.exists():
-        raise CheckpointError(f"{parent}: no such folder")
-    else:
-        if folder.is_dir() and not (folder / "config.json").is_file():
-            raise CheckpointError(f"{parent}: no config.json; not a model folder")
-        digest = weights_hash(folder) if folder.is_dir() else str(parent)  # of the hub: its name
+        meta = store.read_meta(parent)
+    else:  # of the hub: known by its name
+        digest = store.weights_hash(folder) if folder.is_dir() else str(parent)
         meta = {"stage": "causal", "eos_token": "<|im_end|>", "max_length": sys.maxsize}
         meta["weights_sha256"] = digest
     if meta.get("stage") != PARENT_STAGE[stage] and not allow_parent:
@@ -126,16 +102,11 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
 
 def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Raise CheckpointError where they differ; an option that `found` lacks has its default."""
-
-    def flatten(record: dict[str, Any]) -> dict[str, str]:
-        recipe = dataclasses.asdict(RECIPES[wanted["stage"]]()) | record.get("recipe", {})
-        flat = {**record, **recipe, "recipe": None}
-        return {name: json.dumps(value, sort_keys=True) for name, value in flat.items()}
-
-    have, want = flatten(found), flatten(wanted)
-    asked = {**wanted, **wanted["recipe"]}
-    if names := [name for name in asked if have.get(name) != want[name]]:
-        parts = [f"{name} {have.get(name)!s:.30}, not {want[name]:.30}" for name in names]
+    defaults = dataclasses.asdict(RECIPES[wanted["stage"]]())
+    have = found | defaults | found.get("recipe", {})
+    want = wanted | wanted["recipe"]
+    if names := [name for name in want if name != "recipe" and have.get(name) != want[name]]:
+        parts = [f"{name} {have.get(name)!r:.30}, not {want[name]!r:.30}" for name in names]
         raise CheckpointError(
             f"{where}: holds a run of another configuration ({', '.join(parts)}); it is not "
             "reused. Delete the folder, or undo the change"
@@ -147,8 +118,8 @@ def run_stage(
     recipe: Recipe,
     *,
     parent: str | Path,
-    data: str | Path,
-    out: str | Path,
+    data: Path,
+    out: Path,
     seed: int = 0,
     allow_parent: bool = False,
     show_progress: Progress = True,
@@ -159,30 +130,18 @@ def run_stage(
     one, CheckpointError. KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved: the
     same call goes on. TrainingError for a loss that is not finite, a batch size that does not
     fit, an output folder that another run is writing or nobody can, a full disk, and another
-    process or a worker that is gone.
+    process that is gone.
     """
-    job = Job(
-        stage,
-        recipe,
-        parent,
-        check_parent(stage, parent, allow_parent),
-        Path(data),
-        Path(out),
-        seed,
-    )
-    out, finished = job.out, job.out / META
+    job = Job(stage, recipe, parent, check_parent(stage, parent, allow_parent), data, out, seed)
+    finished, state = out / META, join_processes()
     if not finished.is_file() and out.is_dir() and any(out.iterdir()):
-        raise CheckpointError(
-            f"{out}: holds files that are no checkpoint; remove them, or choose another output "
-            f"folder"
-        )
-    state = join_processes()
+        raise CheckpointError(f"{out}: holds files that are no checkpoint; choose another folder")
     if not finished.is_file():
         with locked(job.work, TrainingError) if state.is_main_process else nullcontext():
             if not finished.is_file():  # else another run has finished it a moment ago
                 _train(job, state, show_progress)
                 return out
-    compare_runs(read_meta(out).get("run", {}), job.record(), out)
+    compare_runs(store.read_meta(out).get("run", {}), job.record(), out)
     shutil.rmtree(job.work, ignore_errors=True)  # of a run killed after `out` was whole
     return out
 
@@ -191,70 +150,55 @@ def _train(job: Job, state: PartialState, show_progress: Progress) -> None:
     """Train from the newest whole checkpoint in `job.work`; leave `job.out`."""
     record, note = job.record(), job.work / "run.json"
     if note.is_file():
-        compare_runs(read_note(note), record, job.work)
+        compare_runs(store.read_note(note), record, job.work)
     with state.main_process_first():
         if state.is_main_process:
             write_json(note, record)
-            checkpoint = find_checkpoint(job.work)
-        else:
-            checkpoint = next(iter(list_checkpoints(job.work)), None)
+        checkpoint = resume.find_checkpoint(job.work)
     set_seed(job.seed)
     model, inputs = _open_parent(job)
     trainer = (_contrastive if job.stage == "stage3" else _reconstruction)(job, model, inputs)
     adapter = None
     if job.recipe.lora_r:  # after the builder: the patch decoder copies a layer without adapter
-        settings = {name: getattr(job.recipe, f"lora_{name}") for name in ("r", "alpha", "dropout")}
-        adapter, record["lora_modules"] = add_adapter(model, **settings, dora=job.recipe.dora)
+        adapter, record["lora_modules"] = add_adapter(model, job.recipe)
     if job.recipe.torch_compile:  # before FSDP, after the adapter
         compile_layers(model)
     whole = trainer.model, model, adapter
     if trainer.is_fsdp_enabled:
         whole = shard(trainer, model, adapter)
-    watch = Watch(checkpoint)
+    watch = resume.Watch(checkpoint)
     trainer.remove_callback(PrinterCallback)
     if show_progress:
-        trainer.add_callback(Bar(show_progress if callable(show_progress) else None))
+        lines = callable(show_progress)
+        trainer.add_callback(trainers.Lines(show_progress) if lines else trainers.Bar())
     trainer.add_callback(watch)
-    with explain_losses(job.work, job.recipe.workers):
+    with resume.explain_losses(job.work):
         try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         finally:
             watch.restore()
-        if trainer.state.global_step < job.recipe.steps:
-            raise KeyboardInterrupt(
-                f"stopped at step {trainer.state.global_step}; the same command goes on from there"
-            )
+        if (step := trainer.state.global_step) < job.recipe.steps:
+            raise KeyboardInterrupt(f"stopped at step {step}; the same command goes on from there")
         trainer.check_weights()
         if trainer.is_fsdp_enabled:
             unshard(trainer, whole)
         if state.is_main_process:
             _finish(job, record, whole, inputs, trainer.state.log_history, watch.seconds())
-            shutil.rmtree(
-                job.work, ignore_errors=True
-            )  # the same command elsewhere may be removing it
+            shutil.rmtree(job.work, ignore_errors=True)
         state.wait_for_everyone()
 
 
 def _open_parent(job: Job) -> tuple[PreTrainedModel, Inputs]:
-    """Open the parent's model with the recipe's attention, and its inputs with the recipe's
-    limits.
-    """
+    """Open the parent's model and inputs, with the recipe's attention and limits."""
     recipe, longest = job.recipe, job.parent_meta["max_length"]
     if recipe.max_length > longest:
-        logger.warning(
-            "max_length %d: the parent was made for %d tokens, which is used",
-            recipe.max_length,
-            longest,
-        )
-    inputs = load_inputs(
-        job.parent, job.parent_meta | {"max_length": min(recipe.max_length, longest)}
-    )
-    inputs.limit_images(recipe.image_limit(inputs.max_length))
+        logger.warning("max_length %d: the parent was made for %d", recipe.max_length, longest)
+    length = min(recipe.max_length, longest)
+    inputs = store.load_inputs(job.parent, job.parent_meta, max_length=length)
+    inputs.limit_images(recipe.image_limit(length))
     inputs.keep_images(KEPT_IMAGES // max(1, recipe.workers))
-    bidirectional = recipe.layout != "causal"
-    model = open_backbone(
-        job.parent, bidirectional=bidirectional, attn_implementation=recipe.attn_implementation
-    )
+    attention, bidirectional = recipe.attn_implementation, recipe.layout != "causal"
+    model = open_backbone(job.parent, bidirectional=bidirectional, attn_implementation=attention)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, inputs
@@ -268,11 +212,9 @@ def _finish(
     history: list[dict],
     seconds: float,
 ) -> None:
-    """Write the finished checkpoint: weights with the adapter merged, log.csv, and what made
-    them.
-    """
+    """Write the finished checkpoint: weights, adapter merged, log.csv, and what made them."""
     module, model, adapter = whole
-    log = average_log([row for row in history if "loss" in row], job.recipe.logging_steps)
+    log = trainers.average_log([row for row in history if "loss" in row], job.recipe.logging_steps)
     meta = {
         "stage": job.stage,
         "layout": job.recipe.layout,
@@ -280,7 +222,7 @@ def _finish(
         "prompt": "<|vision_start|><|image_pad|><|vision_end|>{text}" + inputs.eos_token,
         "parent": "/".join(Path(job.parent).parts[-2:]),  # a whole path would name this machine
         "train_seconds": round(seconds, 1),
-        "final_loss": None if log.empty else float(log["loss"].tail(5).mean()),
+        "final_loss": float(log["loss"].tail(5).mean()),
         "run": record,
     }
     extra = {"log.csv": log.to_csv(index=False)}
@@ -288,7 +230,7 @@ def _finish(
         entry = {"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}
         extra["modules.json"] = json.dumps([entry], indent=2)
     model = model if adapter is None else adapter.merge_and_unload()
-    save_checkpoint(job.out, model, inputs, meta, extra, getattr(module, "decoder", None))
+    store.save_checkpoint(job.out, model, inputs, meta, extra, getattr(module, "decoder", None))
 
 
 def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
@@ -301,25 +243,24 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
     set_mask_token(model, inputs, recipe.mask_token)
     corrupt = {"stage1": stage1_batch, "stage2": stage2_batch}[job.stage]
     collate = partial(corrupt, inputs=inputs, recipe=recipe, seed=job.seed)
+    options = inspect.signature(Reconstruction).parameters
+    values = {name: getattr(recipe, name) for name in options if hasattr(recipe, name)}
     learned = recipe.patch_fill == "learned"
-    options = (
-        dataclasses.asdict(recipe).keys() & inspect.signature(Reconstruction).parameters.keys()
-    )
-    values = {name: getattr(recipe, name) for name in options}
-    module = Reconstruction(model, learned_fill=learned, **values)
     rows = ConcatDataset(parts)
     plan = index_plan(list(map(len, parts)), recipe.steps * recipe.batch_size, seed=job.seed)
     chosen = (rows[i] for i in sorted(set(plan.tolist())))
     corpus.check_items(map(stage1_item, chosen) if job.stage == "stage1" else chosen, data)
-    args = training_arguments(TrainingArguments, recipe, job.work, job.seed)
-    return ReconstructionTrainer(
-        model=module, args=args, train_dataset=Planned(rows, plan), data_collator=collate
+    return trainers.ReconstructionTrainer(
+        model=Reconstruction(model, learned_fill=learned, **values),
+        args=trainers.training_arguments(TrainingArguments, recipe, job.work, job.seed),
+        train_dataset=Planned(rows, plan),
+        data_collator=collate,
     )
 
 
 def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
     """Build the trainer of stage 3: pairs in plan order through `CachedInfoNCE`."""
-    recipe: Stage3Recipe = job.recipe
+    recipe, arguments = job.recipe, SentenceTransformerTrainingArguments
     rows, sizes = corpus.pairs(
         job.data, recipe.max_per_subset, hard_negatives=recipe.hard_negatives
     )
@@ -334,14 +275,12 @@ def _contrastive(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer:
     corpus.check_items((item for side in chosen.column_names for item in chosen[side]), job.data)
     module = EosEmbedding(model, inputs, pooling=recipe.pooling, packing=recipe.packing)
     embedder = SentenceTransformer(modules=[module], device="cpu")  # the trainer moves it
-    loss = CachedInfoNCE(
-        embedder, temperature=recipe.temperature, mini_batch_size=recipe.mini_batch_size
-    )
-    collate = partial(pair_features, inputs=inputs, mini_batch_size=recipe.mini_batch_size)
-    return ContrastiveTrainer(
+    chunk = {"mini_batch_size": recipe.mini_batch_size}
+    collate = partial(pair_features, inputs=inputs, **chunk)
+    return trainers.ContrastiveTrainer(
         model=embedder,
-        args=training_arguments(SentenceTransformerTrainingArguments, recipe, job.work, job.seed),
+        args=trainers.training_arguments(arguments, recipe, job.work, job.seed),
         train_dataset=rows.select(plan),
-        loss=loss,
+        loss=CachedInfoNCE(embedder, temperature=recipe.temperature, **chunk),
         data_collator=SentenceTransformerDataCollator(collate),
     )

@@ -12,8 +12,7 @@ from safetensors.torch import load_model, save_model
 from sentence_transformers import SentenceTransformerTrainer
 from torch.distributed.tensor import DTensor
 from torch.utils.data import BatchSampler, SequentialSampler
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ..contrastive import gather_rows
 from ..recipes import Recipe
@@ -54,18 +53,14 @@ class PlainTrainer:
                 raise self.diverged(f"the weights {name} are not finite", self.state.global_step)
 
     def diverged(self, what: str, step: int) -> TrainingError:
-        """Make the error that names the step, its rows in the plan, and the last good
-        checkpoint.
-        """
+        """Make the error that names the step, its rows in the plan, and the last checkpoint."""
         work = Path(self.args.output_dir)
         size = self.args.per_device_train_batch_size * self.args.world_size
         whole = [path for path in list_checkpoints(work) if (path / COMPLETE).is_file()]
         return TrainingError(
             f"{what} at step {step}. Lower learning_rate, raise warmup_steps, or lower "
-            f"max_grad_norm; then delete "
-            f"{work}. The batch: places {(step - 1) * size} to {step * size - 1} of the plan; "
-            f"last good checkpoint: "
-            f"{whole[0] if whole else 'none'}"
+            f"max_grad_norm; then delete {work}. The batch: places {(step - 1) * size} to "
+            f"{step * size - 1} of the plan; last good checkpoint: {whole[0] if whole else 'none'}"
         )
 
 
@@ -87,9 +82,8 @@ class ReconstructionTrainer(PlainTrainer, Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= {
-                name: float(gather_rows(part[None]).mean()) for name, part in self.parts.items()
-            }
+            for name, part in self.parts.items():
+                logs[name] = float(gather_rows(part[None]).mean())
         super().log(logs, start_time)
 
 
@@ -116,45 +110,44 @@ class ContrastiveTrainer(PlainTrainer, SentenceTransformerTrainer):
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         if self.steps_at_chance == COLLAPSED_STEPS:
             logger.warning(
-                "collapsed: for %d steps, up to step %d, the loss %.3f is that of identical "
-                "embeddings. Start again with "
-                "a longer warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a "
-                "larger batch_size",
-                COLLAPSED_STEPS, self.state.global_step + 1, loss,
-            )  # fmt: skip
+                f"collapsed: for {COLLAPSED_STEPS} steps, up to step {self.state.global_step + 1}, "
+                f"the loss {loss:.3f} is that of identical embeddings. Start again with a longer "
+                "warm-up (warmup_steps), a lower max_grad_norm or learning_rate, or a larger "
+                "batch_size"
+            )
 
 
-class Bar(TrainerCallback):
-    """Progress with the loss: a bar of one line, or a line every log row where `say` is given."""
+class Lines(TrainerCallback):
+    """Hand on a line a step, with the loss."""
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        off = not state.is_local_process_zero or self.say is not None
-        self.bar = tqdm(
-            total=state.max_steps, initial=state.global_step, unit="step", disable=off, leave=False
-        )
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        if "loss" in logs and state.is_world_process_zero:
+            self.say(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
 
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
-            if self.say and state.is_world_process_zero:
-                self.say(f"step {state.global_step} of {state.max_steps}, loss {logs['loss']:.3f}")
+class Bar(ProgressCallback):
+    """transformers' bar, of one line, with the loss."""
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.bar.close()
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
 
 def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path, seed: int):
-    """Turn a recipe into the trainers' arguments; `batch_size` is divided over the processes."""
+    """Turn a recipe into the trainers' arguments; `batch_size` is divided over the processes.
+
+    Raises TrainingError where it does not divide, and for bf16 without a GPU.
+    """
+    if recipe.bf16 and not torch.cuda.is_available():
+        raise TrainingError(
+            "bf16 needs a GPU, and there is none here; set bf16: false, stage by stage"
+        )
     args = cls(
         output_dir=str(work),
         max_steps=recipe.steps,
-        per_device_train_batch_size=1,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
         warmup_steps=min(recipe.warmup_steps, max(1, recipe.steps // 2)),
@@ -163,8 +156,7 @@ def training_arguments(cls: type[TrainingArguments], recipe: Recipe, work: Path,
         bf16=recipe.bf16,
         use_cpu=not torch.accelerator.is_available(),
         seed=seed,
-        save_steps=recipe.save_steps,
-        save_total_limit=None,  # `Watch` removes old ones, once the new one is whole
+        save_steps=recipe.save_steps,  # `Watch` removes old ones, once the new one is whole
         logging_steps=1,  # log.csv averages over recipe.logging_steps, resumed or not
         disable_tqdm=True,  # `Bar` stands for theirs
         report_to=recipe.report_to,
@@ -192,9 +184,9 @@ def average_log(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
     Columns in a fixed order: a resumed run has its first rows from a file that sorts them by name.
     """
     log = pd.DataFrame(rows)
-    if log.empty:
-        return log
-    columns = [name for name in ("step", "loss", "text_loss", "image_loss") if name in log]
-    columns += sorted(set(log) - set(columns))
+    first = ("step", "loss", "text_loss", "image_loss")
+    columns = sorted(
+        log, key=lambda name: (first.index(name) if name in first else len(first), name)
+    )
     how = {name: "mean" if name.endswith("loss") else "last" for name in columns}
     return log.groupby((log["step"] - 1) // every).agg(how)

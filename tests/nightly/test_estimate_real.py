@@ -107,7 +107,7 @@ def trained_module(folder, recipe):
         model.gradient_checkpointing_enable()
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
     if recipe.lora_r:
-        add_adapter(model)
+        add_adapter(model, recipe)
     return module.train()
 
 

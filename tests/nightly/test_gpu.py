@@ -39,7 +39,7 @@ def losses(folder):
 def command(home, stage, out, *before, **environment):
     """The stage by the command line, behind `before`, begun."""
     recipe = json.dumps(tiny(stage))
-    words = [sys.executable, "-m", *before, "cocoa_lib.run", stage, "--parent", home / "init", "--data", home / "world",
+    words = [sys.executable, "-m", *before, "cocoa_lib.run", stage, "--parent", home / "causal", "--data", home / "world",
              "--out", out, "--recipe", recipe, "--allow-parent"]  # fmt: skip
     return subprocess.Popen(list(map(str, words)), env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 

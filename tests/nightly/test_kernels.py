@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from cocoa_lib.backbone import hidden_states, language_model
 from cocoa_lib.kernels import PICTURES, compile_layers
+from cocoa_lib.recipes import make_recipe
 from cocoa_lib.run.adapters import add_adapter
 from cocoa_lib.world.backbone import new_backbone
 
@@ -64,7 +65,7 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, caplog):
     )  # fmt: skip
     model.gradient_checkpointing_enable()
     if dora is not None:
-        add_adapter(model, r=4, alpha=8, dropout=0.1, dora=dora)
+        add_adapter(model, make_recipe("stage1", {"lora_r": 4, "lora_alpha": 8, "dora": dora}))
         model.enable_input_require_grads()
     with graphs_of(model) as graphs:
         hidden_states(

@@ -28,40 +28,29 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.version import Version
 from safetensors.torch import load_file
+from tiny_runs import make_start, stop_at
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cocoa_lib.backbone import open_backbone
 from cocoa_lib.data import corpus
-from cocoa_lib.inputs import Inputs
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.run import Run
 from cocoa_lib.run.profiles import NOTEBOOKS, ROOT, load_profile
-from cocoa_lib.run.resume import COMPLETE, TrainingError, Watch, find_checkpoint
+from cocoa_lib.run.resume import TrainingError, Watch, find_checkpoint
 from cocoa_lib.run.sharding import shard
 from cocoa_lib.run.stage import run_stage
 from cocoa_lib.run.trainers import PlainTrainer
-from cocoa_lib.store.checkpoint import save_checkpoint
-from cocoa_lib.world.backbone import new_backbone
-from cocoa_lib.world.build import build
 
-TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128, "save_steps": 2,
-        "logging_steps": 1}  # fmt: skip
+TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128}
+TINY |= {"save_steps": 2, "logging_steps": 1}
 STAGES = ("stage1", "stage2", "stage3")
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with `world`, the random model `init`, and each stage from it on one process, seed 0, uninterrupted."""
-    folder = tmp_path_factory.mktemp("scale")
-    torch.set_num_threads(1)
-    build(folder / "world", seed=0, n_pairs=48, n_queries=8, n_corpus=16)
-    rows = [*corpus.captions(folder / "world"), *corpus.questions(folder / "world")]
-    model, inputs = new_backbone(
-        [row["text"] + row["target"] for row in rows], vocab_size=400, image_pixels=1024, seed=0, hidden_size=64,
-        layers=2, heads=2, vision_dim=32, vision_layers=1, patch_size=8,
-    )  # fmt: skip
-    save_checkpoint(folder / "init", model, inputs, {"stage": "init"})
+    """`world`, the random model `init`, and each stage from it on one process, uninterrupted."""
+    folder = make_start(tmp_path_factory.mktemp("scale"))
     for stage in STAGES:
         go(folder, stage, folder / stage)
     return folder
@@ -73,8 +62,9 @@ def tiny(stage):
 
 
 def go(home, stage, out, **more):
-    return run_stage(stage, make_recipe(stage, tiny(stage) | more), parent=home / "init", data=home / "world", out=out,
-                     allow_parent=True, show_progress=False)  # fmt: skip
+    how = {"parent": home / "causal", "data": home / "world", "allow_parent": True}
+    recipe = make_recipe(stage, tiny(stage) | more)
+    return run_stage(stage, recipe, out=out, show_progress=False, **how)
 
 
 def assert_close(home, stage, folder):
@@ -82,23 +72,10 @@ def assert_close(home, stage, folder):
     one, other = pd.read_csv(home / stage / "log.csv"), pd.read_csv(folder / "log.csv")
     assert one["step"].tolist() == other["step"].tolist() == [1, 2, 3, 4, 5]
     assert np.allclose(one["loss"], other["loss"], rtol=1e-4)
-    start, a, b = (load_file(path / "model.safetensors") for path in (home / "init", home / stage, folder))
+    folders = (home / "causal", home / stage, folder)
+    start, a, b = (load_file(path / "model.safetensors") for path in folders)
     far = lambda x, y: sum((x[name] - y[name]).norm() ** 2 for name in start) ** 0.5  # noqa: E731
     assert far(a, b) < 1e-2 * far(a, start)
-
-
-def stop_at(patch, step, how):
-    """At the loss of `step`, raise `how` or send that signal to this process."""
-    original = PlainTrainer.check_loss
-
-    def checked(self, loss):
-        if self.state.global_step + 1 == step:
-            if isinstance(how, BaseException):
-                raise how
-            os.kill(os.getpid(), how)
-        return original(self, loss)
-
-    patch.setattr(PlainTrainer, "check_loss", checked)
 
 
 def steps_of(run):
@@ -113,7 +90,8 @@ def steps_of(run):
     return steps
 
 
-RESUMES = Version(transformers.__version__) >= Version("5.20")  # before, it asks torch for a device cpu:0
+# Before, it asks torch for a device cpu:0.
+RESUMES = Version(transformers.__version__) >= Version("5.20")
 
 
 # --- two processes ------------------------------------------------------------------------------------------------------
@@ -138,7 +116,8 @@ def together(work, home, out, n=2):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [context.Process(target=member, args=(rank, port, n, work, home, out)) for rank in range(n)]
+    words = [(rank, port, n, work, home, out) for rank in range(n)]
+    children = [context.Process(target=member, args=each) for each in words]
     for child in children:
         child.start()
     for child in children:
@@ -146,6 +125,10 @@ def together(work, home, out, n=2):
         if child.exitcode is None:
             child.kill()
     return [child.exitcode for child in children]
+
+
+def read_errors(out):
+    return [path.read_text() for path in out.glob("error-*")]
 
 
 def all_of_it(rank, home, out):
@@ -207,45 +190,14 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
 
 
-def a_worker_is_killed(rank, home, out):
-    """In stage 3, at its third batch, once a checkpoint is whole, as the system does when memory is short."""
-    original, made = Inputs.collate, []
-
-    def collate(self, *args, **kwargs):
-        worker = torch.utils.data.get_worker_info()
-        made.append(1)
-        if worker is not None and worker.id == 0 and len(made) > 4:  # two a batch
-            while not (out / ".stage3.work" / "checkpoint-2" / COMPLETE).exists():
-                time.sleep(0.1)
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args, **kwargs)
-
-    multiprocessing.set_start_method("fork", force=True)  # the workers' too, or they would not know the patch
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Inputs, "collate", collate)
-        go(home, "stage3", out / "stage3", workers=2)
-
-
-def test_a_killed_worker_ends_the_run_and_the_same_command_goes_on(home, tmp_path):
-    """In a process of its own: until it ends torch's handler of SIGCHLD raises wherever that is."""
-    start = time.monotonic()
-    assert together(a_worker_is_killed, home, tmp_path, n=1) == [1]
-    assert time.monotonic() - start < 60 and not (tmp_path / "stage3").exists()
-    word = (tmp_path / "error-0").read_text()
-    assert word.startswith(f"{TrainingError.__name__}: a worker that reads pictures was killed"), word
-    assert "The same command goes on" in word
-    steps = steps_of(lambda: go(home, "stage3", tmp_path / "stage3", workers=2))
-    assert steps in ([3, 4, 5], [5]), "from the newest checkpoint"
-    assert_close(home, "stage3", tmp_path / "stage3")
-
-
 # --- sharded weights ----------------------------------------------------------------------------------------------------
 
 
 def launch_environment(name):
     """What `accelerate launch` tells its processes of the sharding in a launch file."""
     parser = launch_command_parser()
-    arguments = ["--config_file", str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"), "-m", "cocoa_lib.run"]
+    config = str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml")
+    arguments = ["--config_file", config, "-m", "cocoa_lib.run"]
     environment = prepare_multi_gpu_env(_validate_launch_command(parser.parse_args(arguments))[0])
     return {key: value for key, value in environment.items() if "FSDP" in key}
 
@@ -267,8 +219,9 @@ def shard_on_cpu(patch, **changes):
 
 # Recipes that could set the processes at odds: a row each, where one has a picture (to restore) and the other none; an adapter,
 # under which nothing asks for the gradient of what a text's first layer reads.
+MIXED = {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"}
 SHARDED = {stage: (stage, {}) for stage in STAGES} | {
-    "pictures": ("stage2", {"batch_size": 2, "image_weight": 0.5, "sources": "captions", "patch_fill": "learned"}),
+    "pictures": ("stage2", MIXED),
     "adapter": ("stage3", {"lora_r": 4, "lora_dropout": 0.0}),
     "chunks": ("stage3", {"mini_batch_size": 2}),  # two on each process, of rows sorted by length
 }
@@ -313,7 +266,7 @@ def one_is_spoilt(rank, home, out):
 
 
 def test_a_spoilt_share_stops_every_process(home, tmp_path):
-    assert together(one_is_spoilt, home, tmp_path) == [0, 0], [path.read_text() for path in tmp_path.glob("error-*")]
+    assert together(one_is_spoilt, home, tmp_path) == [0, 0], read_errors(tmp_path)
     assert not list(tmp_path.glob(".spoilt.work/checkpoint-*"))
 
 
@@ -327,7 +280,7 @@ def sharded_further(rank, home, out):
 def shards(home, tmp_path_factory):
     """What two processes left, each with half of the weights; `.regrown.work` and `.foreign.work` stopped after step 2."""
     out = tmp_path_factory.mktemp("shards")
-    assert together(all_sharded, home, out) == [0, 0], [path.read_text() for path in out.glob("error-*")]
+    assert together(all_sharded, home, out) == [0, 0], read_errors(out)
     return out
 
 
@@ -337,7 +290,7 @@ def test_a_sharded_stage_is_the_stage_on_one_process(home, shards, tmp_path, nam
     alone = home
     if more:
         alone = tmp_path
-        for part in ("init", "world"):
+        for part in ("causal", "world"):
             (alone / part).symlink_to(home / part)
         go_as(name, alone, alone / stage)
     assert_close(alone, stage, shards / name)
@@ -345,46 +298,41 @@ def test_a_sharded_stage_is_the_stage_on_one_process(home, shards, tmp_path, nam
 
 def test_a_sharded_run_goes_on_with_another_number_of_processes(home, shards):
     saved = shards / ".regrown.work" / "checkpoint-2"
-    parts = {path.relative_to(saved).as_posix() for path in (saved / "pytorch_model_fsdp_0").glob("*.distcp")}
+    parts = list((saved / "pytorch_model_fsdp_0").glob("*.distcp"))
     assert len(parts) == 2 and (saved / "complete.json").is_file()
-    assert together(sharded_further, home, shards, n=4) == [0] * 4, [p.read_text() for p in shards.glob("error-*")]
+    assert together(sharded_further, home, shards, n=4) == [0] * 4, read_errors(shards)
     assert_close(home, "stage3", shards / "regrown")
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"fsdp_version": 1}, {"state_dict_type": "FULL_STATE_DICT"}, {"cpu_ram_efficient_loading": True}]
-)
+ASKED = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
+ASKED |= {"cpu_ram_efficient_loading": False, "mixed_precision_policy": None}
+WRONG = [{"fsdp_version": 1}, {"state_dict_type": "FULL"}, {"cpu_ram_efficient_loading": True}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_another_kind_of_sharding_is_refused(wrong):
-    asked = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False} | wrong
-    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=Namespace(**asked))))
-    with pytest.raises(TrainingError, match="sharded training needs fsdp_version: 2.*fsdp_1x8.yaml"):
+    plugin = Namespace(**ASKED | wrong)
+    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)))
+    with pytest.raises(
+        TrainingError, match="sharded training needs fsdp_version: 2.*fsdp_1x8.yaml"
+    ):
         shard(trainer, None, None)
 
 
-def test_a_layer_of_the_language_model_is_gathered_at_a_time(home):
-    asked = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
-    plugin, module = (
-        Namespace(**asked),
-        Reconstruction(open_backbone(home / "init", bidirectional=False), layout="causal"),
-    )
+def test_a_layer_is_gathered_at_a_time_in_bf16_and_sums_of_gradients_are_float32(home):
+    """accelerate's own policy casts what the module returns, so losses would be read off a grid of 0.03."""
+    half = {name: torch.bfloat16 for name in ("param_dtype", "reduce_dtype", "output_dtype")}
+    plugin = Namespace(**ASKED | {"mixed_precision_policy": MixedPrecisionPolicy(**half)})
+    model = open_backbone(home / "causal", bidirectional=False)
+    module = Reconstruction(model, layout="causal")
     trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
     trainer.is_world_process_zero = lambda: True
-    kept, model, _ = shard(trainer, module.model, None)
+    kept, its_model, _ = shard(trainer, model, None)
     assert plugin.transformer_cls_names_to_wrap == ["Qwen2VLDecoderLayer"]
-    assert kept is not module and kept.model is model, "whole, and its own weights"
-
-
-def test_the_model_is_in_bf16_when_sharded_and_the_sums_of_gradients_are_not(home):
-    """accelerate's own policy casts what the module returns, so losses would be read off a grid of 0.03."""
-    ours = {"fsdp_version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_ram_efficient_loading": False}
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16, output_dtype=torch.bfloat16)
-    plugin = Namespace(**ours, mixed_precision_policy=policy)
-    module = Reconstruction(open_backbone(home / "init", bidirectional=False), layout="causal")
-    trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)), model=module)
-    trainer.is_world_process_zero = lambda: False
-    shard(trainer, module.model, None)
+    assert kept is not module and kept.model is its_model, "whole, and its own weights"
     asked = plugin.mixed_precision_policy
-    assert (asked.param_dtype, asked.reduce_dtype, asked.output_dtype) == (torch.bfloat16, torch.float32, None)
+    dtypes = (asked.param_dtype, asked.reduce_dtype, asked.output_dtype)
+    assert dtypes == (torch.bfloat16, torch.float32, None)
 
 
 # --- launch files -------------------------------------------------------------------------------------------------------
@@ -397,27 +345,35 @@ def test_the_model_is_in_bf16_when_sharded_and_the_sums_of_gradients_are_not(hom
 def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
     """By accelerate's own loader, which refuses unknown keys; the paper's batches divide over the processes."""
     config = load_config_from_file(str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"))
-    assert (config.distributed_type, config.num_machines, config.num_processes) == (kind, machines, processes)
+    assert (config.distributed_type, config.num_machines, config.num_processes) == (
+        kind,
+        machines,
+        processes,
+    )
     for stage in ("stage1", "stage2", "stage3"):
         assert load_profile("paper")[stage]["batch_size"] % processes == 0
     if kind == DistributedType.FSDP:
-        assert launch_environment(name) == launch_environment("fsdp_1x8")  # which the tests above ran with
+        assert launch_environment(name) == launch_environment(
+            "fsdp_1x8"
+        )  # which the tests above ran with
 
 
 @pytest.mark.parametrize("visible, count", [(None, 8), ("3", 1), ("2,5", 2), ("", 0), ("-1", 0)])
 def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, visible, count):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n")
+    (tmp_path / "nvidia-smi").write_text(
+        "#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n"
+    )
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment = {
-        name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
     }
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     command = ["make", "-s", "--eval", "gpus: ; @echo $(GPUS)", "gpus"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == str(count), done.stderr
-
-
 
 
 # --- a notebook on a machine with several GPUs ---------------------------------------------------
@@ -427,16 +383,23 @@ def test_a_stage_launched_from_a_notebook_is_the_stage(tmp_path, monkeypatch):
     """Two CPU processes stand for two GPUs: `run.stage` starts accelerate itself and shows its lines."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = {"benchmark": {"n_pairs": 64, "n_queries": 8, "n_corpus": 16}, "stage3": tiny("stage3")}
+    values = {
+        "benchmark": {"n_pairs": 64, "n_queries": 8, "n_corpus": 16},
+        "stage3": tiny("stage3"),
+    }
     lines = []
     two = Run("smoke", "contrastive", changes=values | {"launch": {"processes": 2}}, runs=tmp_path)
     out = two.stage("stage3", show_progress=lines.append)
     assert any(line.startswith("step 5 of 5, loss") for line in lines)
-    one = Run("smoke", "contrastive", changes=values, runs=tmp_path).stage("stage3", show_progress=False)
+    one = Run("smoke", "contrastive", changes=values, runs=tmp_path).stage(
+        "stage3", show_progress=False
+    )
     a, b = pd.read_csv(out / "log.csv"), pd.read_csv(one / "log.csv")
     assert np.allclose(a["loss"], b["loss"], rtol=1e-4)
     odd = values | {"launch": {"processes": 2}, "stage3": tiny("stage3") | {"batch_size": 7}}
-    with pytest.raises(TrainingError, match="stage3 on 2 processes: batch_size 7 does not divide over 2"):
+    with pytest.raises(
+        TrainingError, match="on several processes: batch_size 7 does not divide over 2"
+    ):
         Run("smoke", "contrastive", changes=odd, runs=tmp_path).stage("stage3", show_progress=False)
 
 
@@ -454,16 +417,22 @@ def plan_graph(folder, *options):
 
 
 def test_the_grid_is_a_process_an_arm_and_seed_and_shared_stages_are_made_once(tmp_path):
-    done = plan_graph(tmp_path, "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=long")
+    done = plan_graph(
+        tmp_path, "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=long"
+    )
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.M)
     n_runs = sum(load_profile("long")["grid"].values())
     assert jobs.count("run") == n_runs and jobs.count("shared") == 6 and jobs.count("notebook") == 6
-    settings = yaml.safe_load((NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8"))
+    settings = yaml.safe_load(
+        (NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8")
+    )
     rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
     assert set(settings["set-resources"]) == rules - {"all"}, "each step says what it needs"
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    assert all(("gpu=1" in rule) == ("SLOT" in rule) for rule in re.split(r"^rule ", text, flags=re.M)[1:])
+    assert all(
+        ("gpu=1" in rule) == ("SLOT" in rule) for rule in re.split(r"^rule ", text, flags=re.M)[1:]
+    )
 
 
 def test_the_graph_refuses_a_wrong_name_and_takes_a_file_with_a_space(tmp_path):
@@ -476,7 +445,9 @@ def test_the_graph_refuses_a_wrong_name_and_takes_a_file_with_a_space(tmp_path):
     assert "seed3" in done.stdout and "'--data=my pairs (1); x.jsonl'" in done.stdout
 
 
-@pytest.mark.parametrize("visible, cards", [(None, ["0", "1", "2"]), ("7,4,GPU-3fe1", ["4", "7", "GPU-3fe1"])])
+@pytest.mark.parametrize(
+    "visible, cards", [(None, ["0", "1", "2"]), ("7,4,GPU-3fe1", ["4", "7", "GPU-3fe1"])]
+)
 def test_each_gpu_has_one_step_at_a_time(tmp_path, monkeypatch, visible, cards):
     """What the graph puts before each step where `make` counts several GPUs. Of a user's choice, no other."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import errno
-import json
 import multiprocessing
 import os
 import shutil
 import signal
 import socket
-from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,13 +16,12 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from PIL import Image
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from tiny_runs import LORA, PARENT, STAGES, assert_same_run, go, stop_at, tiny, weights
+from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, weights
 from torch.nn.parallel import DistributedDataParallel
 
-import cocoa_lib.inputs
 from cocoa_lib import corruption
 from cocoa_lib.backbone import open_backbone
 from cocoa_lib.contrastive import CachedInfoNCE, pair_features
@@ -40,26 +36,11 @@ from cocoa_lib.run import trainers
 from cocoa_lib.run.resume import TrainingError
 from cocoa_lib.run.sharding import join_processes
 from cocoa_lib.run.trainers import training_arguments
-from cocoa_lib.store.checkpoint import (
-    CheckpointError,
-    load_inputs,
-    read_meta,
-)
+from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
-
-
-def test_a_picture_is_read_once_and_keeping_it_changes_nothing(home, tmp_path, monkeypatch):
-    """At a stage that goes through its pictures several times."""
-    read = Counter()
-    load = cocoa_lib.inputs.load_image
-    monkeypatch.setattr(cocoa_lib.inputs, "load_image", lambda source: read.update([str(source)]) or load(source))
-    assert_same_run(go(home, "stage1", tmp_path / "kept"), home / "stage1")
-    assert set(read.values()) == {1}
-    monkeypatch.setattr("cocoa_lib.run.stage.KEPT_IMAGES", 0)
-    assert_same_run(go(home, "stage1", tmp_path / "read"), home / "stage1")
-    assert max(read.values()) > 2
-
+# In peft.
+DEPRECATED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+pytestmark = pytest.mark.filterwarnings(DEPRECATED)
 
 
 def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
@@ -75,32 +56,11 @@ def test_several_gpus_and_one_process_are_one_gpu(tmp_path):
     assert args.train_batch_size == recipe.batch_size
 
 
-
-def test_a_large_picture_does_not_end_a_run(home, tmp_path):
-    """The processor would let it take more than max_length; `image_tokens` is what the recipe lets it."""
-    folder = shutil.copytree(home / "causal", tmp_path / "causal")
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    settings["size"]["longest_edge"] *= 100
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    (folder / "cocoa.json").unlink()  # which would have seen that; as a model from elsewhere has none
-    data = shutil.copytree(home / "world", tmp_path / "world")
-    for file in (data / "images").rglob("*.png"):
-        Image.open(file).resize((640, 640)).save(file)
-    out = go(home, "stage1", tmp_path / "out", tiny("stage1", image_tokens=9), parent=folder, data=data)
-    grid = load_inputs(out, read_meta(out)).process_images([Image.new("RGB", (640, 640))])[1]
-    assert grid.prod() == 9 * 4
-    go(
-        home, "stage1", tmp_path / "half", tiny("stage1", steps=1), parent=folder, data=data
-    )  # 1280, but half of 128 at most
-
-
-
 def test_a_learned_fill_stays_with_the_decoder(home, tmp_path):
     out = go(home, "stage1", tmp_path / "out", tiny("stage1", patch_fill="learned"))
     model = open_backbone(out, bidirectional=True)
     assert load_decoder(out, model).fill.abs().sum() > 0
     assert load_decoder(home / "stage1", model).fill is None
-
 
 
 def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
@@ -109,15 +69,22 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
     assert (out / "image_decoder.safetensors").is_file()
 
 
-
-@pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)], ids=["added", "of the vocabulary"])
-def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_path, token, added, monkeypatch):
+@pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)])
+def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(
+    home, tmp_path, token, added, monkeypatch
+):
     seen, write = [], corruption.mask_text
-    monkeypatch.setattr("cocoa_lib.corruption.mask_text", lambda *a, **k: seen.append(k["mask_token_id"]) or write(*a, **k))
+
+    def look(*args, **how):
+        seen.append(how["mask_token_id"])
+        return write(*args, **how)
+
+    monkeypatch.setattr("cocoa_lib.corruption.mask_text", look)
     before = load_inputs(home / "causal", read_meta(home / "causal"))
     go(home, "stage1", tmp_path / "stage1", tiny("stage1", mask_token=token))
     inputs = load_inputs(tmp_path / "stage1", read_meta(tmp_path / "stage1"))
-    assert set(seen) == {inputs.tokenizer.convert_tokens_to_ids(token)} == {inputs.tokenizer.mask_token_id}
+    number = inputs.tokenizer.convert_tokens_to_ids(token)
+    assert set(seen) == {number} == {inputs.tokenizer.mask_token_id}
     assert len(inputs.tokenizer) == len(before.tokenizer) + added
     assert inputs.text_ids("a red circle") == before.text_ids("a red circle")
     one, other = (
@@ -130,12 +97,10 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(home, tmp_pa
     assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
 
 
-
 @pytest.mark.parametrize("token", ["<|im_end|>", "<|image_pad|>"])
 def test_a_mask_token_with_a_part_of_its_own_is_refused(home, tmp_path, token):
     with pytest.raises(InputError, match="has a part of its own in every input"):
         go(home, "stage1", tmp_path / "out", tiny("stage1", mask_token=token))
-
 
 
 def test_precision_is_the_recipes_and_not_the_launchers(home, tmp_path, monkeypatch):
@@ -143,36 +108,12 @@ def test_precision_is_the_recipes_and_not_the_launchers(home, tmp_path, monkeypa
     assert_same_run(home / "stage1", go(home, "stage1", tmp_path / "out"))
 
 
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_missing_pictures_are_named_before_the_first_step(home, stage, tmp_path):
-    shutil.copytree(home / "world", tmp_path / "world")
-    pictures = sorted(path for path in (tmp_path / "world" / "images").rglob("*.png"))
-    for path in pictures[::2]:
-        path.unlink()
-    with pytest.raises(
-        InputError, match=r"\d+ of the \d+ picture files that this run needs are missing or empty, e.g. .*png"
-    ):
-        go(home, stage, tmp_path / "out", data=tmp_path / "world")
-    assert not list(tmp_path.glob(".out.work/checkpoint-*")) and not (tmp_path / "out").exists()
-
-
-
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
 def test_workers_change_nothing(home, stage, tmp_path):
     recipe = tiny(stage, workers=2)
-    assert training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0).dataloader_num_workers == 2
+    args = training_arguments(transformers.TrainingArguments, recipe, tmp_path, 0)
+    assert args.dataloader_num_workers == 2
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
-
-
-
-def test_a_run_with_packed_rows_learns_the_same(home, tmp_path):
-    for stage in ("stage1", "stage2"):
-        log = pd.read_csv(go(home, stage, tmp_path / stage, tiny(stage, packing=True)) / "log.csv")
-        plain = pd.read_csv(home / stage / "log.csv")
-        assert not log.equals(plain), "nothing was packed"
-        assert np.allclose(log["loss"], plain["loss"], rtol=1e-4)
-
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
@@ -181,10 +122,13 @@ def test_gradient_checkpointing_trains_the_same(home, tmp_path, stage, monkeypat
     from transformers import modeling_utils
 
     calls, checkpoint = [], modeling_utils.checkpoint
-    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw))
+    monkeypatch.setattr(
+        modeling_utils, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw)
+    )
     plain = go(home, stage, tmp_path / "plain", tiny(stage, steps=3, **LORA))
     assert not calls
-    saving = go(home, stage, tmp_path / "saving", tiny(stage, steps=3, gradient_checkpointing=True, **LORA))
+    recipe = tiny(stage, steps=3, gradient_checkpointing=True, **LORA)
+    saving = go(home, stage, tmp_path / "saving", recipe)
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(saving / "log.csv")
     losses = [name for name in a if name.endswith("loss") or name == "grad_norm"]
     assert calls and losses and np.allclose(a[losses], b[losses], rtol=1e-5, equal_nan=True)
@@ -192,19 +136,19 @@ def test_gradient_checkpointing_trains_the_same(home, tmp_path, stage, monkeypat
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
 
 
-
 def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3, RuntimeError("stopped"))
     with pytest.raises(RuntimeError, match="stopped"):
         go(home, "stage2", tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"\.out\.work: holds a run of another configuration \(seed 0, not 5\)"):
+    said = r"\.out\.work: holds a run of another configuration \(seed 0, not 5\)"
+    with pytest.raises(CheckpointError, match=said):
         go(home, "stage2", tmp_path / "out", seed=5)
-
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler for torch.compile")
 @pytest.mark.parametrize(
-    ("stage", "values"), [("stage1", {"steps": 2}), ("stage2", LORA | {"steps": 2}), ("stage3", {"steps": 2})]
+    ("stage", "values"),
+    [("stage1", {"steps": 2}), ("stage2", LORA | {"steps": 2}), ("stage3", {"steps": 2})],
 )
 def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
     plain = go(home, stage, tmp_path / "plain", tiny(stage, **values))
@@ -216,12 +160,11 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
         compiled = go(home, stage, tmp_path / "compiled", tiny(stage, torch_compile=True, **values))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
-    losses = [name for name in a if name.endswith("loss")]  # with the same dropout, in GradCache's two passes as well
+    losses = [name for name in a if name.endswith("loss")]  # with the same dropout in both passes
     assert losses and (a[losses] - b[losses]).abs().max().max() < 1e-6
     one, other = weights(plain), weights(compiled)
     assert one.keys() == other.keys()
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 5e-6
-
 
 
 def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
@@ -229,45 +172,30 @@ def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
     assert_same_run(go(home, "stage2", tmp_path / "out"), home / "stage2")
 
 
+FULL = {
+    "_save_optimizer_and_scheduler": RuntimeError("[enforce fail at inline_container.cc:672] ."),
+    "save_model": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "_finish": SafetensorError("IoError: No space left on device (os error 28)"),
+}
 
-@pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "_finish"])
-def test_a_full_disk_is_said_whoever_writes(home, where, tmp_path, monkeypatch):
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk_is_said_whoever_writes_and_the_same_command_goes_on(
+    home, where, tmp_path, monkeypatch
+):
     """As torch's own writer fails, in a checkpoint, and as safetensors does, in the finished folder."""
-    from safetensors import SafetensorError
-
-    said = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
-    said = said if where != "_finish" else SafetensorError("IoError: No space left on device (os error 28)")
-    target = stage_module if where == "_finish" else transformers.Trainer
+    modules = {"_finish": stage_module, "save_model": trainers}
 
     def full(*args, **kwargs):
-        raise said
+        raise FULL[where]
 
-    monkeypatch.setattr(target, where, full)
-    with pytest.raises(TrainingError, match="the disk is full, a checkpoint could not be written below"):
+    monkeypatch.setattr(modules.get(where, transformers.Trainer), where, full)
+    said = "the disk is full, a checkpoint could not .*same command goes on"
+    with pytest.raises(TrainingError, match=said):
         go(home, "stage1", tmp_path / "out")
     monkeypatch.undo()
     assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
 
-
-
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
-def test_a_full_disk_is_said_and_the_same_command_goes_on(home, stage, tmp_path, monkeypatch):
-
-    save, written = trainers.save_model, []
-
-    def full(model, path, *args):
-        written.append(path)
-        if len(written) == 2:
-            Path(path).write_bytes(b"half a file")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(model, path, *args)
-
-    monkeypatch.setattr("cocoa_lib.run.trainers.save_model", full)
-    with pytest.raises(TrainingError, match=r"the disk is full.*same command goes on"):
-        go(home, stage, tmp_path / stage)
-    assert not (tmp_path / stage).exists()
-    monkeypatch.setattr("cocoa_lib.run.trainers.save_model", save)
-    assert_same_run(go(home, stage, tmp_path / stage), home / stage)
 
 
 
@@ -276,41 +204,46 @@ def pairs(home):
     return [rows[i] for i in (0, 20, 40, 63, 8, 30, 50, 16)]
 
 
-
 def captions(home):
     """The second half has longer texts and no image: two processes mask different numbers of words and cells."""
     rows = [row | {"draw": i} for i, row in enumerate(corpus.captions(home / "world")[:8])]
-    return rows[:4] + [row | {"image": None, "target": row["target"] + ", " + row["target"]} for row in rows[4:]]
-
+    plain = [row | {"image": None, "target": ", ".join([row["target"]] * 2)} for row in rows[4:]]
+    return rows[:4] + plain
 
 
 def contrastive_gradients(home, mine, wrap):
     folder = home / "stage3"
     inputs = load_inputs(folder, read_meta(folder))
-    model = SentenceTransformer(modules=[EosEmbedding(open_backbone(folder, bidirectional=True), inputs)], device="cpu")
-    batch = SentenceTransformerDataCollator(partial(pair_features, inputs=inputs, mini_batch_size=3))(pairs(home)[mine])
+    module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
+    model = SentenceTransformer(modules=[module], device="cpu")
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
+    batch = SentenceTransformerDataCollator(collate)(pairs(home)[mine])
     columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)} for c in ("anchor", "positive")
+        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
+        for c in ("anchor", "positive")
     ]
     wrapped = wrap(model.train())
     loss = CachedInfoNCE(wrapped, temperature=0.1, mini_batch_size=3)(columns)
     loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
+    named = model.named_parameters()
+    return float(loss.detach()), {name: p.grad for name, p in named if p.grad is not None}
 
 
 def reconstruction_gradients(home, mine, wrap):
     folder = home / "causal"
     inputs = load_inputs(folder, read_meta(folder))
     torch.manual_seed(0)
-    module = Reconstruction(open_backbone(folder, bidirectional=True), layout="bidirectional", image_weight=0.5)
-    batch = stage1_batch(captions(home)[mine], inputs, make_recipe("stage1", {"preset": "figure"}), seed=0)
+    module = Reconstruction(
+        open_backbone(folder, bidirectional=True), layout="bidirectional", image_weight=0.5
+    )
+    batch = stage1_batch(
+        captions(home)[mine], inputs, make_recipe("stage1", {"preset": "figure"}), seed=0
+    )
     wrapped = wrap(module.train())
     out = wrapped(**batch)
     out["loss"].backward()
     losses = {name: float(value.detach()) for name, value in out.items()}
     return losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-
 
 
 def one_of_two(rank, port, home, out):
@@ -333,21 +266,24 @@ def one_of_two(rank, port, home, out):
         return wrapped
 
     mine, results = slice(4 * rank, 4 * rank + 4), {}
-    for name, gradients in (("stage3", contrastive_gradients), ("stage1", reconstruction_gradients)):
+    for name, gradients in (
+        ("stage3", contrastive_gradients),
+        ("stage1", reconstruction_gradients),
+    ):
         sent.clear()
         results[name] = (*gradients(home, mine, wrap), list(sent))
     torch.save(results, out / f"gradients-{rank}.pt")
-    for stage in ("stage1", "stage3"):
-        go(home, stage, out / stage)
+    go(home, "stage3", out / "stage3")
     with pytest.MonkeyPatch.context() as patch:
         if rank == 0:
-            stop_at(patch, 3, signal.SIGTERM)  # reaches one process only: both must stop at the same step
+            stop_at(
+                patch, 3, signal.SIGTERM
+            )  # reaches one process only: both must stop at the same step
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
             go(home, "stage3", out / "resumed")
     files = {path.name for path in (out / ".resumed.work" / "checkpoint-3").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "complete.json"} <= files
     go(home, "stage3", out / "resumed")
-
 
 
 @pytest.fixture(scope="module")
@@ -358,17 +294,20 @@ def processes():
     return context
 
 
-
 @pytest.fixture(scope="module")
 def two(home, processes, tmp_path_factory):
     """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3, resumed."""
     if Version(transformers.__version__) < Version("5.20"):
-        pytest.skip("transformers before 5.20 cannot resume on two CPU processes (it asks torch for a device cpu:0)")
+        pytest.skip(
+            "transformers before 5.20 cannot resume on two CPU processes (it asks torch for a device cpu:0)"
+        )
     out = tmp_path_factory.mktemp("two")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [processes.Process(target=one_of_two, args=(rank, port, home, out)) for rank in (0, 1)]
+    children = [
+        processes.Process(target=one_of_two, args=(rank, port, home, out)) for rank in (0, 1)
+    ]
     for child in children:
         child.start()
     for child in children:
@@ -377,7 +316,6 @@ def two(home, processes, tmp_path_factory):
             child.kill()
     assert [child.exitcode for child in children] == [0, 0]
     return out
-
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage3"])
@@ -391,12 +329,13 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(home, two, stage):
         losses, whole = reconstruction_gradients(home, slice(None), lambda module: module)
         for name, value in losses.items():
             assert np.isclose(np.mean([rank[0][name] for rank in ranks]), value, rtol=1e-5), name
-        assert ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"] and ranks[1][0]["image_loss"] == 0
+        assert (
+            ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"] and ranks[1][0]["image_loss"] == 0
+        )
     for _, gradients, _ in ranks:
         assert gradients.keys() == whole.keys()
         for name, gradient in whole.items():
             assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-8, name
-
 
 
 def test_one_synchronisation_a_step(two):
@@ -407,32 +346,14 @@ def test_one_synchronisation_a_step(two):
             assert sum(sent) == sum(gradient.numel() for gradient in gradients.values())
 
 
-
-@pytest.mark.parametrize("stage", ["stage1", "stage3"])
-def test_a_stage_on_two_processes_is_the_stage_on_one(home, two, stage):
-    """Same rows, same corruption, same means: losses to 1e-4; weights to 1e-4 (Adam divides rounding by tiny gradients)."""
-    one, other = pd.read_csv(home / stage / "log.csv"), pd.read_csv(two / stage / "log.csv")
-    assert np.allclose(one["loss"], other["loss"], rtol=1e-4)
-    assert np.allclose(one["grad_norm"], other["grad_norm"], rtol=1e-3)
-    a, b = weights(home / stage), weights(two / stage)
-    start = weights(home / PARENT[stage])
-    moved = sum((a[name] - start[name]).norm() ** 2 for name in a) ** 0.5
-    apart = sum((a[name] - b[name]).norm() ** 2 for name in a) ** 0.5
-    assert apart < 1e-2 * moved
-    if stage == "stage1":
-        assert np.allclose(one[["text_loss", "image_loss"]], other[["text_loss", "image_loss"]], rtol=1e-4)
-    assert not (two / f".{stage}.work").exists()
-
-
-
 def test_two_processes_stop_together_and_go_on(two):
     assert_same_run(two / "resumed", two / "stage3")
-
 
 
 def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
     folder = shutil.copytree(home / "causal", tmp_path / "raw")
     (folder / "cocoa.json").unlink()
-    out = go(home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder)
+    out = go(
+        home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder
+    )
     assert read_meta(out)["max_length"] == 8192
-
