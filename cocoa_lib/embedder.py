@@ -76,9 +76,7 @@ class EosEmbedding(InputModule):
         return self.inputs.collate(items)
 
     def forward(self, features: Batch, **_: Any) -> Batch:
-        batch = features
-        if self.packing:
-            batch = pack(features, position_ids(self.model, features))
+        batch = pack(features, position_ids(self.model, features)) if self.packing else features
         hidden = hidden_states(self.model, batch)  # (B, L, H), of packed rows (R, L, H)
         state = pool(hidden, batch, self.pooling)  # (B, H)
         features["sentence_embedding"] = F.normalize(state.float(), dim=-1)

@@ -9,6 +9,7 @@ adapter, which are off, and where a comment says "ours". Where sources disagree 
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from dataclasses import fields
 from typing import Annotated, Any, Literal
@@ -166,8 +167,7 @@ def make_recipe(stage: str, values: dict[str, Any] | None = None) -> Recipe:
     if values is not None and not isinstance(values, dict):
         raise RecipeError(f"{stage}: expected names and values, got {_short.repr(values)}")
     values = dict(values or {})
-    preset = values.pop("preset", None)
-    if preset is not None:
+    if (preset := values.pop("preset", None)) is not None:
         name = preset if isinstance(preset, str) else _short.repr(preset)
         if stage != "stage1" or name not in PRESETS:
             raise unknown_name(name, list(PRESETS), f"{stage}.preset (stage 1 only)")
@@ -186,9 +186,6 @@ def _explain(stage: str, fault: dict[str, Any]) -> RecipeError:
     """pydantic's first fault of a stage's values, in this project's words."""
     where, value = f"{stage}.{fault['loc'][0]}", fault["input"]
     if fault["type"] == "literal_error" and isinstance(value, str):
-        known = [
-            name.strip("'") for name in fault["ctx"]["expected"].replace(" or ", ", ").split(", ")
-        ]
-        return unknown_name(value, known, where)
+        return unknown_name(value, re.findall(r"'([^']+)'", fault["ctx"]["expected"]), where)
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return RecipeError(f"{where}: {message}, got {_short.repr(value)}")
