@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cocoa_lib.run import floors
 from cocoa_lib.world import build as files
-from cocoa_lib.world import floors
 from cocoa_lib.world.tasks import TASKS
 
 

@@ -49,7 +49,9 @@ class Schedule:
         Phase("scenes", 800, 64, head=1, words=0),
         Phase("names", 400, 96, head=0.3, words=1, tower=0.1),
         Phase("talk", 1600, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 250, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
+        Phase("together", 125, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
+        Phase("talk", 800, 64, head=0, words=1, learning_rate=0.015, tower=0),
+        Phase("together", 150, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
     )
 
     @property
