@@ -153,12 +153,12 @@ def list_floors(
 def make_floor_table(
     root: Path, *, part: str = "eval", n_pairs: int = 2000, steps: int = 1500
 ) -> pd.DataFrame:
-    """Rows floor, columns the tasks and their mean, in percent."""
+    """Rows the tasks and their mean, columns floor, in percent."""
     table = pd.DataFrame(
         {name: score() for name, score in list_floors(Path(root), part, n_pairs, steps)}
-    ).T
-    table.index.name = "floor"
-    return table.assign(overall=table.mean(axis=1)).round(1)
+    )
+    table.loc["overall"] = table.mean()
+    return table.rename_axis("task").round(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -225,6 +225,8 @@ def _finish(
         "final_loss": float(log["loss"].tail(5).mean()),
         "run": record,
     }
+    if (notes := job.data / "README.md").is_file():  # whose pictures these are
+        meta["data_notes"] = notes.read_text(encoding="utf-8")[:500]
     extra = {"log.csv": log.to_csv(index=False)}
     if job.stage == "stage3":  # so that the folder also opens as a sentence-transformers model
         entry = {"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}

@@ -51,10 +51,17 @@ from .lessons import (
 )
 from .muon import Muon
 from .patches import EQUAL_PICTURES, cut_patches
+from .pictures import ATTRIBUTION
 from .schedule import PATCH, Phase, Schedule
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "seconds")
+CARD = f"""# A small causal Qwen2-VL that talks about drawings
+
+Trained by `python -m cocoa_lib.world.pretrain`; cocoa.json says how, log.csv how well. Apache-2.0.
+
+{ATTRIBUTION}
+"""
 HELD_OUT = 256  # pictures a measurement
 CLIP = 1.0  # gradient norm of the parameters that AdamW trains
 
@@ -345,9 +352,8 @@ def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int
         "data": f"drawings, salt {SALT.strip()}",
     }
     meta = {"stage": "causal", "layout": "causal", "run": run}
-    return save_checkpoint(
-        out, pupil.model.eval(), pupil.inputs, meta, {"log.csv": log.read_text(encoding="utf-8")}
-    )
+    extra = {"log.csv": log.read_text(encoding="utf-8"), "README.md": CARD}
+    return save_checkpoint(out, pupil.model.eval(), pupil.inputs, meta, extra)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
