@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,18 @@ def use_flex(text: nn.Module, trial: Callable[[], None]) -> None:
             "flex_attention is not available here (%s); using sdpa, which gives the same",
             _first_line(error),
         )
+
+
+@contextmanager
+def flush_denormals() -> Iterator[None]:
+    """Take numbers below 1e-38 for zero on the CPU, which needs up to a hundred times as long for
+    them; half of a training step went into such rests of softmax.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class PatchProduct(nn.Conv3d):

@@ -27,6 +27,7 @@ from ..embedder import CocoaEmbedder, EosEmbedding
 from ..evaluate.floor import pixel_bow_embed
 from ..evaluate.score import evaluate
 from ..items import PLACEHOLDER, load_image
+from ..kernels import flush_denormals
 from ..store.files import write_whole
 from ..world.backbone import new_backbone
 from ..world.build import oracle, read_scenes
@@ -169,8 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=2000, help="training pairs of the CNN")
     parser.add_argument("--steps", type=int, default=1500, help="training steps of the CNN")
     args = parser.parse_args(argv)
-    torch.set_flush_denormal(True)
-    table = make_floor_table(args.root, part=args.part, n_pairs=args.pairs, steps=args.steps)
+    with flush_denormals():
+        table = make_floor_table(args.root, part=args.part, n_pairs=args.pairs, steps=args.steps)
     write_whole(args.out, table.to_csv)
     print(table.to_string())  # noqa: T201
 

@@ -28,6 +28,7 @@ from ..evaluate.results import read_ranks, write_ranks
 from ..evaluate.score import evaluate
 from ..evaluate.tasks import choose_tasks
 from ..items import InputError
+from ..kernels import flush_denormals
 from ..recipes import Recipe, RecipeError, make_recipe, unknown_name
 from ..store.checkpoint import META, CheckpointError, provenance, read_meta, read_note
 from ..store.files import locked, write_whole
@@ -273,17 +274,18 @@ class Run:
         state = join_processes()
         dtype = getattr(torch, settings.pop("dtype"))
         settings.pop("tasks", None)
-        ranks = evaluate(
-            CocoaEmbedder.load(self.folder("stage3"), dtype=dtype),
-            self.data,
-            tasks=self.tasks,
-            cache_dir=out / "embeddings",
-            show_progress=show_progress is True and state.is_main_process,
-            process_index=state.process_index,
-            num_processes=state.num_processes,
-            wait=state.wait_for_everyone,
-            **settings,
-        )
+        with flush_denormals():
+            ranks = evaluate(
+                CocoaEmbedder.load(self.folder("stage3"), dtype=dtype),
+                self.data,
+                tasks=self.tasks,
+                cache_dir=out / "embeddings",
+                show_progress=show_progress is True and state.is_main_process,
+                process_index=state.process_index,
+                num_processes=state.num_processes,
+                wait=state.wait_for_everyone,
+                **settings,
+            )
         if state.is_main_process:
             write_ranks(out, ranks, facts)
         state.wait_for_everyone()

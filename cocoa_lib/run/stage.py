@@ -33,7 +33,7 @@ from ..data import corpus
 from ..data.tables import fingerprint
 from ..embedder import EosEmbedding
 from ..inputs import Inputs
-from ..kernels import compile_layers
+from ..kernels import compile_layers, flush_denormals
 from ..recipes import RECIPES, Recipe
 from ..reconstruction import Reconstruction
 from ..store import checkpoint as store
@@ -139,7 +139,8 @@ def run_stage(
     if not finished.is_file():
         with locked(job.work, TrainingError) if state.is_main_process else nullcontext():
             if not finished.is_file():  # else another run has finished it a moment ago
-                _train(job, state, show_progress)
+                with flush_denormals():
+                    _train(job, state, show_progress)
                 return out
     compare_runs(store.read_meta(out).get("run", {}), job.record(), out)
     shutil.rmtree(job.work, ignore_errors=True)  # of a run killed after `out` was whole

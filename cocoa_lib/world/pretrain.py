@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, Qwen2VLForConditionalGeneration
 from ..backbone import hidden_states
 from ..corruption import IGNORE
 from ..inputs import Inputs
+from ..kernels import flush_denormals
 from ..store.checkpoint import META, load_inputs, read_meta, save_checkpoint
 from ..store.files import write_whole
 from .backbone import causal_batch, new_backbone
@@ -56,6 +57,7 @@ from .schedule import PATCH, Phase, Schedule
 
 logger = logging.getLogger(__name__)
 COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "seconds")
+STATE = "state.safetensors"
 CARD = f"""# A small causal Qwen2-VL that talks about drawings
 
 Trained by `python -m cocoa_lib.world.pretrain`; cocoa.json says how, log.csv how well. Apache-2.0.
@@ -319,11 +321,16 @@ def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
     if (out / META).is_file():
         return out
     work.mkdir(parents=True, exist_ok=True)
-    torch.set_flush_denormal(True)  # momenta that fade away make a step five times slower on a CPU
-    state = work / "state.safetensors"
     pupil = open_pupil(make_start(work / "init", schedule, seed), seed)
-    if state.is_file():
-        load_state(pupil, state)
+    if (work / STATE).is_file():
+        load_state(pupil, work / STATE)
+    with flush_denormals():
+        _train_phases(pupil, schedule, seed, work)
+    return save_pupil(pupil, schedule, out, work / "log.csv", seed)
+
+
+def _train_phases(pupil: Pupil, schedule: Schedule, seed: int, work: Path) -> None:
+    """Train all that is left; measure, log and save the state on the way."""
     for phase, loss, cell_loss in go_on(pupil, schedule, seed):
         last = pupil.step == phase.steps
         if last or pupil.step % schedule.measure_every == 0:
@@ -338,8 +345,7 @@ def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
             write_log(pupil, work / "log.csv")
             logger.info("%s", pupil.rows[-1])
         if last or pupil.step % schedule.save_every == 0:
-            save_state(pupil, state)
-    return save_pupil(pupil, schedule, out, work / "log.csv", seed)
+            save_state(pupil, work / STATE)
 
 
 def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int) -> Path:
