@@ -59,7 +59,7 @@ MUTATIONS = (
     # backbone
     Mutation("the attention switch does nothing", "backbone", "text.config.is_causal = not bidirectional", "pass",
              "test_backbone.py::test_the_switch_takes_in_every_family_and_backend"),
-    Mutation("positions know nothing of images", "backbone", "positions[:, cells] += inside", "pass",
+    Mutation("positions know nothing of images", "positions", "positions[:, cells] += inside", "pass",
              "test_backbone.py::test_positions_are_three_dimensional_where_there_is_an_image"),
     Mutation("positions left to the model", "backbone", "position_ids=position_ids(model, batch),", "position_ids=None,",
              "test_backbone.py::test_embedding_alone_batched_and_padded_left_is_the_same"),
@@ -124,8 +124,8 @@ MUTATIONS = (
              "BatchSampler(torch.utils.data.RandomSampler(dataset)",
              "test_train.py::test_stage_3_takes_the_rows_in_the_order_of_the_plan"),
     # evaluation, embedder, checkpoints
-    Mutation("ties count for the answer", "mmeb", '1 + before + tied * (ties == "against")', "1 + before",
-             "test_mmeb.py::test_identical_embeddings_score_0_and_100_by_the_public_rule"),
+    Mutation("ties count for the answer", "evaluate/score", "1 + better + tied", "1 + better",
+             "test_score.py::test_an_oracle_scores_100_and_equal_embeddings_0_but_100_by_the_public_rule"),
     Mutation("altered files of a checkpoint are read", "store/checkpoint", "if file_hash(path) != digest:", "if False:",
              "test_embedder.py::test_a_missing_or_torn_file_of_a_checkpoint_is_named"),
     Mutation("a bad item is not named", "embedder", "self._name_bad_item(given)", "pass",
