@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ import pytest
 import test_scale
 import torch
 from PIL import Image
-from test_scale import STAGES, go, tiny
+from test_scale import STAGES, go
 
 from cocoa_lib import kernels
 from cocoa_lib.attention import LAYOUTS
@@ -37,10 +37,9 @@ def losses(folder):
 
 
 def command(home, stage, out, *before, **environment):
-    """The stage by the command line, behind `before`, begun."""
-    recipe = json.dumps(tiny(stage))
-    words = [sys.executable, "-m", *before, "cocoa_lib.run", stage, "--parent", home / "causal", "--data", home / "world",
-             "--out", out, "--recipe", recipe, "--allow-parent"]  # fmt: skip
+    """The stage in a process of its own, behind `before`, begun."""
+    worker = Path(__file__).with_name("stage_worker.py")
+    words = [sys.executable, *before, worker, home, stage, out]
     return subprocess.Popen(list(map(str, words)), env=os.environ | environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -52,14 +51,13 @@ def elsewhere(home, tmp_path_factory):
     for stage in STAGES:
         running["cpu", stage] = command(home, stage, out / f"cpu-{stage}", CUDA_VISIBLE_DEVICES="")
         for kind in ("ddp_1x8", "fsdp_1x8"):
-            launch = ["accelerate.commands.accelerate_cli", "launch", "--config_file"]
+            launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
             launch += [
                 NOTEBOOKS / f"profiles/accelerate/{kind}.yaml",
                 "--num_processes",
                 1,
                 "--main_process_port",
                 0,
-                "-m",
             ]
             running[kind, stage] = command(home, stage, out / f"{kind}-{stage}", *launch)
     words = {key: process.communicate(timeout=180)[1][-2000:] for key, process in running.items()}

@@ -49,7 +49,7 @@ STAGES = ("stage1", "stage2", "stage3")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """`world`, the random model `init`, and each stage from it on one process, uninterrupted."""
+    """`world`, the random model `causal`, and each stage from it on one process, uninterrupted."""
     folder = make_start(tmp_path_factory.mktemp("scale"))
     for stage in STAGES:
         go(folder, stage, folder / stage)
