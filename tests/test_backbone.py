@@ -428,3 +428,10 @@ def test_patches_are_multiplied_as_they_are_convolved(family):
         found.append((out.detach(), embed.proj.weight.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_denormals_are_flushed_and_only_while_asked():
+    tiny = torch.tensor([1e-39])
+    with kernels.flush_denormals():
+        assert (tiny * 1.0 == 0).all()
+    assert (tiny * 1.0 > 0).all()

@@ -29,13 +29,13 @@ from cocoa_lib.world.scenes import (
     WINDOW,
     Drawn,
     Scene,
+    center,
     crop,
     describe,
     find_split,
     is_clear,
     list_names,
     overlaps,
-    portray,
     render,
     sample_scene,
 )
@@ -410,7 +410,7 @@ def test_the_folder_names_the_designers(root):
 
 
 def test_a_drawing_alone_is_in_the_middle_of_white():
-    pixels = np.asarray(portray("owl"))
+    pixels = np.asarray(center(draw(load_concepts()["owl"].emoji, SIDES["large"]), WINDOW))
     assert pixels.shape == (WINDOW, WINDOW, 3) and (pixels[0] == 255).all()
     assert (pixels[10:30, 10:30] != 255).any()
 

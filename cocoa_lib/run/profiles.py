@@ -25,7 +25,7 @@ PAIRS = "image_column text_column class_column image_root on_bad_row"
 SETTINGS: dict[str, dict[str, type]] = {
     "benchmark": {"n_pairs": int, "n_queries": int, "n_corpus": int, "seed": int},
     "pairs": dict.fromkeys(PAIRS.split(), str) | {"n_eval": int, "max_side": int},
-    "backbone": dict.fromkeys(SHAPE.split(), int) | {"effort": float},
+    "backbone": dict.fromkeys(SHAPE.split(), int),
     "evaluation": {"n_queries": int, "batch_size": int, "dtype": str, "tasks": list},
     "launch": {"processes": int, "config_file": str},
 }

@@ -303,7 +303,7 @@ def write_log(pupil: Pupil, path: Path) -> None:
 
 def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, float, float]]:
     """Every step that is left: (its phase, its losses), after it is done."""
-    for phase in schedule.course[pupil.phase :]:
+    for phase in schedule.phases[pupil.phase :]:
         while pupil.step < phase.steps:
             begun = time.perf_counter()
             set_rates(pupil, schedule, phase)

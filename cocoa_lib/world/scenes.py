@@ -206,11 +206,6 @@ def render(scene: Scene) -> np.ndarray:
     return canvas
 
 
-def portray(name: str, size: str = "large", side: int = WINDOW) -> Image.Image:
-    """A drawing alone in the middle of white, `side` pixels square: the look of a crop."""
-    return center(draw(load_concepts()[name].emoji, SIDES[size]), side)
-
-
 def center(drawing: np.ndarray, side: int) -> Image.Image:
     """A drawing (height, width, 4) uint8 in the middle of white, `side` pixels square."""
     canvas = np.full((side, side, 3), 255, dtype=np.uint8)

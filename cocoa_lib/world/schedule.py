@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .scenes import CANVAS
 
@@ -38,7 +38,6 @@ class Schedule:
     vocab_size: int = 2560
     max_length: int = 256
     texts: int = 20_000  # scenes that the tokenizer is learnt from
-    effort: float = 1.0  # share of each phase's steps: less for tests, more for a better one
     warmup: int = 50
     decay: float = 0.4  # share of a phase over which its rate falls to zero
     measure_every: int = 100
@@ -53,13 +52,6 @@ class Schedule:
         Phase("talk", 800, 64, head=0, words=1, learning_rate=0.015, tower=0),
         Phase("together", 150, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
     )
-
-    @property
-    def course(self) -> list[Phase]:
-        """The phases with their steps by `effort`."""
-        return [
-            replace(phase, steps=max(1, round(phase.steps * self.effort))) for phase in self.phases
-        ]
 
     @property
     def shape(self) -> dict[str, int]:
