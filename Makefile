@@ -55,7 +55,7 @@ experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computin
 	@$(ENV) $(AVX2) $(PY) scripts/forecast.py $(call quote,$(PROFILE)) --cores $(CORES)
 	@$(ENV) $(AVX2) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
 
-backbone: $(STAMP) ## retrain the small causal backbone under data/, some two hours on a core; resumes after a kill
+backbone: $(STAMP) ## retrain the small causal backbone under data/, about an hour on a core; resumes after a kill
 	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 

@@ -95,7 +95,7 @@ def test_muon_lowers_a_loss():
     torch.manual_seed(0)
     layer, x = nn.Linear(8, 4, bias=False), torch.randn(32, 8)
     wanted = x @ torch.randn(8, 4)
-    optimizer = Muon([layer.weight], lr=0.05)
+    optimizer = Muon([layer.weight], lr=0.05, weight_decay=0)
     losses = []
     for _ in range(100):
         loss = (layer(x) - wanted).square().mean()
@@ -104,6 +104,18 @@ def test_muon_lowers_a_loss():
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] / 20
+
+
+def test_muon_holds_the_weights_small():
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.zeros(64, 64)) for _ in range(2)]
+    held, free = Muon(weights[:1], lr=0.02), Muon(weights[1:], lr=0.02, weight_decay=0)
+    for _ in range(300):
+        for weight in weights:
+            weight.grad = torch.randn(64, 64)
+        held.step()
+        free.step()
+    assert weights[0].std() < weights[1].std() / 2
 
 
 # ---- lessons ------------------------------------------------------------------------------------

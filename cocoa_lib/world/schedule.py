@@ -13,8 +13,8 @@ PATCH = 10  # pixels
 class Phase:
     """`head`: weight of the cells' loss; `words`: of the language model's.
 
-    learning_rate: of Muon, AdamW's is a tenth; tower: share of both for the tower, 0 leaves it as
-    it is, which also spares its backward pass.
+    learning_rate: of Muon, AdamW's is half of it; tower: share of both for the tower, 0 leaves it
+    as it is, which also spares its backward pass.
     """
 
     name: str
@@ -22,13 +22,13 @@ class Phase:
     batch_size: int
     head: float
     words: float
-    learning_rate: float = 0.02
+    learning_rate: float = 0.004
     tower: float = 1.0
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Sizes of the model and the phases of its training. Rates: of Muon; AdamW's is a tenth."""
+    """Sizes of the model and the phases of its training."""
 
     hidden_size: int = 160
     layers: int = 4
@@ -43,14 +43,11 @@ class Schedule:
     measure_every: int = 100
     save_every: int = 50
     phases: tuple[Phase, ...] = (
-        Phase("crops", 900, 128, head=1, words=0),
-        Phase("scenes", 500, 64, head=1, words=0),
-        Phase("scenes", 800, 64, head=1, words=0),
+        Phase("crops", 700, 128, head=1, words=0),
+        Phase("scenes", 700, 64, head=1, words=0),
         Phase("names", 400, 96, head=0.3, words=1, tower=0.1),
-        Phase("talk", 1600, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 125, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
-        Phase("talk", 800, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 150, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
+        Phase("talk", 1000, 64, head=0, words=1, tower=0),
+        Phase("together", 200, 64, head=0.3, words=1, learning_rate=0.001, tower=0.1),
     )
 
     @property
