@@ -60,7 +60,7 @@ backbone: $(STAMP) ## retrain the small causal backbone under data/, about an ho
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 
 # The notebooks of runs/PROFILE where it has executed ones, else those of notebooks/; REPORT: whose finding the front page states.
-REPORT ?= long
+REPORT ?= laptop
 site: $(STAMP) ## the notebooks and docs as pages that load nothing from elsewhere -> reports/site
 	@folder=runs/$(call quote,$(PROFILE))/notebooks; ls "$$folder"/*.ipynb >/dev/null 2>&1 || folder=notebooks; \
 		$(ENV) MPLBACKEND=Agg $(PY) scripts/build_site.py "$$folder" reports/$(call quote,$(REPORT))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Build the pages: the notebooks of a run (or notebooks/ itself), docs/*.md and a front page.
 
-    python scripts/build_site.py runs/laptop/notebooks reports/long --out reports/site
+    python scripts/build_site.py runs/laptop/notebooks reports/laptop --out reports/site
 
 The first argument is a folder of executed notebooks, the second the report whose finding the front
 page states. Sphinx does the rest (docs/conf.py). The site is written aside and then put in place.

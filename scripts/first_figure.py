@@ -2,7 +2,7 @@
 
     python scripts/first_figure.py benchmarks/results/first_figure.csv
 
-What the notebooks need (runs/smoke, reports/long) has to be there: `make reproduce PROFILE=smoke`. Seconds of a round each, after
+What the notebooks need (runs/smoke) has to be there: `make reproduce PROFILE=smoke`. Seconds of a round each, after
 one round that is not counted.
 """
 
