@@ -133,7 +133,9 @@ def probe_stages(folders: Mapping[str, str | Path], data: Path) -> pd.DataFrame:
     table = pd.concat(found, names=["label", "row"]).reset_index("label").dropna(subset="low")
     table = table.rename(columns={"measure": "task"})
     always = table[table["label"] == table["label"].iloc[-1]]
-    always = always.assign(value=always["majority"], low=None, high=None, label="always the same")
+    always = always.assign(
+        value=always["majority"], low=np.nan, high=np.nan, label="always the same"
+    )
     return pd.concat([table, always])
 
 
@@ -150,7 +152,9 @@ def project(vectors: np.ndarray) -> np.ndarray:
 
 def add_chance(first: pd.DataFrame, label: str) -> pd.DataFrame:
     """Add chance to P@1 by task (`score_tasks`), for `draw_scores`: task, label, value, low, high."""
-    chance = first.assign(label="chance", value=100 / first["n_candidates"], low=None, high=None)
+    chance = first.assign(
+        label="chance", value=100 / first["n_candidates"], low=np.nan, high=np.nan
+    )
     return pd.concat([first.assign(label=label), chance])
 
 
