@@ -157,7 +157,7 @@ def draw_pictures(
 ) -> Figure:
     """Draw pictures in a grid, each with its text below."""
     texts = [textwrap.shorten(text, 90, placeholder=" ...") for text in captions]
-    texts, size = [textwrap.fill(text, 20) for text in texts], 1.3
+    texts, size = [textwrap.fill(text, 20) for text in texts], max(1.3, min(2.2, 6.5 / columns))
     below = 0.12 * max(text.count("\n") + 1 for text in texts)
     rows = -(-len(images) // columns)
     height = (size + below + 0.05) * rows + 0.25
