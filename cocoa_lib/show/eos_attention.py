@@ -105,8 +105,8 @@ def attention_html(
     ids, bars = batch["input_ids"][0].tolist(), ""
     eos = batch["segment_ids"][0].numpy() == EOS
     for i in np.flatnonzero(~at_picture):
-        name = "EOS" if eos[i] else inputs.tokenizer.decode([ids[i]]).strip(" <|>\n") or "space"
-        bars += bar_html(name, float(weights[i]), top)
+        name = inputs.tokenizer.decode([ids[i]]).removeprefix("<|").removesuffix("|>").strip()
+        bars += bar_html("EOS" if eos[i] else name or "space", float(weights[i]), top)
     # EOS shares its attention out over all tokens; the others each give it a share of theirs.
     looks = direction == "from_eos"
     parts = {"the picture": at_picture, "EOS itself": eos, "the text": ~at_picture & ~eos}
