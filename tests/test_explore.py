@@ -80,10 +80,8 @@ def test_the_table_of_a_layout_gives_its_mask(layout):
 
 
 def test_layers_are_counted_until_a_token_is_known():
-    bridged, strict = (
-        masks.panel_after(f"eos_bridged{name}", masks.segments(2, 2)[0], 9)
-        for name in ("", "_strict")
-    )
+    ids = masks.segments(2, 2)[0]
+    bridged, strict = (masks.panel_after(f"eos_bridged{end}", ids, 9) for end in ("", "_strict"))
     assert bridged[4, 0] == bridged[0, 4] == 2 and bridged[2, 0] == 1
     assert strict[4, 0] == 2 and strict[0, 4] == 0, "A never learns of B"
 

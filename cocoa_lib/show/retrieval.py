@@ -12,7 +12,7 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 
-from ..data.tables import EvalItems, Task, list_items, load_eval
+from ..data.tables import Task, list_items, load_eval
 from ..embedder import CocoaEmbedder
 from ..items import PLACEHOLDER, item_images, load_image
 from .figures import COLOURS
@@ -72,10 +72,12 @@ def ranked_html(
     return wrap("".join(cards)) + found
 
 
-def read_task(data: Path, task: Task, n: int) -> EvalItems:
-    """Read the first `n` queries of a task and all their candidates, each distinct one once."""
+def read_task(data: Path, task: Task, n: int) -> tuple[list[Item], list[Item], list[np.ndarray]]:
+    """Read the first `n` queries of a task: queries, distinct candidates, and of each query which."""
     rows = load_eval(data, task.name)
-    return list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
+    found = list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
+    n_queries = len(found.queries)
+    return found.items[:n_queries], found.items[n_queries:], found.candidates
 
 
 def list_collection(
@@ -85,13 +87,11 @@ def list_collection(
 
     At most `n` items: the right ones of the queries first, then others.
     """
-    found = read_task(data, task, min(n, 20))
-    own = [index[0] for index in found.candidates]
-    others = (i for index in found.candidates for i in index[1:])
-    chosen = list(dict.fromkeys([*own, *others]))[:n]
-    n_queries = len(found.queries)
-    queries = [(found.items[i], chosen.index(own[i])) for i in range(n_queries)]
-    return queries, [found.items[n_queries + i] for i in chosen]
+    queries, items, index = read_task(data, task, min(n, 20))
+    own = [each[0] for each in index]
+    chosen = list(dict.fromkeys([*own, *np.concatenate(index)]))[:n]
+    right = [chosen.index(i) for i in own]
+    return list(zip(queries, right, strict=True)), [items[i] for i in chosen]
 
 
 def find_confusions(
@@ -103,15 +103,14 @@ def find_confusions(
     and the queries that go wrong: (query, candidates, scores), the right candidate first.
     """
     task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
-    found = read_task(data, task, 200)
-    vectors, n_queries = embedder.encode(found.items), len(found.queries)
-    items, pairs, wrong = found.items[n_queries:], [], []
+    queries, items, index = read_task(data, task, 200)
+    asked, vectors, pairs, wrong = embedder.encode(queries), embedder.encode(items), [], []
     names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
-    for i, index in enumerate(found.candidates):
-        scores = vectors[n_queries + index] @ vectors[i]
-        pairs.append((names[index[0]], names[index[scores.argmax()]]))
+    for query, vector, chosen in zip(queries, asked, index, strict=True):
+        scores = vectors[chosen] @ vector
+        pairs.append((names[chosen[0]], names[chosen[scores.argmax()]]))
         if scores.argmax():
-            wrong.append((found.items[i], [items[j] for j in index], scores))
+            wrong.append((query, [items[i] for i in chosen], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
     frequent = table["truth"].value_counts().index[:8].rename("truth")
     table = pd.crosstab(table["truth"], table["choice"]).loc[frequent]

@@ -55,10 +55,9 @@ def score_floors(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
 
 def list_examples(data: Path, task: Task, n: int = 1) -> Iterator[tuple[Item, list[Item]]]:
     """Read the first `n` queries of a task: (query, candidates), the right one first."""
-    found = read_task(data, task, n)
-    candidates = found.items[len(found.queries) :]
-    for query, index in zip(found.items, found.candidates, strict=False):
-        yield query, [candidates[i] for i in index]
+    queries, items, index = read_task(data, task, n)
+    for query, chosen in zip(queries, index, strict=True):
+        yield query, [items[i] for i in chosen]
 
 
 def tabulate_tasks(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
