@@ -41,7 +41,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
     """
     if not isinstance(source, (Image.Image, str, Path, io.IOBase)):
         raise InputError(f"image: expected a path or a PIL image, found {type(source).__name__}")
-    name = "the given image" if isinstance(source, Image.Image) else str(source)
+    name = str(source) if isinstance(source, (str, Path)) else "the given image"
     with _open(source, name) as image:
         return _to_rgb(image, name)
 

@@ -124,10 +124,10 @@ def test_additive_has_no_infinity():
 
 def test_reachability_a_and_b_meet_only_through_eos():
     ids = segments(2, 2)
-    once = reachability(dense_mask("eos_bridged", ids), 1)[0, 0]
-    twice = reachability(dense_mask("eos_bridged", ids), 2)[0, 0]
+    once = reachability(dense_mask("eos_bridged", ids)[0, 0], 1)
+    twice = reachability(dense_mask("eos_bridged", ids)[0, 0], 2)
     assert not once[3, 0] and twice[3, 0] and twice[0, 3]
-    strict = reachability(dense_mask("eos_bridged_strict", ids), 5)[0, 0]
+    strict = reachability(dense_mask("eos_bridged_strict", ids)[0, 0], 5)
     assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], (
         "nothing of B may ever reach EOS or A"
     )

@@ -29,17 +29,12 @@ from cocoa_lib.show import arms, eos_attention, infonce, masks, panel, restored,
 EVIL = "<script>alert(1)</script> & <b>bold</b>"
 
 
-def png(image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
-
-
-def upload(name: str, content: bytes):
-    """What a FileUpload holds once a browser has sent a file."""
+def upload(image):
+    """What a FileUpload holds once a browser has sent a picture."""
+    image.save(file := io.BytesIO(), "PNG")
     then = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
-    file = {"name": name, "type": "image/png", "size": len(content), "last_modified": then}
-    return ({**file, "content": memoryview(content)},)
+    facts = {"name": "a.png", "type": "image/png", "size": file.tell(), "last_modified": then}
+    return (facts | {"content": memoryview(file.getvalue())},)
 
 
 def read_data(html: str):
@@ -55,68 +50,40 @@ def bidirectional(small):
     set_bidirectional(model, False)
 
 
-# --- the panel -----------------------------------------------------------------------------------
+def test_an_explorer_is_live_in_jupyter_and_elsewhere_a_page_of_all_combinations():
+    def answer(a, b):
+        if a == 3:
+            raise ValueError(EVIL)
+        return f"<i>{a * b}</i>{EVIL}"
 
-
-def make_panel(answer, **cases):
-    menus = {"a": [("one", 1), ("two", 2)], "b": [("nine", 9)]}
-    controls = {name: widgets.Dropdown(options=menus[name]) for name in cases}
-    return panel.Explorer(controls, answer, cases)
-
-
-def test_a_page_without_a_kernel_holds_every_combination_and_its_only_script_is_the_known_one():
-    box = make_panel(lambda a, b: f"<i>{a * b}</i>{EVIL}", a={"one": 1, "two": 2}, b={"9": 9})
+    menus = {"a": widgets.Dropdown(options=[1, 2, 3]), "b": widgets.Dropdown(options=[9])}
+    box = panel.Explorer(menus, answer, {"a": {"one": 1, "two": 2}, "b": {"9": 9}})
     assert read_data(box.html) == {"one\t9": f"<i>9</i>{EVIL}", "two\t9": f"<i>18</i>{EVIL}"}
     held = box.html.split('<script type="application/json">')[1].split("</script>")[0]
     assert "</script> &" not in held and box.html.endswith(f"<script>{panel.SCRIPT}</script>")
+    shown = box._repr_mimebundle_()
+    assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown)
     box.controls["a"].value = 2
     assert box.output.value.startswith("<i>18</i>")
-
-
-def test_an_error_is_shown_escaped_and_goes_away():
-    def answer(a):
-        if a == 2:
-            raise ValueError(EVIL)
-        return "fine"
-
-    box = make_panel(answer, a={"one": 1})
-    box.controls["a"].value = 2
-    assert "&lt;script&gt;" in box.error.value and "<script" not in box.error.value
-    assert box.output.value == ""
+    box.controls["a"].value = 3
+    assert "&lt;script&gt;" in box.output.value and "<script" not in box.output.value
     box.controls["a"].value = 1
-    assert box.error.value == "" and box.output.value == "fine"
-
-
-def test_an_output_is_live_in_jupyter_and_a_page_elsewhere(monkeypatch):
-    shown = []
-    monkeypatch.setattr(panel, "display", lambda data, raw: shown.append(data))
-    make_panel(lambda a: "x", a={"one": 1})._ipython_display_()
-    assert {"application/vnd.jupyter.widget-view+json", "text/html"} <= set(shown[0])
-
-
-# --- masks -------------------------------------------------------------------------------------------------------
+    assert box.output.value.startswith("<i>9</i>")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_table_of_a_layout_gives_its_mask(layout):
-    ids = masks.segments(3, 4)
-    rule, segment = masks.tabulate_layouts()[layout], ids[0].tolist()
-    made = [
-        [rule[f"{q}{k}{np.sign(j - i)}"] for j, k in enumerate(segment)]
-        for i, q in enumerate(segment)
-    ]
+    ids, rule = masks.segments(3, 4), masks.tabulate_layouts()[layout]
+    places = list(enumerate(ids[0].tolist()))
+    made = [[rule[f"{q}{k}{np.sign(j - i)}"] for j, k in places] for i, q in places]
     assert np.array_equal(made, dense_mask(layout, ids)[0, 0])
 
 
-def test_reachability_grows_by_one_step_a_layer():
+def test_layers_are_counted_until_a_token_is_known():
     ids = masks.segments(2, 2)[0]
-    mask = dense_mask("eos_bridged", ids[None])[0, 0]
-    depth = masks.count_layers(mask, 3)
-    assert depth[4, 0] == depth[0, 4] == 2 and depth[2, 0] == 1
-    strict = dense_mask("eos_bridged_strict", ids[None])[0, 0]
-    assert masks.count_layers(strict, 50)[0, 4] == 0, "A never learns of B"
-    said = "B1 does not look at A1, but knows it through EOS after 2 layers."
-    assert said in masks.explore_masks().data
+    bridged, strict = (masks.panel_after(f"eos_bridged{end}", ids, 9) for end in ("", "_strict"))
+    assert bridged[4, 0] == bridged[0, 4] == 2 and bridged[2, 0] == 1
+    assert strict[4, 0] == 2 and strict[0, 4] == 0, "A never learns of B"
 
 
 def test_changed_tokens_move_what_the_mask_allows_and_nothing_else(small, picture):
@@ -135,9 +102,6 @@ def test_changed_tokens_move_what_the_mask_allows_and_nothing_else(small, pictur
     assert table.loc["A changes", "B"] == 0 and table.loc["B changes", "EOS"] > 0
 
 
-# --- restored ----------------------------------------------------------------------------------------------------
-
-
 def test_cells_image_gives_the_picture_back(small, picture):
     _, inputs = small
     image = picture(64, 32)
@@ -147,33 +111,25 @@ def test_cells_image_gives_the_picture_back(small, picture):
 
 
 def test_words_are_marked_right_or_wrong_with_the_truth_escaped(bidirectional, picture):
-    model, inputs = bidirectional
     row = {"text": "", "image": picture(), "target": EVIL}
-    batch, predicted, _ = restored.reconstruct(model, inputs, row, text_rate=0.5)
-    html = restored.words_html(batch, predicted, inputs)
-    assert "<script" not in html and "<b>bold" not in html
-    right = sum(text == truth for text, truth in restored_words(batch, predicted, inputs))
-    assert f"<b>{right} of {len(predicted)}</b>" in html
+    batch, predicted, _ = restored.reconstruct(*bidirectional, row, text_rate=0.5)
+    html = restored.words_html(batch, predicted, bidirectional[1])
+    words = restored_words(batch, predicted, bidirectional[1])
+    right = sum(text == truth for text, truth in words)
+    assert f"<b>{right} of {len(predicted)}</b>" in html and "<b>bold" not in html
     assert html.count("&#10007;") == len(predicted) - right
 
 
-def test_restored_explorer_compares_three_pictures_in_stage_2(bidirectional, picture):
+def test_restored_explorer_compares_three_pictures(bidirectional, picture):
     model, inputs = bidirectional
-    rows = [
-        {"text": "", "image": picture(seed=i), "target": "a large red circle"} for i in range(3)
-    ]
+    rows = [{"text": "", "image": picture(seed=i), "target": "a red circle"} for i in range(3)]
     box = restored.explore_restored(model, inputs, rows, text_rate=0.7, layout="eos_bridged")
     for title in ("right picture", "wrong picture", "grey picture"):
-        assert f"<b>{title}</b>" in box.output.value
-    before = box.output.value
-    box.controls["hidden"].value = 0.2
-    assert box.output.value != before and box.error.value == ""
-    box = restored.explore_restored(model, inputs, rows, text_rate=0.2, patch_rate=0.5)
-    box.controls["words"].value = EVIL
-    assert "seen by the model" in box.output.value and "<script" not in box.output.value
-
-
-# --- retrieval ---------------------------------------------------------------------------------------------------
+        assert f">{title}</figcaption>" in box.output.value
+    for name, value in (("hidden", 0.2), ("words", EVIL)):
+        before = box.output.value
+        box.controls[name].value = value
+        assert box.output.value != before and "hidden tokens are right" in box.output.value
 
 
 def encode(items):
@@ -198,13 +154,8 @@ def test_retrieval_by_query_typed_text_and_uploaded_picture(picture):
     first = re.findall(r"<div>(x+)</div>", box.output.value)[0]
     assert len(first) == 30 and "ranks" not in box.output.value
     box.controls["words"].value = ""
-    box.controls["upload"].value = upload("mine.png", png(picture()))
-    assert box.error.value == "" and "data:image/png" in box.output.value
-    box.controls["upload"].value = upload("<b>x</b>.png", b"nonsense")
-    assert (
-        "&lt;b&gt;x&lt;/b&gt;.png: not a readable image" in box.error.value
-        and box.output.value == ""
-    )
+    box.controls["upload"].value = upload(picture())
+    assert "data:image/png" in box.output.value
     box.controls["upload"].value = ()
     box.controls["k"].value = 2
     assert box.output.value.count("<b>") == 4, "the query, two, and the rank of the right one"
@@ -212,20 +163,15 @@ def test_retrieval_by_query_typed_text_and_uploaded_picture(picture):
 
 def test_confusions_are_counted(tmp_path):
     short, long = "x" * 10, "x" * 30
-    rows = [
-        {"qry_text": "y" * n, "qry_img_path": "", "tgt_text": texts, "tgt_img_path": ["", ""]}
-        for n, texts in ((10, [short, long]), (29, [short, long]), (30, [long, short]))
-    ]
-    write_task(tmp_path, "Kinds", rows)
+    asked = ((10, [short, long]), (29, [short, long]), (30, [long, short]))
+    none = {"qry_img_path": "", "tgt_img_path": ["", ""]}
+    write_task(tmp_path, "Kinds", [{"qry_text": "y" * n, "tgt_text": t, **none} for n, t in asked])
     embedder, task = SimpleNamespace(encode=encode), Task("Kinds", "classification", True, 2)
     _, table, wrong = retrieval.find_confusions(embedder, tmp_path, [task])
     names = [short, "x" * 20 + " ..."]
     assert table.loc[names, names].to_numpy().tolist() == [[1, 1], [0, 1]]
     ((query, candidates, scores),) = wrong
     assert query["text"] == "y" * 29 and candidates[0]["text"] == short and scores.argmax() == 1
-
-
-# --- attention ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -253,48 +199,36 @@ def test_attention_is_the_models_own(small, picture, mode):
 
 
 def test_the_area_of_a_square_is_its_weight(bidirectional, picture):
-    model, inputs = bidirectional
-    found = eos_attention.measure_attention(model, inputs, {"text": EVIL, "image": picture()})
+    inputs, item = bidirectional[1], {"text": EVIL, "image": picture()}
+    found = eos_attention.measure_attention(*bidirectional, item)
     html = eos_attention.attention_html(found, inputs, layer=2, head=1, direction="to_eos")
     weights = found.to_eos[1, 0, found.batch["mm_token_type_ids"][0].numpy() == 1]
-    widths = re.findall(r'class="weight".*?width="([\d.]+)"', html)
-    areas = np.square(np.array(widths, dtype=float))
-    assert len(areas) == len(weights) and "<script" not in html
-    assert np.allclose(areas / areas.max(), weights / weights.max(), atol=0.03)
+    sides = np.array(re.findall(r'class="weight".*?width="([\d.]+)"', html), dtype=float)
+    assert np.allclose((sides / sides.max()) ** 2, weights / weights.max(), atol=0.01)
 
 
-def test_attention_explorer_computes_once_an_input(bidirectional, picture):
-    model, inputs = bidirectional
-    passes = []
-    handle = model.model.register_forward_hook(lambda *args: passes.append(1))
-    try:
-        rows = [{"text": EVIL, "image": picture()}, {"text": "alone", "image": None}]
-        box = eos_attention.explore_attention(model, inputs, rows)
-        assert box.error.value == "" and len(passes) == 2, "one a case"
-        for name in ("layer", "head", "input"):
-            box.controls[name].value = 1
-        assert len(passes) == 2
-        box.controls["upload"].value = upload("a.png", png(picture(seed=5)))
-        assert box.error.value == "" and len(passes) == 3
-    finally:
-        handle.remove()
-
-
-# --- temperature and arms ----------------------------------------------------------------------------------------
+def test_attention_explorer_computes_once_an_input(bidirectional, picture, monkeypatch):
+    passes, measure = [], eos_attention.measure_attention
+    count = lambda *given: passes.append(1) or measure(*given)  # noqa: E731
+    monkeypatch.setattr(eos_attention, "measure_attention", count)
+    rows = [{"text": EVIL, "image": picture()}, {"text": "alone", "image": None}]
+    box = eos_attention.explore_attention(*bidirectional, rows)
+    for name, value in (("layer", 1), ("head", 1), ("direction", "to_eos")):
+        box.controls[name].value = value
+    assert len(passes) == 3, "one a case, then the first again"
+    assert "Layer 1, head 1. Share" in box.output.value
+    box.controls["upload"].value = upload(picture(seed=5))
+    assert len(passes) == 4 and "the picture" in box.output.value
 
 
 def test_the_matrix_is_that_of_the_loss():
-    rng = np.random.default_rng(0)
-    cosine = rng.uniform(-1, 1, (3, 3))
-    pairs = [
-        ({"text": f"q{i} {EVIL}", "image": None}, {"text": f"t{i}", "image": None})
-        for i in range(3)
-    ]
-    html = infonce.matrix_html(cosine, pairs, 0.5)
-    loss = torch.nn.functional.cross_entropy(torch.tensor(cosine / 0.5), torch.arange(3))
-    assert f"Mean loss {loss:.2f}; ln 3 = 1.10" in html and "<script" not in html
-    box = infonce.explore_temperature(cosine, pairs)
-    assert set(read_data(box.html)) == {"0.02", "0.05", "0.2", "1.0"}
+    cosine = np.random.default_rng(0).uniform(-1, 1, (3, 3))
+    item = {"text": EVIL, "image": None}
+    box = infonce.explore_temperature(cosine, [(item, item)] * 3)
+    for name, html in read_data(box.html).items():
+        logits = torch.tensor(cosine / float(name))
+        loss = torch.nn.functional.cross_entropy(logits, torch.arange(3))
+        assert f"Mean loss {loss:.2f}; ln 3 = 1.10" in html and "<script" not in html
 
 
 @pytest.fixture(scope="module")
@@ -311,8 +245,8 @@ def ranks():
 def test_arms_explorer_holds_scores_and_paired_differences(ranks):
     tables = arms.tables_of_arms(ranks, "base", n_boot=200)
     found = read_data(arms.explore_arms(tables, "base").data)
-    assert set(found) == {f"{m}\t{g}" for m in ("p@1", "hit@5") for g in
-                          ("overall", "classification", "vqa", "ind", "ood")}  # fmt: skip
+    groups = ("overall", "classification", "vqa", "ind", "ood")
+    assert set(found) == {f"{m}\t{group}" for m in ("p@1", "hit@5") for group in groups}
     row = paired_effects(ranks, "base", n_boot=200).set_index("arm").loc["better"]
     mean = score_arms(ranks).groupby("arm")["overall"].mean()["better"]
     html = found["p@1\toverall"]
@@ -326,32 +260,20 @@ def test_arms_explorer_holds_scores_and_paired_differences(ranks):
 
 def test_an_interval_is_drawn_where_its_numbers_are():
     svg = arms.interval_svg(1.0, 3.0, 5.0, -2.0, 8.0)
-    zero, bar = re.findall(r'<line x1="([\d.]+)" x2="([\d.]+)"', svg)
-    assert [float(x) / arms.WIDTH * 10 - 2 for x in (*zero, *bar)] == pytest.approx(
-        [0, 0, 1, 5], abs=0.01
-    )
-    assert arms.COLOURS[0] in svg and 'viewBox="0 0 220 16"' in svg
+    ends = [float(x) / arms.WIDTH * 10 - 2 for x in re.findall(r' x[12]="([\d.]+)"', svg)]
+    assert ends == pytest.approx([0, 0, 1, 5], abs=0.01) and arms.COLOURS[0] in svg
 
 
 def test_the_learning_curve_joins_arms_that_differ_in_steps_alone():
-    def recipe(steps, **more):
-        return {"stage3": {"steps": steps, "warmup_steps": steps // 10}, **more}
-
-    recipes = {
-        "cocoa": recipe(250, stage1={"steps": 9}),
-        "cocoa_longer": recipe(1100, stage1={"steps": 9}),
-        "contrastive": recipe(250),
-        "contrastive_mean": recipe(250, stage2={"pooling": "mean"}),
-    }
-    runs = pd.DataFrame(recipes.items(), columns=["arm", "recipes"])
-    rows = [(arm, seed, 10.0 + seed) for arm in recipes for seed in (0, 1, 2)]
-    scores = pd.DataFrame(rows, columns=["arm", "seed", "overall"])
+    known = {"cocoa": (250, "mean"), "cocoa_longer": (1100, "mean"), "other": (250, "eos")}
+    recipes = [{"stage2": pool, "stage3": {"steps": n}} for n, pool in known.values()]
+    runs = pd.DataFrame({"arm": known.keys(), "recipes": recipes})
+    rows = [(arm, 10.0 + seed) for arm in known for seed in (0, 1, 2)]
+    scores = pd.DataFrame(rows, columns=["arm", "overall"])
     curve = arms.learning_curve(scores, runs)
-    assert curve[["label", "x", "value"]].to_numpy().tolist() == [
-        ["cocoa", x, 11] for x in (250, 1100)
-    ]
-    assert curve["low"].iloc[0] == pytest.approx(8.516, abs=0.01)
-    assert arms.learning_curve(scores, runs.iloc[2:]).empty
+    assert curve["label"].tolist() == ["cocoa"] * 2 and curve["x"].tolist() == [250, 1100]
+    assert curve[["value", "low"]].iloc[1].tolist() == pytest.approx([11, 8.516], abs=0.01)
+    assert arms.learning_curve(scores, runs.iloc[1:]).empty
 
 
 def test_the_curve_and_the_answer_are_said_in_a_sentence(ranks):
@@ -360,11 +282,10 @@ def test_the_curve_and_the_answer_are_said_in_a_sentence(ranks):
     said = "a is ahead after 250 and level after 1,100 contrastive steps"
     assert arms.say_curve(ranks, curve, "a", "b") == said
     assert arms.say_curve(ranks, curve[1:2], "a", "b") == ""
-    for low, high, n, words in (
+    for low, high, n, said in (
         (0.5, 2, 3, "CoCoA is better than contrastive learning alone overall"),
         (-2, -0.5, 3, "CoCoA is worse than contrastive learning alone overall"),
-        (-1, 2, 3, "CoCoA and contrastive learning alone cannot be told apart overall"),
         (0.5, 2, 1, "CoCoA and contrastive learning alone cannot be told apart overall"),
     ):
         row = pd.DataFrame([{"n_seeds": n, "low": low, "high": high}])
-        assert arms.say_effect(row, "cocoa", "contrastive") == words
+        assert arms.say_effect(row, "cocoa", "contrastive") == said

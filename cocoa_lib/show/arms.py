@@ -40,12 +40,12 @@ def find_report(run: Any, arms: Sequence[str]) -> Path:
     return run.root
 
 
-def over_seeds(values: pd.Series) -> dict[str, float]:
-    """Average values, one a seed: value, low, high (95 %, Student's t; nan for one seed)."""
-    low, high = np.nan, np.nan
-    if len(values) > 1 and values.std() > 0:
-        low, high = stats.t.interval(0.95, len(values) - 1, values.mean(), stats.sem(values))
-    return {"value": values.mean(), "low": low, "high": high}
+def over_seeds(table: pd.DataFrame, keys: Sequence[str], value: str) -> pd.DataFrame:
+    """Average a column over seeds: `keys`, value, low, high (95 %, Student's t; nan for one seed)."""
+    groups = table.groupby(list(keys), sort=False)[value]
+    found = groups.agg(["mean", "sem", "size"]).rename(columns={"mean": "value"})
+    half = found.pop("sem") * stats.t.ppf(0.975, found.pop("size") - 1)
+    return found.assign(low=found["value"] - half, high=found["value"] + half).reset_index()
 
 
 def tabulate_arms(scores: pd.DataFrame) -> pd.DataFrame:
@@ -61,10 +61,9 @@ def list_hypotheses(runs: pd.DataFrame) -> str:
 
 
 def list_groups(ranks: pd.DataFrame) -> list[str]:
-    """List MMEB's averages that have a task in `ranks`; ind and ood where both have."""
+    """List MMEB's averages that have a task in `ranks`."""
     groups = group_tasks(list_tasks(ranks))
-    lone = {"ind", "ood"} if not (groups["ind"] and groups["ood"]) else set()
-    return [group for group in GROUPS if groups[group] and group not in lone]
+    return [group for group in GROUPS if groups[group]]
 
 
 def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame:
@@ -90,21 +89,18 @@ def learning_curve(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
     Columns label (the shortest arm's name), arm, x, value, low, high; empty where no two arms do.
     """
-    lines: dict[str, dict[str, int]] = {}
-    for row in runs.astype(object).where(runs.notna(), None).drop_duplicates("arm").itertuples():
-        recipe = {stage: dict(values) for stage, values in row.recipes.items()}
-        steps = recipe["stage3"].pop("steps")
-        recipe["stage3"].pop("warmup_steps", None)
-        recipe["from"] = getattr(row, "backbone", None) or getattr(row, "backbone_sha256", None)
-        lines.setdefault(repr(sorted(recipe.items())), {})[row.arm] = steps
     rows = []
-    for line in lines.values():
-        if len(set(line.values())) > 1:
-            label = min(line, key=len)
-            for arm, steps in line.items():
-                values = scores.loc[scores["arm"] == arm, "overall"]
-                rows.append({"label": label, "arm": arm, "x": steps, **over_seeds(values)})
-    return pd.DataFrame(rows)
+    for run in runs.drop_duplicates("arm").to_dict("records"):
+        stage3 = dict(run["recipes"]["stage3"])
+        steps, _ = stage3.pop("steps"), stage3.pop("warmup_steps", None)
+        same = run["recipes"] | {"stage3": stage3}
+        same["from"] = run.get("backbone"), run.get("backbone_sha256")
+        rows.append((repr(sorted(same.items())), run["arm"], steps))
+    lines = pd.DataFrame(rows, columns=["label", "arm", "x"])
+    lines = lines[lines.groupby("label")["x"].transform("nunique") > 1]
+    shortest = lines.groupby("label")["arm"].transform(lambda arms: min(arms, key=len))
+    curve = lines.assign(label=shortest).sort_values("label", kind="stable")
+    return curve.merge(over_seeds(scores, ["arm"], "overall"), on="arm")
 
 
 def say_curve(ranks: pd.DataFrame, curve: pd.DataFrame, arm: str, baseline: str) -> str:
@@ -148,11 +144,10 @@ def split_by_group(tables: Mapping[tuple[str, str], pd.DataFrame]) -> dict[str, 
 
 def compare_probes(probes: pd.DataFrame, arms: Sequence[str]) -> pd.DataFrame:
     """Collect what a linear classifier reads, for `draw_scores`: task, label (arm), value, low, high."""
-    rows, probes = [], probes[probes["arm"].isin(arms)].dropna(subset="low")
-    for (measure, arm), part in probes.groupby(["measure", "arm"], sort=False):
-        row = over_seeds(part["value"]) if len(part) > 1 else part.iloc[0][["value", "low", "high"]]
-        rows.append({"task": measure, "label": arm, **row})
-    return pd.DataFrame(rows)
+    probes = probes[probes["arm"].isin(arms)].dropna(subset="low")
+    probes = probes.rename(columns={"measure": "task", "arm": "label"})
+    own = probes.drop_duplicates(["task", "label"]).reset_index(drop=True)
+    return over_seeds(probes, ["task", "label"], "value").fillna(own[["low", "high"]])
 
 
 def tabulate_costs(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -162,12 +157,9 @@ def tabulate_costs(scores: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     """
     if "seconds" not in runs:
         return pd.DataFrame()
-    seconds = runs.assign(cost=runs["seconds"].map(lambda each: sum(each.values())))
-    costs = seconds.groupby("arm")["cost"].mean()
-    return pd.DataFrame(
-        {"arm": arm, "cost": costs[arm], **over_seeds(part["overall"])}
-        for arm, part in scores.groupby("arm", sort=False)
-    )
+    costs = runs.assign(cost=runs["seconds"].map(lambda each: sum(each.values())))
+    costs = costs.groupby("arm", as_index=False)["cost"].mean()
+    return costs.merge(over_seeds(scores, ["arm"], "overall"), on="arm")
 
 
 def interval_svg(low: float, middle: float, high: float, left: float, right: float) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -18,12 +16,11 @@ from ..attention import EOS
 from ..backbone import hidden_states, language_model
 from ..inputs import Batch, Inputs
 from .figures import COLOURS
-from .panel import Explorer, ask_picture, ask_words, picture_uri, read_upload, wrap
+from .panel import Explorer, picture_uri, wrap
 from .restored import cells_image
-from .retrieval import words_of
+from .retrieval import Item, ask_item, own_item
 
 DIRECTIONS = {"what EOS looks at": "from_eos", "who looks at EOS": "to_eos"}
-SPECIAL = re.compile(r"^<\|(.*)\|>$")  # a control token's name is written without its marks
 BOX = "display:flex;align-items:center;break-inside:avoid"
 NAME = "width:84px;overflow:hidden;white-space:pre;text-align:right;margin-right:4px"
 
@@ -35,7 +32,7 @@ class EosAttention(NamedTuple):
 
 
 @torch.no_grad()
-def measure_attention(model, inputs: Inputs, item: Mapping[str, Any]) -> EosAttention:
+def measure_attention(model, inputs: Inputs, item: Item) -> EosAttention:
     """Measure the attention from and to EOS of one {text, image} item, in all layers and heads.
 
     Only eager attention has weights to look at, so the language model uses it for this one pass. Of
@@ -64,24 +61,21 @@ def measure_attention(model, inputs: Inputs, item: Mapping[str, Any]) -> EosAtte
 def cells_html(weights: np.ndarray, top: float, image: Image.Image) -> str:
     """Draw weights (rows, columns) over a picture: a square's area is its weight, `top` fills a cell."""
     rows, columns = weights.shape
-    side = max(8, min(64, 288 // max(rows, columns)))
-    width, height = columns * side, rows * side
     squares = ""
     for (y, x), weight in np.ndenumerate(weights):
-        a = (side - 2) * (weight / top) ** 0.5
-        corner = f'x="{(x + 0.5) * side - a / 2:.1f}" y="{(y + 0.5) * side - a / 2:.1f}"'
+        side = (weight / top) ** 0.5
+        corner = f'x="{x + (1 - side) / 2:.3f}" y="{y + (1 - side) / 2:.3f}"'
         squares += (
-            f'<rect class="weight" {corner} width="{a:.1f}" height="{a:.1f}" fill="{COLOURS[0]}" '
-            f'fill-opacity="0.8" stroke="white"><title>row {y + 1}, column {x + 1}: {weight:.2%}'
-            "</title></rect>"
+            f'<rect class="weight" {corner} width="{side:.3f}" height="{side:.3f}">'
+            f"<title>row {y + 1}, column {x + 1}: {weight:.2%}</title></rect>"
         )
-    y, x = np.unravel_index(weights.argmax(), weights.shape)
-    label = f"{rows} x {columns} cells, largest weight {weights.max():.1%} at row {y + 1}, column {x + 1}"
+    label = f"{rows} x {columns} cells, largest weight {weights.max():.1%}"
     return (
-        f'<svg role="img" aria-label="{label}" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" style="max-width:100%;margin:4px"><image href="{picture_uri(image)}" '
-        f'width="{width}" height="{height}" opacity="0.6" preserveAspectRatio="none" '
-        f'style="image-rendering:pixelated"/>{squares}</svg>'
+        f'<svg role="img" aria-label="{label}" viewBox="0 0 {columns} {rows}" width="288" '
+        f'style="max-width:100%;margin:4px" fill="{COLOURS[0]}" fill-opacity="0.8" stroke="white" '
+        f'stroke-width="0.04"><image href="{picture_uri(image)}" width="{columns}" height="{rows}" '
+        'opacity="0.6" preserveAspectRatio="none" style="image-rendering:pixelated"/>'
+        f"{squares}</svg>"
     )
 
 
@@ -111,8 +105,8 @@ def attention_html(
     ids, bars = batch["input_ids"][0].tolist(), ""
     eos = batch["segment_ids"][0].numpy() == EOS
     for i in np.flatnonzero(~at_picture):
-        name = SPECIAL.sub(r"\1", inputs.tokenizer.decode([ids[i]])).strip() or "space"
-        bars += bar_html("EOS" if eos[i] else name, float(weights[i]), top)
+        name = inputs.tokenizer.decode([ids[i]]).removeprefix("<|").removesuffix("|>").strip()
+        bars += bar_html("EOS" if eos[i] else name or "space", float(weights[i]), top)
     # EOS shares its attention out over all tokens; the others each give it a share of theirs.
     looks = direction == "from_eos"
     parts = {"the picture": at_picture, "EOS itself": eos, "the text": ~at_picture & ~eos}
@@ -129,34 +123,27 @@ def attention_html(
     )
 
 
-def explore_attention(model, inputs: Inputs, items: Sequence[Mapping[str, Any]]) -> Explorer:
+def explore_attention(model, inputs: Inputs, items: Sequence[Item]) -> Explorer:
     """Choose an item, type a text or upload a picture: see attention from and to EOS, by layer and head.
 
     items: {text, image}. One forward pass an item; another layer or head only draws anew.
     """
-    last = len(language_model(model).layers)
-    samples = {f"{i + 1}: {words_of(each, 36) or 'a picture'}": i for i, each in enumerate(items)}
-    n_heads = language_model(model).config.num_attention_heads
-    heads = {"mean": 0} | {f"head {h}": h for h in range(1, n_heads + 1)}
-    controls = {
-        "input": widgets.Dropdown(options=list(samples.items()), description="input"),
-        "words": ask_words(),
-        "upload": ask_picture(),
+    text = language_model(model)
+    last, n_heads = len(text.layers), text.config.num_attention_heads
+    heads = [("mean", 0), *((f"head {head}", head) for head in range(1, n_heads + 1))]
+    controls = ask_item(items) | {
         "layer": widgets.IntSlider(last, 1, last, description="layer", continuous_update=False),
-        "head": widgets.Dropdown(options=list(heads.items()), description="head"),
+        "head": widgets.Dropdown(options=heads, description="head"),
         "direction": widgets.Dropdown(options=list(DIRECTIONS.items()), description="direction"),
     }
+    measured: dict[str, Any] = {"item": None}
 
-    @lru_cache(maxsize=8)
-    def measure(i: int, words: str, upload: bytes) -> EosAttention:
-        picture = read_upload(controls["upload"].value) if upload else items[i].get("image")
-        own = {"text": words or ("" if upload else items[i].get("text")), "image": picture}
-        return measure_attention(model, inputs, own)
-
-    def answer(input: int, words: str, upload: Sequence, **how: Any) -> str:
-        found = measure(input, words.strip(), bytes(upload[0]["content"]) if upload else b"")
-        return attention_html(found, inputs, **how)
+    def answer(query: int, words: str, upload: Sequence, **how: Any) -> str:
+        item = own_item(words, upload) or items[query]
+        if item != measured["item"]:
+            measured.update(item=item, found=measure_attention(model, inputs, item))
+        return attention_html(measured["found"], inputs, **how)
 
     layers = {str(n): n for n in sorted({1, (last + 1) // 2, last}, reverse=True)}
-    cases = {"input": dict(list(samples.items())[:3]), "layer": layers, "direction": DIRECTIONS}
-    return Explorer(controls, answer, cases)
+    queries = dict(controls["query"].options[:3])
+    return Explorer(controls, answer, {"query": queries, "layer": layers, "direction": DIRECTIONS})

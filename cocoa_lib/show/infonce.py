@@ -7,36 +7,32 @@ from html import escape
 
 import ipywidgets as widgets
 import numpy as np
+import pandas as pd
 from scipy.special import log_softmax
 
-from .panel import Explorer
-from .retrieval import Item, thumbnail, words_of
-
-CELL = "width:52px;height:30px;text-align:center;font-size:11px;border:1px solid #ddd;padding:0;"
+from .panel import Explorer, img
+from .retrieval import Item, words_of
 
 
 def matrix_html(cosine: np.ndarray, pairs: Sequence[tuple[Item, Item]], temperature: float) -> str:
     """Show softmax(cosine / temperature) of n queries (rows) over n targets, and the loss of each."""
-    logits = log_softmax(cosine / temperature, axis=1)
-    head = "".join(f'<td style="{CELL}">{i + 1}</td>' for i in range(len(pairs)))
-    rows = ""
-    for i, (query, target) in enumerate(pairs):
-        cells = ""
-        for j, value in enumerate(np.exp(logits[i])):
-            look = f"background:rgba(0,114,178,{0.85 * value:.2f})" + ";font-weight:bold" * (i == j)
-            cells += f'<td style="{CELL}{look}">{100 * value:.0f}</td>'
-        image = query["image"] or target["image"]
-        shown = thumbnail(str(image), "picture", 32) if image else ""
-        words = " &rarr; ".join(escape(words_of(item, 30) or "picture") for item in (query, target))
-        rows += (
-            f'<tr><td>{i + 1}</td><td>{shown}</td><td style="text-align:left">{words}</td>'
-            f"{cells}<td>{-logits[i, i]:.2f}</td></tr>"
-        )
-    loss = -np.diag(logits).mean()
+    logits, places = log_softmax(cosine / temperature, axis=1), [*range(1, len(pairs) + 1)]
+    table, names = pd.DataFrame(100 * np.exp(logits), places, places), []
+    for pair in pairs:
+        words = " &rarr; ".join(escape(words_of(item, 30) or "picture") for item in pair)
+        image = pair[0]["image"] or pair[1]["image"]
+        names.append((img(image, "picture", 32) if image else "") + words)
+    table.insert(0, "query &rarr; target", names)
+    table["loss"] = -np.diag(logits)
+    style = table.style.set_uuid("matrix").format("{:.0f}", places).format("{:.2f}", "loss")
+    style.background_gradient("Blues", axis=None, vmin=0, vmax=100, subset=places)
+    for i in places:
+        style.set_properties(subset=([i], [i]), **{"font-weight": "bold"})
+    loss = table["loss"].mean()
     return (
-        f"<table><tr><td></td><td></td><td>query &rarr; target</td>{head}<td>loss</td></tr>{rows}</table>"
-        f"<p>Percent that each query (row) gives each target (column) at temperature {temperature:g}. "
-        f"Mean loss {loss:.2f}; ln {len(pairs)} = {np.log(len(pairs)):.2f} is a collapsed model's.</p>"
+        f"{style.to_html()}<p>Percent that each query (row) gives each target (column) at temperature "
+        f"{temperature:g}. Mean loss {loss:.2f}; ln {len(pairs)} = {np.log(len(pairs)):.2f} is a "
+        "collapsed model's.</p>"
     )
 
 
@@ -48,9 +44,7 @@ def explore_temperature(cosine: np.ndarray, pairs: Sequence[tuple[Item, Item]]) 
     slider = widgets.FloatLogSlider(
         value=0.05, min=-2, max=0.5, description="temperature", continuous_update=False
     )
-
-    def answer(temperature: float) -> str:
-        return matrix_html(cosine, pairs, temperature)
-
-    cases = {str(value): value for value in (0.05, 0.02, 0.2, 1.0)}
-    return Explorer({"temperature": slider}, answer, {"temperature": cases})
+    cases = {"temperature": {str(value): value for value in (0.05, 0.02, 0.2, 1.0)}}
+    return Explorer(
+        {"temperature": slider}, lambda temperature: matrix_html(cosine, pairs, temperature), cases
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 
@@ -10,7 +9,8 @@ import numpy as np
 import pandas as pd
 import torch
 from IPython.display import HTML
-from torch import BoolTensor, LongTensor
+from scipy.sparse.csgraph import shortest_path
+from torch import BoolTensor, LongTensor, Tensor
 
 from ..attention import EOS, LAYOUTS, PAD, SEGMENT_NAMES, A, B, block_mask, dense_mask
 from ..backbone import hidden_states, language_model
@@ -22,15 +22,10 @@ from .panel import page
 def reachability(mask: BoolTensor, layers: int) -> BoolTensor:
     """Compute what can have flowed where: [q, k] = the state at q may depend on token k.
 
-    mask (..., L, L). A token's own state is carried along, so reach starts as the identity and grows by
+    mask (L, L). A token's own state is carried along, so reach starts as the identity and grows by
     one step of the mask a layer. layers >= 0.
     """
-    eye = torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device).expand(mask.shape)
-    step = (mask | eye).float()
-    reach = eye.float()
-    for _ in range(layers):
-        reach = (step @ reach > 0).float()
-    return reach.bool()
+    return torch.from_numpy(shortest_path(mask.numpy(), unweighted=True) <= layers)
 
 
 def segments(n_a: int, n_b: int, *, pad_left: int = 0, pad_right: int = 0) -> LongTensor:
@@ -39,12 +34,9 @@ def segments(n_a: int, n_b: int, *, pad_left: int = 0, pad_right: int = 0) -> Lo
 
 
 def name_tokens(segment_ids: LongTensor) -> list[str]:
-    """Name the tokens of a row (L,): A1, A2, EOS, B1, ...; padding is PAD."""
-    names, count = [], Counter()
-    for segment in segment_ids.tolist():
-        count[segment] += 1
-        names.append(SEGMENT_NAMES[segment] + (str(count[segment]) if segment in (A, B) else ""))
-    return names
+    """Name the tokens of a row (L,) without padding: A1, A2, EOS, B1, ..."""
+    n_a, n_b = (int((segment_ids == block).sum()) for block in (A, B))
+    return [*(f"A{i + 1}" for i in range(n_a)), "EOS", *(f"B{i + 1}" for i in range(n_b))]
 
 
 def count_layers(mask: BoolTensor, layers: int) -> np.ndarray:
@@ -52,10 +44,8 @@ def count_layers(mask: BoolTensor, layers: int) -> np.ndarray:
 
     What a token knows of itself without looking does not count.
     """
-    depth, others = mask.int().numpy(), ~np.eye(len(mask), dtype=bool)
-    for n in range(2, layers + 1):
-        depth[reachability(mask, n).numpy() & (depth == 0) & others] = n
-    return depth
+    steps = shortest_path(mask.numpy(), unweighted=True)
+    return np.where(mask, 1, np.where(steps <= layers, steps, 0)).astype(int)
 
 
 def panel_after(layout: str, segment_ids: LongTensor, layers: int) -> np.ndarray:
@@ -65,23 +55,21 @@ def panel_after(layout: str, segment_ids: LongTensor, layers: int) -> np.ndarray
 
 
 def name_batch(batch: Batch, inputs: Inputs) -> list[str]:
-    """Name the tokens of a batch of one: words, EOS, "picture" for each token of a picture."""
-    known = {inputs.eos_id: "EOS", inputs.image_pad_id: "picture"}
-    ids = batch["input_ids"][0].tolist()
-    return [known.get(i) or inputs.tokenizer.decode([i]).strip(" <|>\n") or "space" for i in ids]
+    """Name for `draw_masks`, of a long batch of one, EOS and the picture alone, this at its middle."""
+    pictures = (batch["input_ids"][0] == inputs.image_pad_id).nonzero()
+    names = {int(pictures.median()): f"picture x {len(pictures)}"}
+    names[int((batch["segment_ids"][0] == EOS).nonzero())] = "EOS"
+    return [names.get(i, "") for i in range(batch["input_ids"].shape[1])]
 
 
 def count_pairs(segment_ids: LongTensor) -> pd.DataFrame:
     """Count the pairs of tokens that each layout allows in a row (1, L): between A and B, and in all."""
     ids, table = segment_ids[0], {}
+    pairs = {"B looks at A": (B, A), "A looks at B": (A, B), "EOS looks at B": (EOS, B)}
     for layout in LAYOUTS:
         mask = dense_mask(layout, segment_ids)[0, 0]
-        table[layout] = {
-            "B looks at A": int(mask[ids == B][:, ids == A].sum()),
-            "A looks at B": int(mask[ids == A][:, ids == B].sum()),
-            "EOS looks at B": int(mask[ids == EOS][:, ids == B].sum()),
-            "share of all pairs": f"{mask.float().mean():.0%}",
-        }
+        counts = {name: int(mask[ids == q][:, ids == k].sum()) for name, (q, k) in pairs.items()}
+        table[layout] = {**counts, "share of all pairs": f"{mask.float().mean():.0%}"}
     return pd.DataFrame.from_dict(table, orient="index").rename_axis("layout")
 
 
@@ -102,33 +90,31 @@ def measure_moves(
 
     batch: of one; token: the id that the token at each of `places` becomes, one place at a time.
     """
-    text = language_model(model)
+
+    def run(ids: LongTensor) -> Tensor:
+        return hidden_states(model, {**batch, "input_ids": ids}, layout)[0]
+
+    text, ids = language_model(model), batch["input_ids"]
     layers = text.layers
     text.layers = layers[:depth]
     try:
-        before = hidden_states(model, batch, layout)[0]
-        moves = []
-        for place in places:
-            ids = batch["input_ids"].clone()
-            ids[0, place] = token
-            after = hidden_states(model, {**batch, "input_ids": ids}, layout)[0]
-            moves.append((after - before).abs().amax(-1).numpy())
+        before = run(ids)
+        moves = [run(ids.index_fill(1, torch.tensor(at), token)) - before for at in places]
     finally:
         text.layers = layers
-    return np.stack(moves)
+    return torch.stack(moves).abs().amax(-1).numpy()
 
 
 def tabulate_moves(
     moves: np.ndarray, segment_ids: LongTensor, places: Sequence[int]
 ) -> pd.DataFrame:
     """Tabulate the largest move of another token: a row a changed block, a column a block that moves."""
-    ids, moves = segment_ids[0].numpy(), moves.copy()
+    names, moves = np.array(SEGMENT_NAMES)[segment_ids[0]], moves.copy()
     moves[range(len(places)), places] = 0
-    changed = [f"{SEGMENT_NAMES[block]} changes" for block in ids[places]]
-    table = pd.DataFrame(moves, index=changed, columns=[SEGMENT_NAMES[block] for block in ids])
+    table = pd.DataFrame(moves, index=names[places], columns=names)
     table = table.groupby(level=0).max().T.groupby(level=0).max().T
-    blocks = [SEGMENT_NAMES[block] for block in (A, EOS, B)]
-    return table.reindex([f"{block} changes" for block in blocks], fill_value=0.0)[blocks]
+    table = table.reindex(["A", "EOS", "B"], fill_value=0.0)[["A", "EOS", "B"]]
+    return table.rename(index=lambda name: f"{name} changes")
 
 
 def count_blocks(lengths: Sequence[int], parts: Sequence[tuple[int, int]]) -> pd.DataFrame:
@@ -164,20 +150,20 @@ def explore_masks() -> HTML:
 
     It runs in the page, in Jupyter and without a kernel: the mask comes from `tabulate_layouts`.
     """
-    layout, n, layers = "eos_bridged", 4, 2
     options = "".join(
-        f"<option{' selected' * (each == layout)}>{each}</option>" for each in LAYOUTS
+        f"<option{' selected' * (layout == 'eos_bridged')}>{layout}</option>" for layout in LAYOUTS
     )
     menus = f'<label>layout <select data-name="layout">{options}</select></label> '
-    sliders = (("n_a", "tokens of A", n, 10), ("n_b", "tokens of B", n, 10))
-    for name, label, value, high in (*sliders, ("layers", "layers", layers, 6)):
+    sliders = {
+        "n_a": ("tokens of A", 4, 10),
+        "n_b": ("tokens of B", 4, 10),
+        "layers": ("layers", 2, 6),
+    }
+    for name, (label, value, high) in sliders.items():
         menus += (
             f'<label>{label} <input type="range" data-name="{name}" value="{value}" min="1" max="{high}">'
             f"<output>{value}</output></label> "
         )
-    ids = segments(n, n)[0]
-    after = count_layers(dense_mask(layout, ids[None])[0, 0], layers)[n + 1, 0]
-    first = f"<p>B1 does not look at A1, but knows it through EOS after {after} layers.</p>"
     data = {"rules": tabulate_layouts(), "colours": [LIGHT, COLOURS[0], COLOURS[1]]}
     data |= {"segments": {"A": A, "EOS": EOS, "B": B}}
-    return HTML(page("mask", menus, first, data))
+    return HTML(page("mask", menus, "<p>A script draws the grids here.</p>", data))

@@ -11,26 +11,24 @@ import base64
 import io
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-from IPython.display import display
 from PIL import Image
 
-from ..items import InputError, load_image
+from ..items import load_image
 
 SCRIPT = Path(__file__).with_name("explorer.js").read_text(encoding="utf-8")
 
 
-class Explorer:
+class Explorer(widgets.VBox):
     """Show `answer(**values of controls)`, which returns HTML; a page where there is no kernel.
 
     cases: control -> {label: value} to precompute for that page, all combinations of them; other
-    controls keep their first value. What fails is shown in `error`.
+    controls keep their first value. What fails is shown in `output`.
     """
 
     def __init__(
@@ -39,37 +37,27 @@ class Explorer:
         answer: Callable[..., str],
         cases: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        start = {name: control.value for name, control in controls.items()}
-        found = {}
+        start, found = {name: control.value for name, control in controls.items()}, {}
         for chosen in itertools.product(*(options.items() for options in cases.values())):
-            values = {name: value for name, (_, value) in zip(cases, chosen, strict=True)}
-            found["\t".join(label for label, _ in chosen)] = answer(**start | values)
+            labels, values = zip(*chosen, strict=True)
+            found["\t".join(labels)] = answer(**start | dict(zip(cases, values, strict=True)))
         self.controls, self.html = dict(controls), still(cases, found)
-        wide = widgets.Layout(width="auto", overflow="auto")
-        self.output, self.error = widgets.HTML(layout=wide), widgets.HTML(layout=wide)
+        self.output = widgets.HTML(layout={"overflow": "auto"})
 
         def update(**values: Any) -> None:
             try:
-                self.output.value, self.error.value = answer(**values), ""
+                self.output.value = answer(**values)
             except Exception as failure:  # whatever fails must be read here, not in a log
                 said = escape(str(failure) or type(failure).__name__)
-                self.error.value = f'<p role="alert"><b>Cannot show this:</b> {said}</p>'
-                self.output.value = ""
+                self.output.value = f'<p role="alert"><b>Cannot show this:</b> {said}</p>'
 
-        strays = widgets.interactive_output(update, self.controls)  # what a library prints
-        strays.layout = widgets.Layout(max_height="6em", overflow="auto")
-        for control in self.controls.values():
-            control.layout = widgets.Layout(width="300px")
-            if control.style.has_trait("description_width"):
-                control.style.description_width = "110px"
-        row = widgets.HBox(
-            list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap")
-        )
-        self.box = widgets.VBox([row, self.error, self.output, strays], layout=wide)
+        printed = widgets.interactive_output(update, self.controls)
+        row = widgets.HBox([*self.controls.values()], layout={"flex_flow": "row wrap"})
+        super().__init__([row, self.output, printed])
 
-    def _ipython_display_(self) -> None:
-        """Display the live panel; a page without a kernel takes the HTML of the same output."""
-        display({**self.box._repr_mimebundle_(), "text/html": self.html}, raw=True)
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """Give the live panel; a page without a kernel takes the HTML of the same output."""
+        return super()._repr_mimebundle_(**kwargs) | {"text/html": self.html}
 
 
 def still(cases: Mapping[str, Mapping[str, Any]], found: Mapping[str, str]) -> str:
@@ -106,19 +94,15 @@ def picture_uri(image: Image.Image) -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def img(image: Image.Image, alt: str, width: int = 112) -> str:
-    """Write a picture as an <img>, `width` pixels wide, its pixels kept where it is enlarged."""
-    look = "pixelated" if image.width <= width else "auto"
-    style = f"width:{width}px;max-width:100%;display:block;image-rendering:{look}"
+def img(picture: str | Path | Image.Image, alt: str, width: int = 112) -> str:
+    """Write a picture as an <img>, `width` pixels wide, its pixels kept where it is enlarged.
+
+    Raises InputError for an unreadable file.
+    """
+    image = load_image(picture)
+    image.thumbnail((width, image.height))
+    style = f"width:{width}px;max-width:100%;display:block;image-rendering:pixelated"
     return f'<img src="{picture_uri(image)}" alt="{escape(alt)}" style="{style}">'
-
-
-@lru_cache(maxsize=512)
-def thumbnail(path: str, alt: str, width: int) -> str:
-    """Write a picture file as a small <img>. Raises InputError for an unreadable file."""
-    image = load_image(path)
-    image.thumbnail((width, width))
-    return img(image, alt, width)
 
 
 def figure(html: str, caption: str) -> str:
@@ -131,17 +115,3 @@ def figure(html: str, caption: str) -> str:
 def ask_words() -> widgets.Text:
     """Make a field for a text of the user's own."""
     return widgets.Text(placeholder="your own text", description="or type", continuous_update=False)
-
-
-def ask_picture() -> widgets.FileUpload:
-    """Make a button that takes a picture of the user's own, for `read_upload`."""
-    return widgets.FileUpload(accept="image/*", description="or upload a picture")
-
-
-def read_upload(files: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """Open the picture of a FileUpload's value. Raises InputError that names the user's file."""
-    stream = io.BytesIO(files[0]["content"])
-    try:
-        return load_image(stream)
-    except InputError as error:
-        raise InputError(str(error).replace(str(stream), str(files[0]["name"]))) from None

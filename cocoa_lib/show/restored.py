@@ -38,18 +38,18 @@ def cells_image(pixels: Tensor, grid: Tensor, inputs: Inputs) -> Image.Image:
 
 def words_html(batch: Batch, predicted: Sequence[int], inputs: Inputs) -> str:
     """Write a text with its hidden tokens as restored: green if right, else crossed, then the truth."""
-    parts, right = [], 0
+    parts, right = "", 0
     for text, truth in restored_words(batch, predicted, inputs):
+        hit = text == truth
+        right += hit
         if truth is None:
-            parts.append(escape(text))
+            parts += escape(text)
             continue
-        right += (hit := text == truth)
-        line = f"border-bottom:3px solid {COLOURS[2] if hit else COLOURS[5]}"
-        was = "" if hit else f" <small>({escape(truth.strip() or truth)})</small>"
-        mark = "&#10003;" if hit else "&#10007;"
-        parts.append(f'<span style="{line}">{escape(text)}{mark}{was}</span>')
+        mark = "&#10003;" if hit else f"&#10007; <small>({escape(truth.strip() or truth)})</small>"
+        line = f"border-bottom:3px solid {COLOURS[2 if hit else 5]}"
+        parts += f'<span style="{line}">{escape(text)}{mark}</span>'
     return (
-        f'<p style="white-space:pre-wrap;max-width:200px;overflow-wrap:anywhere">{"".join(parts)}</p>'
+        f'<p style="white-space:pre-wrap;max-width:200px;overflow-wrap:anywhere">{parts}</p>'
         f"<p><b>{right} of {len(predicted)}</b> hidden tokens are right</p>"
     )
 
@@ -69,8 +69,7 @@ def measure_door(
     model), label (the picture), value, low, high: percent of the hidden tokens, 95 % bootstrap over rows.
     """
     draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
-    pictures = [three_pictures(rows, i) for i in range(len(rows))]
-    found = []
+    pictures, found = [three_pictures(rows, i) for i in range(len(rows))], []
     for name, model in models.items():
         for label in pictures[0]:
             counts = count_right(model, inputs, rows, [each[label] for each in pictures], **how)
@@ -81,32 +80,35 @@ def measure_door(
     return pd.DataFrame(found)
 
 
+def pictures_html(batch: Batch, patches: Mapping[str, Tensor], inputs: Inputs) -> str:
+    """Draw patches of the picture of a batch of one, each under its title."""
+    grid = batch["image_grid_thw"][0]
+    return "".join(
+        figure(img(cells_image(each, grid, inputs), title), title)
+        for title, each in patches.items()
+    )
+
+
 def compare_html(
     model, inputs: Inputs, row: Mapping[str, Any], pictures: Mapping[str, Any], **how: Any
 ) -> str:
     """Restore a row's text once with each picture and show the results side by side.
 
-    row: {text, image, target}; how: what `reconstruct` takes.
+    row: {text, image, target}; how: what `reconstruct` takes, with a layout of stage 2.
     """
-    parts = []
+    parts = ""
     for title, picture in pictures.items():
         batch, predicted, patches = reconstruct(model, inputs, {**row, "image": picture}, **how)
-        seen = ""
-        if "original" in patches:
-            seen = img(cells_image(patches["original"], batch["image_grid_thw"][0], inputs), title)
-        parts.append(figure(seen + words_html(batch, predicted, inputs), f"<b>{title}</b>"))
-    return wrap("".join(parts))
+        seen = pictures_html(batch, {title: patches["original"]}, inputs)
+        parts += f"<div>{seen}{words_html(batch, predicted, inputs)}</div>"
+    return wrap(parts)
 
 
 def restored_html(
     batch: Batch, predicted: Sequence[int], patches: Mapping[str, Tensor], inputs: Inputs
 ) -> str:
     """Show what `reconstruct` found: the picture as it is, as seen and as restored, then the text."""
-    pictures = (
-        figure(img(cells_image(each, batch["image_grid_thw"][0], inputs), title), title)
-        for title, each in patches.items()
-    )
-    return wrap("".join(pictures) + words_html(batch, predicted, inputs))
+    return wrap(pictures_html(batch, patches, inputs) + words_html(batch, predicted, inputs))
 
 
 def stage1_settings(
@@ -160,31 +162,23 @@ def summarise_stage1(found: Sequence[Restored], inputs: Inputs) -> str:
 
 
 def explore_restored(model, inputs: Inputs, rows: Sequence[dict[str, Any]], **how: Any) -> Explorer:
-    """Choose a text and how much of it to hide, or type one: see what comes back.
+    """Choose a text and how much of it to hide, or type one: see what comes back with three pictures.
 
-    rows: {text, image, target}. In stage 1's layout (the default) cells are hidden too and the picture
-    is restored; in stage 2's the text is restored with the right, a wrong and a grey picture.
+    rows: {text, image, target}; how: what `reconstruct` takes, with a layout of stage 2.
     """
-    stage1 = how.get("layout", "bidirectional") == "bidirectional"
-    samples = {f"{i + 1}: {row['target'][:40]}": i for i, row in enumerate(rows)}
-    rates = {"20 %": 0.2, "50 %": 0.5, "70 %": 0.7}
+    texts = [(f"{i + 1}: {row['target'][:40]}", i) for i, row in enumerate(rows)]
     controls = {
-        "text": widgets.Dropdown(options=list(samples.items()), description="text"),
+        "text": widgets.Dropdown(options=texts, description="text"),
         "hidden": widgets.FloatSlider(
-            value=0.2 if stage1 else 0.7,
-            max=1,
-            step=0.05,
-            description="words hidden",
-            continuous_update=False,
+            0.7, max=1, step=0.05, description="hidden", continuous_update=False
         ),
         "words": ask_words(),
     }
 
     def answer(text: int, hidden: float, words: str) -> str:
         row = {**rows[text], "target": words.strip() or rows[text]["target"]}
-        wanted = {**how, "text_rate": hidden}
-        if stage1:
-            return restored_html(*reconstruct(model, inputs, row, **wanted), inputs)
-        return compare_html(model, inputs, row, three_pictures(rows, text), **wanted)
+        pictures = three_pictures(rows, text)
+        return compare_html(model, inputs, row, pictures, **{**how, "text_rate": hidden})
 
-    return Explorer(controls, answer, {"text": dict(list(samples.items())[:4]), "hidden": rates})
+    rates = {"20 %": 0.2, "50 %": 0.5, "70 %": 0.7}
+    return Explorer(controls, answer, {"text": dict(texts[:4]), "hidden": rates})

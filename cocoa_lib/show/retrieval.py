@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,12 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import pandas as pd
-from PIL.Image import Image
 
-from ..data.tables import EvalItems, Task, list_items, load_eval
+from ..data.tables import Task, list_items, load_eval
 from ..embedder import CocoaEmbedder
-from ..items import PLACEHOLDER, item_images
+from ..items import PLACEHOLDER, item_images, load_image
 from .figures import COLOURS
-from .panel import Explorer, ask_picture, ask_words, img, read_upload, thumbnail, wrap
+from .panel import Explorer, ask_words, img, wrap
 
 Item = Mapping[str, Any]  # {"text": str, "image": path, PIL.Image, list of these or None}
 QUERY, RIGHT = "1px dashed grey", f"3px solid {COLOURS[2]}"
@@ -31,11 +30,8 @@ def words_of(item: Item, most: int = 160) -> str:
 
 
 def card(item: Item, title: str, border: str = "1px solid #ccc") -> str:
-    """Show an item: title, its pictures, its text."""
-    images = "".join(
-        img(image, title, 100) if isinstance(image, Image) else thumbnail(str(image), title, 100)
-        for image in item_images(dict(item))
-    )
+    """Show an item: title, its pictures, its text. Raises InputError for an unreadable picture."""
+    images = "".join(img(image, title, 100) for image in item_images(dict(item)))
     return f'<div style="{CARD}{border}"><b>{title}</b>{images}<div>{escape(words_of(item))}</div></div>'
 
 
@@ -62,28 +58,26 @@ def ranked_html(
 ) -> str:
     """Show a query and its `k` best candidates; the right one is marked, and added if it ranks lower.
 
-    scores: one a candidate; right: index of the right one, if known. A tie counts against it. Raises
-    InputError for an unreadable picture.
+    scores: one a candidate; right: index of the right one, if known. A tie counts against it.
     """
-    order = sorted(range(len(candidates)), key=lambda i: (-float(scores[i]), i == right))
-    cards = [card(query, "query", QUERY)]
+    order = sorted(range(len(candidates)), key=lambda i: (-scores[i], i == right))
+    cards, found = [card(query, "query", QUERY)], ""
     for place, i in enumerate(order, start=1):
-        title = f"{place}. {float(scores[i]):.2f}"
+        title = f"{place}. {scores[i]:.2f}"
         if i == right:
             cards.append(card(candidates[i], f"{title} &#10003; right", RIGHT))
+            found = f"<p>The right one ranks <b>{place}</b> of {len(candidates)}.</p>"
         elif place <= k:
             cards.append(card(candidates[i], title))
-    if right is None:
-        return wrap("".join(cards))
-    place = order.index(right) + 1
-    found = f"<p>The right one ranks <b>{place}</b> of {len(candidates)}.</p>"
     return wrap("".join(cards)) + found
 
 
-def read_task(data: Path, task: Task, n: int) -> EvalItems:
-    """Read the first `n` queries of a task and all their candidates, each distinct one once."""
+def read_task(data: Path, task: Task, n: int) -> tuple[list[Item], list[Item], list[np.ndarray]]:
+    """Read the first `n` queries of a task: queries, distinct candidates, and of each query which."""
     rows = load_eval(data, task.name)
-    return list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
+    found = list_items(rows, np.arange(min(n, len(rows))), task.name, data / "images")
+    n_queries = len(found.queries)
+    return found.items[:n_queries], found.items[n_queries:], found.candidates
 
 
 def list_collection(
@@ -93,13 +87,11 @@ def list_collection(
 
     At most `n` items: the right ones of the queries first, then others.
     """
-    found = read_task(data, task, min(n, 20))
-    own = [index[0] for index in found.candidates]
-    others = (i for index in found.candidates for i in index[1:])
-    chosen = list(dict.fromkeys([*own, *others]))[:n]
-    n_queries = len(found.queries)
-    queries = [(found.items[i], chosen.index(own[i])) for i in range(n_queries)]
-    return queries, [found.items[n_queries + i] for i in chosen]
+    queries, items, index = read_task(data, task, min(n, 20))
+    own = [each[0] for each in index]
+    chosen = list(dict.fromkeys([*own, *np.concatenate(index)]))[:n]
+    right = [chosen.index(i) for i in own]
+    return list(zip(queries, right, strict=True)), [items[i] for i in chosen]
 
 
 def find_confusions(
@@ -111,19 +103,39 @@ def find_confusions(
     and the queries that go wrong: (query, candidates, scores), the right candidate first.
     """
     task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
-    found = read_task(data, task, 200)
-    vectors, n_queries = embedder.encode(found.items), len(found.queries)
-    items, pairs, wrong = found.items[n_queries:], [], []
+    queries, items, index = read_task(data, task, 200)
+    asked, vectors, pairs, wrong = embedder.encode(queries), embedder.encode(items), [], []
     names = [words_of(item, 24) or f"picture {i + 1}" for i, item in enumerate(items)]
-    for i, index in enumerate(found.candidates):
-        scores = vectors[n_queries + index] @ vectors[i]
-        pairs.append((names[index[0]], names[index[scores.argmax()]]))
+    for query, vector, chosen in zip(queries, asked, index, strict=True):
+        scores = vectors[chosen] @ vector
+        pairs.append((names[chosen[0]], names[chosen[scores.argmax()]]))
         if scores.argmax():
-            wrong.append((found.items[i], [items[j] for j in index], scores))
+            wrong.append((query, [items[i] for i in chosen], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
     frequent = table["truth"].value_counts().index[:8].rename("truth")
     table = pd.crosstab(table["truth"], table["choice"]).loc[frequent]
     return task, table.reindex(columns=frequent.rename("choice"), fill_value=0), wrong
+
+
+def ask_item(items: Sequence[Item]) -> dict[str, widgets.Widget]:
+    """Make controls that choose one of `items`, or make one: query, words, upload, for `own_item`."""
+    names = [f"{i + 1}: {words_of(item, 36) or 'a picture'}" for i, item in enumerate(items)]
+    return {
+        "query": widgets.Dropdown(
+            options=[(name, i) for i, name in enumerate(names)], description="query"
+        ),
+        "words": ask_words(),
+        "upload": widgets.FileUpload(accept="image/*", description="or upload"),
+    }
+
+
+def own_item(words: str, upload: Sequence[Mapping[str, Any]]) -> Item | None:
+    """Make an item of the values of `ask_item`: what is typed and uploaded; None where nothing is.
+
+    Raises InputError for an unreadable picture.
+    """
+    image = load_image(io.BytesIO(upload[0]["content"])) if upload else None
+    return {"text": words.strip(), "image": image} if words.strip() or image else None
 
 
 def explore_retrieval(
@@ -137,24 +149,12 @@ def explore_retrieval(
     item or None). The items are encoded once, here.
     """
     vectors = encode([dict(item) for item in items])
-    labels = {
-        f"{i + 1}: {words_of(query, 36) or 'a picture'}": i for i, (query, _) in enumerate(queries)
-    }
-    controls = {
-        "query": widgets.Dropdown(options=list(labels.items()), description="query"),
-        "words": ask_words(),
-        "upload": ask_picture(),
-        "k": widgets.IntSlider(5, 1, 10, description="show", continuous_update=False),
-    }
-
-    @lru_cache(maxsize=64)
-    def score(i: int) -> np.ndarray:
-        return vectors @ encode([dict(queries[i][0])])[0]
+    controls = ask_item([query for query, _ in queries])
+    controls["k"] = widgets.IntSlider(5, 1, 10, description="show", continuous_update=False)
 
     def answer(query: int, words: str, upload: Sequence, k: int) -> str:
-        if not upload and not words.strip():
-            return ranked_html(queries[query][0], items, score(query), right=queries[query][1], k=k)
-        own = {"text": words.strip(), "image": read_upload(upload) if upload else None}
-        return ranked_html(own, items, vectors @ encode([own])[0], k=k)
+        own = own_item(words, upload)
+        item, right = (own, None) if own else queries[query]
+        return ranked_html(item, items, vectors @ encode([dict(item)])[0], right=right, k=k)
 
-    return Explorer(controls, answer, {"query": dict(list(labels.items())[:8])})
+    return Explorer(controls, answer, {"query": dict(controls["query"].options[:8])})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
-from itertools import chain, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -56,28 +55,24 @@ def score_floors(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
 
 def list_examples(data: Path, task: Task, n: int = 1) -> Iterator[tuple[Item, list[Item]]]:
     """Read the first `n` queries of a task: (query, candidates), the right one first."""
-    found = read_task(data, task, n)
-    candidates = found.items[len(found.queries) :]
-    for query, index in zip(found.items, found.candidates, strict=False):
-        yield query, [candidates[i] for i in index]
+    queries, items, index = read_task(data, task, n)
+    for query, chosen in zip(queries, index, strict=True):
+        yield query, [items[i] for i in chosen]
 
 
 def tabulate_tasks(data: Path, tasks: Sequence[Task]) -> pd.DataFrame:
     """Tabulate tasks: name, meta-task, distribution, queries, candidates, the first query, its answer."""
-    rows = []
+    rows = {}
     for task in tasks:
         query, candidates = next(list_examples(data, task))
         said = [
             ("a picture, " * bool(item["image"]) + words_of(item, 60)).strip(", ")
             for item in (query, candidates[0])
         ]
-        distribution, n = (
-            "in" if task.in_distribution else "out of",
-            len(load_eval(data, task.name)),
-        )
-        rows.append([task.name, task.meta_task, distribution, n, len(candidates), *said])
-    columns = ["meta-task", "distribution", "queries", "candidates", "first query", "its answer"]
-    return pd.DataFrame(rows, columns=["task", *columns]).set_index("task")
+        known, n = "in" if task.in_distribution else "out of", len(load_eval(data, task.name))
+        rows[task.name] = [task.meta_task, known, n, len(candidates), *said]
+    names = ["meta-task", "distribution", "queries", "candidates", "first query", "its answer"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis("task")
 
 
 def list_pairs(data: Path, n: int = 6) -> list[tuple[Item, Item]]:
@@ -91,18 +86,18 @@ def list_restorable(data: Path, n: int) -> list[dict[str, Any]]:
 
     Held-out captions where the data have a corpus, else training pairs, which the model has seen.
     """
-    if (data / "corpus" / "heldout.parquet").is_file():
-        return corpus.captions(data, "heldout")[:n]
-    rows = chain.from_iterable(corpus.text_pairs(data, with_picture=True).values())
-    return list(islice(rows, n))
+    return corpus.captions(data, _find_split(data))[:n]
 
 
 def list_questions(data: Path, n: int) -> list[dict[str, Any]]:
-    """Read up to `n` questions on pictures: {text, image, target}; of the tasks where there is no corpus."""
-    if (data / "corpus" / "heldout.parquet").is_file():
-        return corpus.questions(data, "heldout")[:n] or corpus.captions(data, "heldout")[:n]
-    rows = chain.from_iterable(corpus.text_pairs(data, with_picture=True).values())
-    return list(islice((row for row in rows if row["text"]), n))
+    """Read up to `n` questions on pictures: {text, image, target}; texts to restore where are none."""
+    split = _find_split(data)
+    asked = corpus.questions(data, split)[:n] if split == "heldout" else []
+    return asked or list_restorable(data, n)
+
+
+def _find_split(data: Path) -> str:
+    return "heldout" if (data / "corpus" / "heldout.parquet").is_file() else "train"
 
 
 def show_source(*things: Any) -> Markdown:
@@ -130,11 +125,10 @@ def answers_html(rows: Sequence[Item], answers: Sequence[str]) -> str:
 def probe_stages(folders: Mapping[str, str | Path], data: Path) -> pd.DataFrame:
     """Probe several checkpoints on the built-in world: columns task, label, value, low, high, n."""
     found = {label: probe(open_embedder(folder), data) for label, folder in folders.items()}
-    table = pd.concat(found, names=["label", "row"]).reset_index("label").dropna(subset="low")
+    table = pd.concat(found, names=["label"]).reset_index("label").dropna(subset="low")
     table = table.rename(columns={"measure": "task"})
-    always = table[table["label"] == table["label"].iloc[-1]]
-    always = always.assign(value=always["majority"], low=None, high=None, label="always the same")
-    return pd.concat([table, always])
+    always = table[table["label"] == [*folders][-1]].drop(columns=["low", "high"])
+    return pd.concat([table, always.assign(value=always["majority"], label="always the same")])
 
 
 def list_queries(data: Path, tasks: Sequence[Task], n: int) -> tuple[list[Item], list[str]]:
@@ -150,7 +144,8 @@ def project(vectors: np.ndarray) -> np.ndarray:
 
 def add_chance(first: pd.DataFrame, label: str) -> pd.DataFrame:
     """Add chance to P@1 by task (`score_tasks`), for `draw_scores`: task, label, value, low, high."""
-    chance = first.assign(label="chance", value=100 / first["n_candidates"], low=None, high=None)
+    chance = first.drop(columns=["low", "high"])
+    chance = chance.assign(label="chance", value=100 / first["n_candidates"])
     return pd.concat([first.assign(label=label), chance])
 
 

@@ -43,7 +43,7 @@ MUTATIONS = (
     Mutation("the Flex mask turned round", "attention", "create_block_mask(may_attend,",
              "create_block_mask(lambda b, h, q, k: may_attend(b, h, k, q),",
              "test_attention.py::test_flex_mask_is_the_dense_mask"),
-    Mutation("all can know all at once", "show/masks", "step = (mask | eye).float()", "step = torch.ones_like(mask).float()",
+    Mutation("all can know all at once", "show/masks", "unweighted=True) <= layers)", "unweighted=True) >= 0)",
              "test_attention.py::test_reachability_a_and_b_meet_only_through_eos"),
     # inputs
     Mutation("no EOS", "inputs", "middle = [self.eos_id] if eos or ids_b is not None else []", "middle = []",
