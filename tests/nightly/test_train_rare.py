@@ -29,12 +29,12 @@ from cocoa_lib.corruption import stage1_batch
 from cocoa_lib.data import corpus
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.items import InputError
+from cocoa_lib.kernels import join_processes
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction, load_decoder
 from cocoa_lib.run import stage as stage_module
 from cocoa_lib.run import trainers
 from cocoa_lib.run.resume import TrainingError
-from cocoa_lib.run.sharding import join_processes
 from cocoa_lib.run.trainers import training_arguments
 from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta
 
