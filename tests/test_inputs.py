@@ -15,7 +15,6 @@ from PIL import Image
 from cocoa_lib.attention import EOS, PAD, A, B
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import VISION, InputError, image_size, load_image, split_prompt
-from cocoa_lib.positions import position_ids
 
 
 def build_prompt(text: str, n_images: int, eos_token: str) -> str:
@@ -150,39 +149,6 @@ def test_images_that_cannot_fit_are_a_clear_error(small, picture):
     tight = Inputs(inputs.tokenizer, inputs.image_processor, max_length=12)
     with pytest.raises(InputError, match="item 1 of the batch: .* need 18 tokens.*max_length=12"):
         tight.collate([{"text": "a"}, {"text": "a", "image": picture()}])
-
-
-# --- rotary positions ----------------------------------------------------------------------------
-
-
-def native_positions(model, batch):
-    """What transformers computes by itself from 2-D inputs of one unpadded row."""
-    names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-    given = {name: batch.get(name) for name in names}
-    return model.model.compute_3d_position_ids(inputs_embeds=None, **given)
-
-
-@pytest.mark.parametrize("kind", ["text", "image", "both", "two"])
-def test_rotary_positions_are_transformers_own(small, picture, kind):
-    model, inputs = small
-    item = {
-        "text": {"text": "a cat", "image": None},
-        "image": {"text": "", "image": picture(48, 64)},
-        "both": {"text": "a cat", "image": picture()},
-        "two": {"text": "from <|image_1|> to <|image_2|>", "image": [picture(), picture(32, 48)]},
-    }[kind]
-    alone = inputs.collate([item])
-    expected = native_positions(model, alone)
-    if kind == "text":
-        expected = torch.arange(alone["input_ids"].shape[1]).expand(3, 1, -1)
-    assert torch.equal(position_ids(model, alone), expected)
-    assert (len(expected.unique(dim=0)) > 1) == (kind != "text"), "height and width differ"
-    for side in ("left", "right"):
-        inputs.padding_side = side
-        padded = inputs.collate([item, {"text": "a much longer text " * 4, "image": picture()}])
-        real = padded["attention_mask"][0].bool()
-        assert torch.equal(position_ids(model, padded)[:, 0, real], expected[:, 0])
-    inputs.padding_side = "right"
 
 
 # --- pictures as people have them ----------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""What must not get in: code out of files, paths out of their folder, markup out of a user's words, a server for all."""
+"""What must not get in: code out of files, markup out of a user's words, a server for all."""
 
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 import subprocess
 import tomllib
@@ -12,7 +11,6 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import transformers.trainer
 from bs4 import BeautifulSoup
 from PIL import Image
 
@@ -82,20 +80,13 @@ def test_the_scan_finds(source):
     assert find_dangers(fine) == [] and len(SOURCES) > 20 and len(NOTEBOOKS) == 6
 
 
-def test_bandits_rules_are_on_and_the_snakefile_quotes_what_a_user_gives():
-    lint = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"][
-        "lint"
-    ]
+def test_bandits_rules_are_on_and_jupyterlab_listens_on_this_machine_only():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lint = project["tool"]["ruff"]["lint"]
     assert "S" in lint["select"] and set(lint["ignore"]) == {"S105", "S106"}
-    text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    assert "shlex.join(run.arguments())" in text and "shlex.join(MAIN.parameters())" in text
-
-
-def test_a_resumed_runs_state_is_read_without_code():
-    """Optimiser and random state go through the Trainer's own torch.load, in the installed version of it."""
-    source = inspect.getsource(transformers.trainer)
-    assert source.count("torch.load(") >= 3
-    assert not [found for found in find_dangers(source) if "torch.load" in found]
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlab:")[1].split("\n\n")[0]
+    assert "--ip=127.0.0.1" in recipe
+    assert not re.search(r"token|password|allow_origin|disable_check", recipe)
 
 
 # --- pictures ------------------------------------------------------------
@@ -161,20 +152,3 @@ def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     found = measure_attention(model, inputs, {"text": "a b", "image": picture()})
     monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
     assert_harmless(attention_html(found, inputs, layer=1, head=0, direction="from_eos"))
-
-
-# --- the server ----------------------------------------------------------------------------------------------------------
-
-
-def test_jupyterlab_listens_on_this_machine_only_and_keeps_its_token(monkeypatch):
-    from jupyter_server.auth.identity import PasswordIdentityProvider
-
-    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlab:")[1].split("\n\n")[0]
-    assert "--ip=127.0.0.1" in recipe and not re.search(
-        r"token|password|allow_origin|disable_check", recipe
-    )
-    monkeypatch.delenv("JUPYTER_TOKEN", raising=False)
-    tokens = {PasswordIdentityProvider().token for _ in range(2)}
-    assert len(tokens) == 2 and all(len(token) >= 32 for token in tokens), (
-        "drawn anew, unless the user sets one"
-    )
