@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -78,3 +80,39 @@ def stop_at(monkeypatch, step, how):
         return original(self, loss)
 
     monkeypatch.setattr(PlainTrainer, "check_loss", checked)
+
+
+def fork_server():
+    """Child processes from one that has imported the library once, and nothing of this one's state."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cocoa_lib.run"])
+    return context
+
+
+def _member(rank, port, n, work, home, out):
+    """One of `n` processes; what it raises is its last word in OUT/error-RANK."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    try:
+        work(rank, home, out)
+    except BaseException as error:
+        (out / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def together(work, home, out, n=2):
+    """Run `work` in `n` gloo processes of one run; exit codes in order of rank."""
+    context = fork_server()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [(rank, port, n, work, home, out) for rank in range(n)]
+    children = [context.Process(target=_member, args=each) for each in words]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.exitcode is None:
+            child.kill()
+    return [child.exitcode for child in children]

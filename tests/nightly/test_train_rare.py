@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 from functools import partial
 
 import numpy as np
@@ -19,7 +17,8 @@ from packaging.version import Version
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, weights
+from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, together, weights
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from cocoa_lib import corruption
@@ -197,8 +196,6 @@ def test_a_full_disk_is_said_whoever_writes_and_the_same_command_goes_on(
     assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
 
 
-
-
 def pairs(home):
     rows, _ = corpus.pairs(home / "world")
     return [rows[i] for i in (0, 20, 40, 63, 8, 30, 50, 16)]
@@ -233,12 +230,12 @@ def reconstruction_gradients(home, mine, wrap):
     folder = home / "causal"
     inputs = load_inputs(folder, read_meta(folder))
     torch.manual_seed(0)
-    module = Reconstruction(
-        open_backbone(folder, bidirectional=True), layout="bidirectional", image_weight=0.5
+    model, recipe = (
+        open_backbone(folder, bidirectional=True),
+        make_recipe("stage1", {"preset": "figure"}),
     )
-    batch = stage1_batch(
-        captions(home)[mine], inputs, make_recipe("stage1", {"preset": "figure"}), seed=0
-    )
+    module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
+    batch = stage1_batch(captions(home)[mine], inputs, recipe, seed=0)
     wrapped = wrap(module.train())
     out = wrapped(**batch)
     out["loss"].backward()
@@ -246,17 +243,12 @@ def reconstruction_gradients(home, mine, wrap):
     return losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def one_of_two(rank, port, home, out):
-    """A process of two: gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    torch.set_num_threads(1)
+def one_of_two(rank, home, out):
+    """Gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
     assert join_processes().num_processes == 2
     sent = []
 
     def count(state, bucket):
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
         sent.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
@@ -266,19 +258,15 @@ def one_of_two(rank, port, home, out):
         return wrapped
 
     mine, results = slice(4 * rank, 4 * rank + 4), {}
-    for name, gradients in (
-        ("stage3", contrastive_gradients),
-        ("stage1", reconstruction_gradients),
-    ):
+    kinds = {"stage3": contrastive_gradients, "stage1": reconstruction_gradients}
+    for name, gradients in kinds.items():
         sent.clear()
         results[name] = (*gradients(home, mine, wrap), list(sent))
     torch.save(results, out / f"gradients-{rank}.pt")
     go(home, "stage3", out / "stage3")
     with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            stop_at(
-                patch, 3, signal.SIGTERM
-            )  # reaches one process only: both must stop at the same step
+        if rank == 0:  # the signal reaches one process only: both must stop at the same step
+            stop_at(patch, 3, signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
             go(home, "stage3", out / "resumed")
     files = {path.name for path in (out / ".resumed.work" / "checkpoint-3").iterdir()}
@@ -287,34 +275,12 @@ def one_of_two(rank, port, home, out):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Child processes from one that has imported the library once, and nothing of this one's state."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cocoa_lib.run"])
-    return context
-
-
-@pytest.fixture(scope="module")
-def two(home, processes, tmp_path_factory):
-    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3, resumed."""
+def two(home, tmp_path_factory):
+    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage3, resumed."""
     if Version(transformers.__version__) < Version("5.20"):
-        pytest.skip(
-            "transformers before 5.20 cannot resume on two CPU processes (it asks torch for a device cpu:0)"
-        )
+        pytest.skip("transformers before 5.20 cannot resume on two CPU processes")
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [
-        processes.Process(target=one_of_two, args=(rank, port, home, out)) for rank in (0, 1)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        if child.exitcode is None:
-            child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+    assert together(one_of_two, home, out) == [0, 0]
     return out
 
 
@@ -329,9 +295,8 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(home, two, stage):
         losses, whole = reconstruction_gradients(home, slice(None), lambda module: module)
         for name, value in losses.items():
             assert np.isclose(np.mean([rank[0][name] for rank in ranks]), value, rtol=1e-5), name
-        assert (
-            ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"] and ranks[1][0]["image_loss"] == 0
-        )
+        assert ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"]
+        assert ranks[1][0]["image_loss"] == 0
     for _, gradients, _ in ranks:
         assert gradients.keys() == whole.keys()
         for name, gradient in whole.items():
@@ -353,7 +318,6 @@ def test_two_processes_stop_together_and_go_on(two):
 def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
     folder = shutil.copytree(home / "causal", tmp_path / "raw")
     (folder / "cocoa.json").unlink()
-    out = go(
-        home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder
-    )
+    recipe = tiny("stage1", steps=1, max_length=8192)
+    out = go(home, "stage1", tmp_path / "out", recipe, parent=folder)
     assert read_meta(out)["max_length"] == 8192
