@@ -108,11 +108,8 @@ def test_reachability_a_and_b_meet_only_through_eos():
 
 
 def stage2_batch(inputs: Inputs, picture, seed=0):
-    items = [
-        {"text": "a large red circle", "image": picture(seed=seed)},
-        {"text": "a small blue 7"},
-    ]
-    return inputs.collate(items, ["a red circle", "a blue 7"])
+    both = {"text": "a large red circle", "image": picture(seed=seed)}
+    return inputs.collate([both, {"text": "a small blue 7"}], ["a red circle", "a blue 7"])
 
 
 @pytest.fixture(scope="module", params=["sdpa", "eager"])

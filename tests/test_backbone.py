@@ -393,11 +393,8 @@ def test_positions_are_transformers_own(family, picture, side, pictures):
 def test_patches_are_multiplied_as_they_are_convolved(family):
     """The patch embedding is a matrix product: values and gradients of transformers' convolution."""
     _, folder, _ = family
-    models = (
-        AutoModelForImageTextToText.from_pretrained(folder),
-        open_backbone(folder, bidirectional=True),
-    )
-    plain, opened = (model.model.visual.patch_embed for model in models)
+    plain = AutoModelForImageTextToText.from_pretrained(folder).model.visual.patch_embed
+    opened = open_backbone(folder, bidirectional=True).model.visual.patch_embed
     assert type(plain.proj) is torch.nn.Conv3d and type(opened.proj) is kernels.PatchProduct
     assert plain.state_dict().keys() == opened.state_dict().keys()
     patches = torch.randn(12, plain.proj.weight[0].numel())

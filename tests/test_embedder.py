@@ -21,6 +21,7 @@ from cocoa_lib.embedder import CocoaEmbedder, mteb_model, sentence_transformer
 from cocoa_lib.evaluate.score import rank
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
+from cocoa_lib.run.stage import check_parent
 from cocoa_lib.store.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -116,19 +117,31 @@ def test_the_fingerprint_tells_apart_what_gives_other_vectors(small, embedder, t
     other, seen = copy.copy(model), []
     other.config = copy.deepcopy(model.config)
     other.config.text_config.rms_norm_eps = 0.5
-    for name, layout, saved, used in (
-        ("one", "bidirectional", model, inputs),
-        ("two", "causal", model, inputs),
-        ("three", "bidirectional", model, shrunk),
-        ("four", "bidirectional", other, inputs),
-    ):
-        save_checkpoint(tmp_path / name, saved, used, META | {"layout": layout})
-        seen.append(CocoaEmbedder.load(tmp_path / name).fingerprint)
+    both, causal = META, META | {"layout": "causal"}
+    kinds = [(model, inputs, both), (model, inputs, causal), (model, shrunk, both)]
+    for i, kind in enumerate([*kinds, (other, inputs, both)]):
+        save_checkpoint(tmp_path / str(i), *kind)
+        seen.append(CocoaEmbedder.load(tmp_path / str(i)).fingerprint)
     assert len(set(seen)) == 4
-    assert CocoaEmbedder.load(tmp_path / "one").fingerprint == seen[0]
+    assert CocoaEmbedder.load(tmp_path / "0").fingerprint == seen[0]
 
 
 FILES = "cocoa config preprocessor_config tokenizer tokenizer_config"
+
+
+def test_altered_or_missing_weights_are_noticed(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert read_meta(copy, check=False)["stage"] == "stage3"
+    for use in (read_meta, CocoaEmbedder.load, lambda copy: check_parent("stage1", copy, True)):
+        with pytest.raises(CheckpointError, match="the weights do not match cocoa.json"):
+            use(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no .safetensors file"):
+        read_meta(copy)
 
 
 @pytest.mark.parametrize("name", [f"{file}.json" for file in FILES.split()])

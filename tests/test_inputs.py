@@ -19,10 +19,8 @@ from cocoa_lib.items import VISION, InputError, image_size, load_image, split_pr
 
 def build_prompt(text: str, n_images: int, eos_token: str) -> str:
     """The prompt as a string, one `<|image_pad|>` a picture."""
-    return (
-        "".join(VISION if piece is None else piece for piece in split_prompt(text, n_images))
-        + eos_token
-    )
+    pieces = (VISION if piece is None else piece for piece in split_prompt(text, n_images))
+    return "".join(pieces) + eos_token
 
 
 @pytest.mark.parametrize(
@@ -31,11 +29,7 @@ def build_prompt(text: str, n_images: int, eos_token: str) -> str:
         ("a cat", 0, "a cat<|im_end|>"),
         ("", 1, "<|vision_start|><|image_pad|><|vision_end|><|im_end|>"),
         ("a cat", 1, "<|vision_start|><|image_pad|><|vision_end|>a cat<|im_end|>"),
-        (
-            "<|image_1|>\nWhich digit?",
-            1,
-            "<|vision_start|><|image_pad|><|vision_end|>\nWhich digit?<|im_end|>",
-        ),
+        ("<|image_1|>\nWhich digit?", 1, f"{VISION}\nWhich digit?<|im_end|>"),
         ("from <|image_1|> to <|image_2|>", 2, f"from {VISION} to {VISION}<|im_end|>"),
         (f"{VISION}kept as written", 1, f"{VISION}kept as written<|im_end|>"),
         ("<|image_1|>mark without a picture", 0, "mark without a picture<|im_end|>"),
@@ -168,9 +162,7 @@ def test_whole_and_floating_point_pixels():
         load_image(Image.new("F", (4, 4), 0.5))
 
 
-def test_a_large_picture_is_shrunk_to_a_number_of_tokens_and_a_checkpoint_keeps_that(
-    qwen, picture, tmp_path
-):
+def test_a_large_picture_is_shrunk_and_a_checkpoint_keeps_that(qwen, picture, tmp_path):
     item = {"text": "x", "image": picture(1000, 4000)}
     with pytest.raises(InputError, match="raise max_length or lower image_tokens"):
         replace(qwen, max_length=4000).collate([item])

@@ -25,30 +25,19 @@ SHAPES = st.lists(SHAPE, min_size=1, max_size=9)
 def padded(shapes):
     """(tokens in A, in B, padding left?, picture?) a sample -> a batch of distinct tokens."""
     length = max(a + b + 1 for a, b, *_ in shapes)
-    rows = [
-        segments(a, b, **{"pad_left" if left else "pad_right": length - a - b - 1})
-        for a, b, left, _ in shapes
-    ]
+    sides = ("pad_right", "pad_left")
+    rows = [segments(a, b, **{sides[left]: length - a - b - 1}) for a, b, left, _ in shapes]
     segment_ids = torch.cat(rows)
     real = segment_ids != PAD
     ids = torch.arange(1, real.numel() + 1).reshape(real.shape) * real
     images = torch.tensor([int(image) for *_, image in shapes])
     pixels = (segment_ids == A) & (images[:, None] == 1)
-    batch = {
-        "input_ids": ids,
-        "segment_ids": segment_ids,
-        "attention_mask": real.long(),
-        "labels": ids * 2,
-        "mm_token_type_ids": pixels.long(),
-    }
+    batch = {"input_ids": ids, "segment_ids": segment_ids, "attention_mask": real.long()}
+    batch |= {"labels": ids * 2, "mm_token_type_ids": pixels.long()}
     if images.any():
         grids = torch.tensor([[1, 1, a] for a, *_, image in shapes if image])
-        batch |= {
-            "pixel_values": ids[pixels][:, None],
-            "image_grid_thw": grids,
-            "num_images_per_sample": images,
-            "hidden_cells": ids[pixels] % 2 == 0,
-        }
+        batch |= {"pixel_values": ids[pixels][:, None], "image_grid_thw": grids}
+        batch |= {"num_images_per_sample": images, "hidden_cells": ids[pixels] % 2 == 0}
     return batch, torch.stack([ids * 3, ids * 5, ids * 7])
 
 

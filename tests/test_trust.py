@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from cocoa_lib.show.eos_attention import attention_html, measure_attention
 from cocoa_lib.show.restored import restored_html
 from cocoa_lib.show.retrieval import candidates_html, pairs_html, ranked_html
 from cocoa_lib.show.samples import answers_html
+from cocoa_lib.store import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(
@@ -152,3 +156,18 @@ def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     found = measure_attention(model, inputs, {"text": "a b", "image": picture()})
     monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
     assert_harmless(attention_html(found, inputs, layer=1, head=0, direction="from_eos"))
+
+
+# --- provenance ------------------------------------------------------------
+
+
+def test_a_results_commit_is_this_packages_own_and_not_that_of_a_repository_around_it(tmp_path):
+    shutil.copytree(ROOT / "cocoa_lib", tmp_path / ".venv/lib/cocoa_lib")
+    (tmp_path / ".gitignore").write_text(".venv\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    code = "from cocoa_lib.store.checkpoint import provenance; print(provenance()['commit'])"
+    how = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path / ".venv/lib")}}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **how)
+    assert done.stdout.strip() == "unknown" and checkpoint.provenance()["commit"] != "unknown"

@@ -63,12 +63,8 @@ def test_there_are_some_hundred_nouns_with_drawings():
 
 def test_the_vocabulary_names_only_emoji_that_exist():
     groups = read_vocabulary()["groups"]
-    every = {
-        read_name(char)
-        for kinds in groups.values()
-        for line in kinds.values()
-        for char in line.split(" ")
-    }
+    lines = [line for kinds in groups.values() for line in kinds.values()]
+    every = {read_name(char) for line in lines for char in line.split(" ")}
     excluded = read_names("not_things") | read_names("not_told_by_eye")
     assert excluded <= every
     assert not excluded & set(load_concepts())
@@ -296,13 +292,8 @@ def test_early_pairs_show_the_first_concepts_only():
     for place, share in ((0, 0.25), (499, 0.25), (1999, 0.5), (7999, 0.75)):
         known = set(paired_names(share))
         for name in SUBSETS:
-            sides = [
-                side
-                for i in range(10)
-                for part in [make(name, "train", i, place)]
-                for side in (*part[:2], *part[2])
-            ]
-            assert {one for one, _ in shown(sides)} <= known
+            for query, right, wrong in (make(name, "train", i, place) for i in range(10)):
+                assert {one for one, _ in shown([query, right, *wrong])} <= known
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,8 @@ def test_the_memory_is_the_measured_peak_of_a_small_step(small, values):
     """Stage 1, 8 million parameters, 4 items: within 15 %. On a CPU: what a GPU's allocator leaves in gaps is not in it."""
     values = values | {"batch_size": 4, "text_mask_rate": 12 / TEXT}
     area = (SIDE * 14) ** 2
-    needs = estimate.estimate(
-        small["2B"],
-        "stage1",
-        make_recipe("stage1", values),
-        Data(text=TEXT, pixels=area, largest=area),
-    )
+    recipe, data = make_recipe("stage1", values), Data(text=TEXT, pixels=area, largest=area)
+    needs = estimate.estimate(small["2B"], "stage1", recipe, data)
     assert needs["memory"] == pytest.approx(
         peaks(prepared, small["2B"], values, 4, n=1)[0], rel=0.15
     )

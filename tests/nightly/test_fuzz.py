@@ -167,17 +167,8 @@ def test_items(small, item):
 
 # --- texts: profiles, arms, recipes, a user's table, the note of a checkpoint -------------------
 
-ODD = [
-    "stage1: [1]",
-    "stage1: {1: 2}",
-    "stage3: x",
-    "seeds: ]",
-    "? [a]: b",
-    "a: &x [*x]",
-    "\tx",
-    "- 1",
-]
-ODD += ["!!python/object:os.system x", "stage1: {steps: 2004-13-45}", "[" * 5000]
+ODD = ["stage1: [1]", "stage1: {1: 2}", "stage3: x", "seeds: ]", "? [a]: b", "a: &x [*x]", "- 1"]
+ODD += ["\tx", "!!python/object:os.system x", "stage1: {steps: 2004-13-45}", "[" * 5000]
 ODD += ["image,text\n**x,a", "image,text\n..,a,b", 'image,text\n"a', "image,text\n\0,a"]
 RECORDS = st.lists(st.dictionaries(st.sampled_from(["image", "text"]), VALUE) | VALUE, max_size=4)
 CONTENT = st.one_of(
