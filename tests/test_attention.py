@@ -55,14 +55,8 @@ def test_padding_is_seen_by_nobody_and_no_row_is_empty(row, layout):
     mask = dense_mask(layout, row[None])[0, 0]
     assert not mask[:, row == PAD].any()
     assert mask.any(-1).all()
-
-
-@settings(max_examples=60, deadline=None)
-@given(row=rows, layout=st.sampled_from(sorted(LAYOUTS)))
-def test_padding_does_not_change_what_real_tokens_see(row, layout):
-    real = row != PAD
-    inner = dense_mask(layout, row[None])[0, 0][real][:, real]
-    assert torch.equal(inner, dense_mask(layout, row[real][None])[0, 0])
+    real = row != PAD  # what real tokens see is as without it
+    assert torch.equal(mask[real][:, real], dense_mask(layout, row[real][None])[0, 0])
 
 
 @settings(max_examples=30, deadline=None)
@@ -102,9 +96,6 @@ def test_reachability_a_and_b_meet_only_through_eos():
     assert not once[3, 0] and twice[3, 0] and twice[0, 3]
     strict = reachability(dense_mask("eos_bridged_strict", ids), 5)[0, 0]
     assert strict[3, 0] and not strict[0, 3] and not strict[2, 3], "nothing of B reaches EOS or A"
-
-
-# --- behaviour on a model with random weights ----------------------------------------------------
 
 
 def stage2_batch(inputs: Inputs, picture, seed=0):

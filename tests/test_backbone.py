@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from tiny_runs import pair_columns
 from transformers import (
     AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
@@ -29,7 +28,7 @@ from cocoa_lib.backbone import (
     probe_attention,
     set_bidirectional,
 )
-from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.kernels import PICTURES, find_picture_fault
@@ -194,16 +193,8 @@ def test_one_step_of_all_three_stages(family, picture):
 
     embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs)]).train()
     objective = CachedInfoNCE(embedder, temperature=0.1, mini_batch_size=3)
-    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
-    batch = SentenceTransformerDataCollator(collate)(pairs(picture))
-    columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
-        for c in ("anchor", "positive")
-    ]
+    columns = pair_columns(pairs(picture), inputs, 3)
     step(embedder, lambda: objective([dict(column) for column in columns]))
-
-
-# --- adapters ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -238,9 +229,6 @@ def test_adapters_match_the_published_targets_and_merge_exactly(family, picture,
         assert torch.allclose(hidden_states(merged, batch), adapted, atol=1e-5)
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 def test_pickled_weights_are_refused(small, tmp_path):
     model, _ = small
     model.save_pretrained(tmp_path)
@@ -258,9 +246,6 @@ def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     said = "the attention switch did not take: bidirectional.*'sdpa'.*causal"
     with pytest.raises(RuntimeError, match=said):
         open_backbone(folder, bidirectional=True)
-
-
-# --- FlexAttention -------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -112,9 +112,6 @@ def test_two_batches_may_wait_for_their_backward_pass():
         assert torch.allclose(p.grad, a + b, rtol=1e-5, atol=1e-7)
 
 
-# --- a real model --------------------------------------------------------------------------------
-
-
 def mixed_items(picture):
     """Three columns of seven items of 2 to 100 tokens: with no picture, one or two, in no order."""
     long = "What color is the square? " * 8

@@ -49,12 +49,12 @@ def embedder(folder):
 
 
 def items(picture, n=40):
-    def make(i):
-        picture_of = picture(16 + 16 * (i % 3), 32, i)
-        odd = {"text": "word " * (i % 7), "image": picture_of}
-        return odd if i % 2 else {"text": f"text {i} " * (i % 5 + 1)}
-
-    return [make(i) for i in range(n)]
+    texts = [{"text": f"text {i} " * (i % 5 + 1)} for i in range(0, n, 2)]
+    both = [
+        {"text": "word " * (i % 7), "image": picture(16 * (1 + i % 3), 32, i)}
+        for i in range(1, n, 2)
+    ]
+    return [item for pair in zip(texts, both, strict=True) for item in pair]
 
 
 def test_vectors_are_normalised_and_in_the_order_given(embedder, picture):
@@ -179,9 +179,6 @@ def test_the_model_card_says_how_it_was_made_and_takes_scores(folder, tmp_path):
     assert not list(copy.glob(".*")) and CocoaEmbedder.load(copy).encode("a cat").shape == (64,)
 
 
-# With sentence-transformers and mteb
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, picture):
     flagged = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
@@ -269,12 +266,11 @@ def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
     assert model.mteb_model_meta.revision == read_meta(folder)["weights_sha256"]
     result = mteb.evaluate(model, Local(), cache=None, encode_kwargs=how, show_progress_bar=False)
     found = result.task_results[0].scores["test"][0]
-    vectors = [
-        embedder.encode([row[name] for row in side])
-        for side, name in ((queries, "text"), (pictures, "image"))
-    ]
+    texts, images = (
+        [row[name] for row in side] for side, name in ((queries, "text"), (pictures, "image"))
+    )
     lists = [np.r_[i, np.delete(np.arange(n), i)] for i in range(n)]
-    ranks = rank(*vectors, lists)["rank"]
+    ranks = rank(embedder.encode(texts), embedder.encode(images), lists)["rank"]
     assert found["hit_rate_at_5"] == pytest.approx(float(np.mean(ranks <= 5)), abs=1e-4)
     assert found["mrr_at_1000"] == pytest.approx(float(np.mean(1 / ranks)), abs=1e-4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cocoa_lib.run import floors
 from cocoa_lib.world import build as files
@@ -27,17 +26,6 @@ def test_the_table_has_every_floor_and_task(root):
     assert (table.loc["truth"] == 100).all()
     assert table.loc["chance", "Kinds"] == pytest.approx(100 / 47, abs=0.1)
     assert ((table >= 0) & (table <= 100)).all(axis=None)
-
-
-def test_the_cnn_has_four_hundred_thousand_weights_and_tells_pictures_from_words(tmp_path):
-    model = floors.SmallCnn()
-    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(4e5, rel=0.1)
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "a.png")
-    path = str(tmp_path / "a.png")
-    items = [{"text": "a snake"}, {"text": "a snake", "image": path}, {"text": "", "image": path}]
-    vectors = model.encode(items)
-    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
 
 
 def test_the_cnn_learns(root):

@@ -93,9 +93,6 @@ def test_bandits_rules_are_on_and_jupyterlab_listens_on_this_machine_only():
     assert not re.search(r"token|password|allow_origin|disable_check", recipe)
 
 
-# --- pictures ------------------------------------------------------------
-
-
 def test_no_picture_runs_a_program_and_of_many_frames_one_is_decoded(tmp_path, monkeypatch):
     """EPS would be handed to Ghostscript; a file named .png may be one."""
     refuse = lambda *args, **kwargs: pytest.fail("a program was started, or a frame sought")  # noqa: E731
@@ -111,8 +108,6 @@ def test_no_picture_runs_a_program_and_of_many_frames_one_is_decoded(tmp_path, m
     assert load_image(tmp_path / "many.gif").size == (9, 9)
 
 
-# --- markup ------------------------------------------------------------
-
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(1)>\"'><b onclick=alert(1)>& </title></svg>"
 )
@@ -126,12 +121,6 @@ def assert_harmless(html: str, shown: str = HOSTILE) -> None:
         assert name not in ("src", "href") or value.startswith("data:image/"), value
     said = re.sub(r"\s+", " ", page.get_text())
     assert shown in said, "what the user wrote is shown as it was written"
-
-
-@pytest.mark.parametrize("html", [f"<p>{HOSTILE}</p>", '<img src="https://example.org/x.png">'])
-def test_the_check_of_markup_finds_it(html):
-    with pytest.raises(AssertionError):
-        assert_harmless(html, shown="")
 
 
 def test_cards_and_tables_show_words_as_words():
@@ -156,9 +145,6 @@ def test_attention_shows_tokens_as_words(small, picture, monkeypatch):
     found = measure_attention(model, inputs, {"text": "a b", "image": picture()})
     monkeypatch.setattr(type(inputs.tokenizer), "decode", lambda *args, **kwargs: HOSTILE)
     assert_harmless(attention_html(found, inputs, layer=1, head=0, direction="from_eos"))
-
-
-# --- provenance ------------------------------------------------------------
 
 
 def test_a_results_commit_is_this_packages_own_and_not_that_of_a_repository_around_it(tmp_path):

@@ -14,13 +14,8 @@ from PIL import Image
 
 from cocoa_lib.data import tables
 from cocoa_lib.world import build as files
-from cocoa_lib.world.concepts import (
-    held_out_size,
-    load_concepts,
-    read_name,
-    select_names,
-)
-from cocoa_lib.world.pictures import contact_sheet, draw, paste
+from cocoa_lib.world.concepts import held_out_size, load_concepts, read_name, select_names
+from cocoa_lib.world.pictures import draw, paste
 from cocoa_lib.world.questions import answer, apply_edit, list_questions
 from cocoa_lib.world.scenes import (
     CANVAS,
@@ -48,7 +43,7 @@ import out_of_style  # noqa: E402
 SNAKE = Drawn("snake", "large", "top left", 2, 3)
 APPLE = Drawn("red apple", "small", "bottom", 30, 54)
 FOXES = (Drawn("fox", "small", "left", 2, 30), Drawn("fox", "large", "right", 45, 30))
-SCENE = Scene((SNAKE, APPLE), 3)
+SCENE, AN_APPLE = Scene((SNAKE, APPLE), 3), "a small red apple at the bottom"
 
 
 # ---- concepts and words -------------------------------------------------------------------------
@@ -140,11 +135,6 @@ def test_paste_blends_by_alpha():
     assert canvas[:, :, 0].tolist() == [[200, 200], [0, 200]]
 
 
-def test_contact_sheet_has_a_cell_a_drawing():
-    sheet = contact_sheet(["🐍", "🍎", "🦊"], 24, columns=2, zoom=1)
-    assert sheet.size == (56, 56)
-
-
 def test_a_crop_shows_its_drawing_whole():
     picture = render(SCENE)
     assert picture.shape == (CANVAS, CANVAS, 3)
@@ -211,16 +201,10 @@ def test_answers(question, expected):
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
-        ("Make the snake small.", "a small snake at the top left, a small red apple at the bottom"),
-        (
-            "Turn the snake into an owl.",
-            "a large owl at the top left, a small red apple at the bottom",
-        ),
-        (
-            "Move the snake to the right.",
-            "a large snake on the right, a small red apple at the bottom",
-        ),
-        ("Remove the snake.", "a small red apple at the bottom"),
+        ("Make the snake small.", f"a small snake at the top left, {AN_APPLE}"),
+        ("Turn the snake into an owl.", f"a large owl at the top left, {AN_APPLE}"),
+        ("Move the snake to the right.", f"a large snake on the right, {AN_APPLE}"),
+        ("Remove the snake.", AN_APPLE),
         (
             "Swap the snake and the red apple.",
             "a small red apple at the top left, a large snake at the bottom",
@@ -319,9 +303,9 @@ def test_task_sizes_are_those_of_their_labels():
     for task in TASKS:
         labels = list_labels().get(task.name)
         assert labels is None or len(labels) == len(set(labels)) >= task.n_candidates
-    assert {
-        task.name: task.n_candidates for task in TASKS if task.meta_task == "classification"
-    } == {name: len(list_labels()[name]) for name in ("Naming", "Kinds", "NamingUnpaired")}
+    found = {t.name: t.n_candidates for t in TASKS if t.meta_task == "classification"}
+    kinds = ("Naming", "Kinds", "NamingUnpaired")
+    assert found == {name: len(list_labels()[name]) for name in kinds}
 
 
 # ---- files --------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+from cocoa_lib.contrastive import pair_features
 from cocoa_lib.data import corpus
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.run.stage import run_stage
@@ -54,6 +57,16 @@ def make_home(folder: Path) -> Path:
 def go(home, stage, out, recipe=None, **settings):
     places = {"parent": home / PARENT[stage], "data": home / "world", "show_progress": False}
     return run_stage(stage, recipe or tiny(stage), out=out, **places | settings)
+
+
+def pair_columns(rows, inputs, mini_batch_size):
+    """The columns that stage 3's loss is given of rows {anchor, positive}."""
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=mini_batch_size)
+    batch = SentenceTransformerDataCollator(collate)(rows)
+    sides = ("anchor", "positive")
+    return [
+        {k.removeprefix(f"{s}_"): v for k, v in batch.items() if k.startswith(s)} for s in sides
+    ]
 
 
 def weights(folder):

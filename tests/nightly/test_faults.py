@@ -36,9 +36,6 @@ def go(home, out, **values):
     return tiny_runs.go(home, "stage1", out, tiny("stage1", **{"steps": 5} | values))
 
 
-# --- the soak, in short ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_nothing_is_lost_to_random_kills_and_the_soak_would_see_it(tmp_path, monkeypatch):
     """Four rounds of `make soak`; then one whose result is made to differ."""
@@ -62,9 +59,6 @@ def test_nothing_is_lost_to_random_kills_and_the_soak_would_see_it(tmp_path, mon
     assert (tmp_path / "round9").exists()
     row = f"all 5 {total['killed'] + 1} {total['refused']} 4 1"
     assert run.table().splitlines()[-1].split() == row.split()
-
-
-# --- one folder, one run -----------------------------------------------------------------------------------------------
 
 
 def test_what_a_kill_after_the_last_rename_left_is_cleared(home, tmp_path):
@@ -94,9 +88,6 @@ def test_a_damaged_note_in_the_work_folder_is_named(home, tmp_path, content):
     said = r"run\.json: (not valid JSON|expected a JSON object)"
     with pytest.raises(CheckpointError, match=said):
         go(home, tmp_path / "out")
-
-
-# --- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def spoil(patch, step, how):
@@ -132,9 +123,6 @@ def test_numbers_that_blow_up_stop_the_run_and_spoil_no_checkpoint(
     assert not (tmp_path / "out").exists()
     good = find_checkpoint(tmp_path / ".out.work")
     assert (good and good.name) == {4: "checkpoint-2", 1: None, 5: "checkpoint-4"}[step]
-
-
-# --- surroundings ------------------------------------------------------------------------------------------------------
 
 
 def test_a_path_with_spaces_and_letters_of_all_kinds(home, tmp_path):

@@ -15,6 +15,7 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_runs
 import torch
 import transformers
 import yaml
@@ -26,7 +27,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.version import Version
 from safetensors.torch import load_file
-from tiny_runs import make_start, stop_at, together
+from tiny_runs import TINY, make_start, stop_at, together
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cocoa_lib.backbone import open_backbone
@@ -37,11 +38,8 @@ from cocoa_lib.run import Run
 from cocoa_lib.run.profiles import NOTEBOOKS, ROOT, load_profile
 from cocoa_lib.run.resume import TrainingError, Watch, find_checkpoint
 from cocoa_lib.run.sharding import shard
-from cocoa_lib.run.stage import run_stage
 from cocoa_lib.run.trainers import PlainTrainer
 
-TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128}
-TINY |= {"save_steps": 2, "logging_steps": 1}
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -56,13 +54,13 @@ def home(tmp_path_factory):
 
 def tiny(stage):
     # mini_batch_size: half of the batch, so two chunks on one process and one on each of two
-    return TINY | ({"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {})
+    chunks = {"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {}
+    return TINY | {"steps": 5, "logging_steps": 1} | chunks
 
 
 def go(home, stage, out, **more):
-    how = {"parent": home / "causal", "data": home / "world", "allow_parent": True}
     recipe = make_recipe(stage, tiny(stage) | more)
-    return run_stage(stage, recipe, out=out, show_progress=False, **how)
+    return tiny_runs.go(home, stage, out, recipe, parent=home / "causal", allow_parent=True)
 
 
 def assert_close(home, stage, folder):
@@ -88,9 +86,6 @@ def steps_of(run):
 
 # Before, it asks torch for a device cpu:0.
 RESUMES = Version(transformers.__version__) >= Version("5.20")
-
-
-# --- two processes ------------------------------------------------------------------------------------------------------
 
 
 def read_errors(out):
@@ -154,9 +149,6 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert word.startswith(TrainingError.__name__) and "another process of this run" in word
     assert find_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
-
-
-# --- sharded weights ----------------------------------------------------------------------------------------------------
 
 
 def launch_environment(name):
@@ -299,9 +291,6 @@ def test_a_layer_is_gathered_at_a_time_in_bf16_and_sums_of_gradients_are_float32
     assert dtypes == (torch.bfloat16, torch.float32, None)
 
 
-# --- launch files -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, kind, machines, processes", [
     ("ddp_1x8", DistributedType.MULTI_GPU, 1, 8), ("ddp_4x8", DistributedType.MULTI_GPU, 4, 32),
     ("fsdp_1x8", DistributedType.FSDP, 1, 8), ("fsdp_4x8", DistributedType.FSDP, 4, 32),
@@ -332,9 +321,6 @@ def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, monkeypatch, visibl
     assert done.stdout.strip() == str(count), done.stderr
 
 
-# --- a notebook on a machine with several GPUs ---------------------------------------------------
-
-
 def test_a_stage_launched_from_a_notebook_is_the_stage(tmp_path, monkeypatch):
     """Two CPU processes stand for two GPUs: `run.stage` starts accelerate itself and shows its lines."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
@@ -352,9 +338,6 @@ def test_a_stage_launched_from_a_notebook_is_the_stage(tmp_path, monkeypatch):
     said = "on several processes: batch_size 7 does not divide over 2"
     with pytest.raises(TrainingError, match=said):
         Run("smoke", "contrastive", changes=odd, runs=tmp_path).stage("stage3", show_progress=False)
-
-
-# --- the graph ------------------------------------------------------------------------------------
 
 
 def plan_graph(folder, *options):

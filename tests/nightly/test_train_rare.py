@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import signal
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,14 +15,23 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, together, weights
+from tiny_runs import (
+    LORA,
+    STAGES,
+    assert_same_run,
+    go,
+    pair_columns,
+    stop_at,
+    tiny,
+    together,
+    weights,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from cocoa_lib import corruption
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.corruption import stage1_batch
 from cocoa_lib.data import corpus
 from cocoa_lib.embedder import EosEmbedding
@@ -84,10 +92,12 @@ def test_the_mask_token_stays_with_the_checkpoint(home, tmp_path, token, added, 
     assert set(seen) == {number} == {inputs.tokenizer.mask_token_id}
     assert len(inputs.tokenizer) == len(before.tokenizer) + added
     assert inputs.text_ids("a red circle") == before.text_ids("a red circle")
-    width = lambda folder: (
-        open_backbone(folder, bidirectional=True).get_input_embeddings().num_embeddings
-    )  # noqa: E731
-    assert width(tmp_path / "stage1") == max(len(inputs.tokenizer), width(home / "causal"))
+    folders = (tmp_path / "stage1", home / "causal")
+    one, other = (
+        len(open_backbone(each, bidirectional=True).get_input_embeddings().weight)
+        for each in folders
+    )
+    assert one == max(len(inputs.tokenizer), other)
     seen.clear()
     go(home, "stage2", tmp_path / "stage2", parent=tmp_path / "stage1")
     assert set(seen) == {inputs.tokenizer.mask_token_id}, "stage 2 goes on with it"
@@ -210,12 +220,7 @@ def contrastive_gradients(home, mine, wrap):
     inputs = load_inputs(folder, read_meta(folder))
     module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
     model = SentenceTransformer(modules=[module], device="cpu")
-    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
-    batch = SentenceTransformerDataCollator(collate)(pairs(home)[mine])
-    columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
-        for c in ("anchor", "positive")
-    ]
+    columns = pair_columns(pairs(home)[mine], inputs, 3)
     wrapped = wrap(model.train())
     loss = CachedInfoNCE(wrapped, temperature=0.1, mini_batch_size=3)(columns)
     loss.backward()
