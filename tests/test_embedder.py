@@ -24,6 +24,7 @@ from cocoa_lib.items import InputError
 from cocoa_lib.run.stage import check_parent
 from cocoa_lib.store.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # remarks of sentence-transformers and mteb
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}]'
 
@@ -87,7 +88,6 @@ def test_smaller_vectors_are_sentence_transformers_own(embedder, picture):
         assert (codes == expected).mean() > 0.95  # a value on the border of two steps
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bad_item_is_named_by_its_place_and_its_file(embedder, picture, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     many = [{"text": "a " * i} for i in range(1, 101)]  # several batches, by length
@@ -179,7 +179,6 @@ def test_the_model_card_says_how_it_was_made_and_takes_scores(folder, tmp_path):
     assert not list(copy.glob(".*")) and CocoaEmbedder.load(copy).encode("a cat").shape == (64,)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, picture):
     flagged = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     for model in (flagged, sentence_transformer(folder, device="cpu")):
@@ -189,7 +188,6 @@ def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, pic
         SentenceTransformer(str(folder), device="cpu")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_settings_of_sentence_transformers_are_heard(folder):
     how = {"trust_remote_code": True, "device": "cpu"}
     settings = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
@@ -200,7 +198,6 @@ def test_settings_of_sentence_transformers_are_heard(folder):
         SentenceTransformer(str(folder), processor_kwargs={"max_length": 16}, **how)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder, tmp_path):
     model = sentence_transformer(folder, device="cpu")
     model.save_pretrained(str(tmp_path / "saved"))
@@ -213,7 +210,6 @@ def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_sentence_transformers_keeps_beside_the_model_comes_along(folder, tmp_path):
     model = sentence_transformer(folder, device="cpu")
     model.prompts, model.default_prompt_name, model.truncate_dim = {"query": "find: "}, "query", 32
@@ -230,7 +226,6 @@ def test_what_sentence_transformers_keeps_beside_the_model_comes_along(folder, t
         sentence_transformer(tmp_path / "saved")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_model_saved_without_a_record_keeps_its_attention(small, tmp_path):
     model, inputs = small  # causal
     made = SentenceTransformer(modules=[library.EosEmbedding(model, inputs)], device="cpu")
@@ -239,7 +234,6 @@ def test_a_model_saved_without_a_record_keeps_its_attention(small, tmp_path):
     assert np.allclose(again, made.encode(["a cat"])[0], atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
     mteb = pytest.importorskip("mteb", reason="the extra `mteb` is not installed: pip install mteb")
     from datasets import Dataset

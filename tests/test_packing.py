@@ -78,15 +78,12 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
 def mixture(picture, n=9):
     """Texts of different lengths, two thirds with a picture, of different sizes."""
     words = "a large red circle at the top left of one small blue square".split()
-    return [
-        {
-            "text": "What is it?" * (i % 2 or i % 3 == 0),
-            "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
-            "target": " ".join(words[: 2 + 2 * i % 11]),
-            "draw": i,
-        }
-        for i in range(n)
-    ]
+    rows = []
+    for i in range(n):
+        image = picture(32 + 16 * (i % 3), 32, i) if i % 3 else None
+        text, target = "What is it?" * (i % 2 or i % 3 == 0), " ".join(words[: 2 + 2 * i % 11])
+        rows.append({"text": text, "image": image, "target": target, "draw": i})
+    return rows
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

@@ -273,7 +273,7 @@ def test_collapse_is_reported_once_with_what_to_try(home, tmp_path, monkeypatch,
 
 
 def test_stage_3_and_encode_never_call_the_language_model_head(home, tmp_path):
-    """At 152 k numbers a token it would cost more than the rest of a small batch; stage 2, which needs it, calls it."""
+    """At 152 k numbers a token it would cost more than the rest; stage 2 needs and calls it."""
     pair = corpus.pairs(home / "world")[0][0]
 
     def refuse(module, args):

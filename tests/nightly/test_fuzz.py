@@ -21,7 +21,7 @@ from cocoa_lib.data import corpus
 from cocoa_lib.data.pairs import build_pairs, read_table
 from cocoa_lib.data.tables import CORPUS, EVAL, TRAIN, fingerprint, load_eval
 from cocoa_lib.items import InputError, load_image
-from cocoa_lib.recipes import RecipeError, make_recipe
+from cocoa_lib.recipes import RecipeError
 from cocoa_lib.run.profiles import load_profile, read_arms
 from cocoa_lib.store.checkpoint import CheckpointError, read_meta
 
@@ -193,12 +193,3 @@ def test_texts(tmp_path, name, content):
         with pytest.raises(InputError) as error:  # never ten good rows
             build_pairs(path, tmp_path / "data")
         assert str(path) in str(error.value) and not (tmp_path / "data").exists()
-
-
-def test_a_value_that_unfolds_without_end_is_named_in_short():
-    value = "x"
-    for _ in range(12):
-        value = [value] * 8
-    with pytest.raises(RecipeError) as error:
-        make_recipe("stage1", {"steps": value})
-    assert len(str(error.value)) < 500
