@@ -104,27 +104,19 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     return folder
 
 
-def write_pictures(images: Path, shared: Path, n: int) -> list[tuple[str, str]]:
-    """Write photographs, or drawings where there are none: (file, class)."""
+def write_pictures(images: Path, n: int) -> list[tuple[str, str]]:
+    """Write pictures of three shapes: (file, class)."""
     images.mkdir(parents=True)
-    photos = sorted((shared / "grocery" / "val").rglob("*.jpg"))
-    found = []
     for i in range(n):
-        if photos:
-            path = photos[i * len(photos) // n]
-            shutil.copyfile(path, images / f"{i}.jpg")
-            found.append((f"{i}.jpg", path.parent.name.replace("-", " ")))
-        else:
-            shape = (300, 200 + 20 * (i % 3), 3)
-            pixels = np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)
-            Image.fromarray(pixels).save(images / f"{i}.jpg")
-            found.append((f"{i}.jpg", WORDS[i % len(WORDS)]))
-    return found
+        shape = (300, 200 + 20 * (i % 3), 3)
+        pixels = np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.jpg")
+    return [(f"{i}.jpg", WORDS[i % len(WORDS)]) for i in range(n)]
 
 
-def write_data(folder: Path, shared: Path, *, many: bool = False) -> Path:
+def write_data(folder: Path, *, many: bool = False) -> Path:
     """Write rows in MMEB's columns: two training subsets, two tasks; `many` adds one of 1,000 candidates."""
-    pictures = write_pictures(folder / "images", shared, 24)
+    pictures = write_pictures(folder / "images", 24)
     classes = sorted({name for _, name in pictures})
     ask, show = "Represent the given image for classification", "Find me a photo: a photo of"
     train = {

@@ -114,17 +114,3 @@ def test_missing_pictures_are_counted(tmp_path):
     corpus.check_images([paths[0], None, ""])
     with pytest.raises(InputError, match=f"3 of the 4 picture files .*{paths[1]}, {paths[2]}"):
         corpus.check_images(paths)
-
-
-@pytest.mark.parametrize(
-    ("item", "message"),
-    [
-        ({"text": "", "image": ""}, "neither text nor picture"),
-        ({"text": "<|image_1|>", "image": "", "target": "<|image_1|>"}, "neither|no text"),
-        ({"text": "q", "image": "", "target": ""}, "no text to restore"),
-        ({"text": "<|image_1|><|image_2|>", "image": "a.png"}, "marks 2 image"),
-    ],
-)
-def test_items_that_no_step_could_read_are_named(item, message, tmp_path):
-    with pytest.raises(InputError, match=message):
-        corpus.check_items([item], tmp_path)

@@ -204,7 +204,7 @@ def test_the_road_leaves_tables_and_opens_what_is_there(tiny, runs, monkeypatch)
 def real(tmp_path_factory):
     """(model folder, data folder) in the published forms."""
     home = tmp_path_factory.mktemp("real")
-    return write_model(home / "model", "qwen2_vl", SHARED), write_data(home / "mmeb", SHARED)
+    return write_model(home / "model", "qwen2_vl", SHARED), write_data(home / "mmeb")
 
 
 def test_the_road_runs_on_a_published_model_and_mmeb(real, runs):

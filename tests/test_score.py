@@ -27,18 +27,10 @@ from scipy.stats import binomtest
 
 from cocoa_lib.data.tables import META_TASKS
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.evaluate import (
-    TASKS,
-    averages,
-    evaluate,
-    read_ranks,
-    read_runs,
-    score_averages,
-    score_tasks,
-)
+from cocoa_lib.evaluate import TASKS, evaluate, read_ranks, read_runs, score_averages, score_tasks
 from cocoa_lib.evaluate import __main__ as command
 from cocoa_lib.evaluate.score import RANKS, rank
-from cocoa_lib.evaluate.tasks import read_published
+from cocoa_lib.evaluate.tasks import averages, read_published
 
 
 @pytest.fixture(scope="module")

@@ -77,8 +77,6 @@ def test_training_rows_of_the_original_split(tmp_path):
     write_task(tmp_path, "ChartQA", [{**row, "qry": "x"}], "diverse_instruction-0.parquet", "train")
     rows = load_train(tmp_path, "ChartQA", n=3)
     assert len(rows) == 3 and rows[0] == row and len(load_train(tmp_path, "ChartQA", n=99)) == 5
-    with pytest.raises(ValueError, match="(?s)not a table of these columns .*neg_text"):
-        load_train(tmp_path, "ChartQA", negatives=True)
 
 
 def test_candidates_are_the_same_by_text_and_path_and_keep_their_order(tmp_path):

@@ -1,8 +1,4 @@
-"""The estimate, slower parts: parameters, bytes and FLOPs of small models here, of the real shapes on meta.
-
-A run on the meta device shows shapes, parameter counts, FLOPs, which weights get a gradient, and that names match. It shows no
-value, no memory peak, no time, no choice of kernels.
-"""
+"""The estimate, slower parts: the measured peak of a step here, steps of the real shapes on meta."""
 
 from __future__ import annotations
 
@@ -10,30 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_estimate
 import torch
+from test_estimate import CHECKPOINTING, CONFIGS, DORA, FULL, SIDE, TEXT, batch_of, trained_module
 
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks")]
+from cocoa_lib.recipes import make_recipe
+from cocoa_lib.run import estimate
+from cocoa_lib.run.estimate import SHAPES, Data, build, count_flops, make_item
+from cocoa_lib.run.profiles import ROOT, load_profile
+from cocoa_lib.world.build import build as build_world
+from cocoa_lib.world.scenes import CANVAS
 
-import test_estimate  # noqa: E402
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from common import peaks  # noqa: E402
-from test_estimate import (  # noqa: E402
-    CHECKPOINTING,
-    CONFIGS,
-    DORA,
-    FULL,
-    SIDE,
-    TEXT,
-    batch_of,
-    trained_module,
-)  # fmt: skip
-
-from cocoa_lib.recipes import make_recipe  # noqa: E402
-from cocoa_lib.run import estimate  # noqa: E402
-from cocoa_lib.run.estimate import SHAPES, Data, build, count_flops, make_item  # noqa: E402
-from cocoa_lib.run.profiles import load_profile  # noqa: E402
-from cocoa_lib.world.build import build as build_world  # noqa: E402
-from cocoa_lib.world.scenes import CANVAS  # noqa: E402
 
 small = test_estimate.small
 

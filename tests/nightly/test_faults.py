@@ -11,14 +11,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
+from tiny_runs import assert_same_run, make_start, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "scripts/nightly"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "scripts/nightly"))
 
 import soak  # noqa: E402
-import tiny_runs  # noqa: E402
-from tiny_runs import assert_same_run, make_start, tiny  # noqa: E402
 
 from cocoa_lib.embedder import CocoaEmbedder  # noqa: E402
 from cocoa_lib.run.resume import TrainingError, find_checkpoint  # noqa: E402

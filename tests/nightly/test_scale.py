@@ -84,6 +84,15 @@ def steps_of(run):
     return steps
 
 
+def stop_after_2(home, stages):
+    """Begin runs, folder -> stage, and stop them in step 4: their last checkpoint is of step 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, RuntimeError("stopped"))
+        for out, stage in stages.items():
+            with pytest.raises(RuntimeError, match="stopped"):
+                go(home, stage, out)
+
+
 # Before, it asks torch for a device cpu:0.
 RESUMES = Version(transformers.__version__) >= Version("5.20")
 
@@ -97,22 +106,14 @@ def all_of_it(rank, home, out):
         go(home, stage, out / stage)
     for stage in ("stage2", "stage3") if RESUMES else ():  # one process had begun these
         assert steps_of(lambda stage=stage: go(home, stage, out / f"grown-{stage}")) == [3, 4, 5]
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for stage in ("stage2", "stage3"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, stage, out / f"shrunk-{stage}")
+    stop_after_2(home, {out / f"shrunk-{stage}": stage for stage in ("stage2", "stage3")})
 
 
 @pytest.fixture(scope="module")
 def two(home, tmp_path_factory):
     """What two processes left: each stage; `grown-*`, begun by one; `.shrunk-*.work`, stopped after the checkpoint of step 2."""
     out = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for stage in ("stage2", "stage3"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, stage, out / f"grown-{stage}")
+    stop_after_2(home, {out / f"grown-{stage}": stage for stage in ("stage2", "stage3")})
     assert together(all_of_it, home, out) == [0, 0]
     return out
 
@@ -201,10 +202,7 @@ def all_sharded(rank, home, out):
         shard_on_cpu(patch)
         for name in SHARDED:
             go_as(name, home, out / name)
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for name in ("regrown", "foreign"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, "stage3", out / name)
+        stop_after_2(home, {out / "regrown": "stage3"})
 
 
 def one_is_spoilt(rank, home, out):
@@ -236,7 +234,7 @@ def sharded_further(rank, home, out):
 
 @pytest.fixture(scope="module")
 def shards(home, tmp_path_factory):
-    """What two processes left, each with half of the weights; `.regrown.work` and `.foreign.work` stopped after step 2."""
+    """What two processes left, each with half of the weights; `.regrown.work` stopped after step 2."""
     out = tmp_path_factory.mktemp("shards")
     assert together(all_sharded, home, out) == [0, 0], read_errors(out)
     return out
