@@ -130,11 +130,13 @@ def pairs(
         columns["negative"] = ("neg_text", "neg_image_path")
 
     def convert(table: dict[str, list[str]]) -> dict[str, list[dict[str, str]]]:
-        sides = {}
-        for side, (texts, pictures) in columns.items():
-            named = zip(table[texts], table[pictures], strict=True)
-            sides[side] = [_make_item(*each, data / "images") for each in named]
-        return sides
+        return {
+            side: [
+                _make_item(text, image, data / "images")
+                for text, image in zip(table[texts], table[pictures], strict=True)
+            ]
+            for side, (texts, pictures) in columns.items()
+        }
 
     parts = []
     for name in subsets(data):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,15 +39,6 @@ TEMPERATURE = 0.05
 Item = dict[str, Any]  # {"text": str, "image": path or None}
 
 
-@cache
-def read_picture(path: str | None) -> Tensor:
-    """(3, SIDE, SIDE) uint8, black where there is none; a file is read once."""
-    if not path:
-        return torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
-    pixels = np.array(load_image(path).resize((SIDE, SIDE)))
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
 class SmallCnn(nn.Module):
     """Four convolutions and a bag of hashed words, 0.4 million weights, trained on the pairs."""
 
@@ -60,10 +50,20 @@ class SmallCnn(nn.Module):
             layers += [nn.Conv2d(before, after, 3, 2, 1), nn.BatchNorm2d(after), nn.ReLU()]
         self.picture = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 25, WIDTH))
         self.words = nn.EmbeddingBag(WORDS, WIDTH, mode="sum")
+        self.seen: dict[str, Tensor] = {}
+
+    def read_picture(self, path: str | None) -> Tensor:
+        """(3, SIDE, SIDE) uint8, black where there is none; a file is read once."""
+        if not path:
+            return torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+        if path not in self.seen:
+            pixels = np.array(load_image(path).resize((SIDE, SIDE)))
+            self.seen[path] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return self.seen[path]
 
     def forward(self, items: Sequence[Item]) -> Tensor:
         """(N, WIDTH), of length 1: the sum of what picture and words give."""
-        pictures = torch.stack([read_picture(item.get("image")) for item in items])
+        pictures = torch.stack([self.read_picture(item.get("image")) for item in items])
         shown = torch.tensor([bool(item.get("image")) for item in items])[:, None]
         hashed = [hash_words(item, WORDS) for item in items]
         starts = torch.tensor([0, *map(len, hashed)][:-1]).cumsum(0)
