@@ -1,4 +1,4 @@
-"""Faster attention where the machine has it: compiled layers, FlexAttention, pictures at once."""
+"""What the machine offers: its processes, compiled layers, FlexAttention, pictures at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import LongTensor, Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
@@ -18,6 +19,15 @@ logger = logging.getLogger(__name__)
 COMPILED_SHAPES = 64
 # "flash": from such a name transformers' vision towers tell the function where each picture ends.
 PICTURES = "flash_pictures"
+
+
+def join_processes() -> PartialState:
+    """Join the processes of `torchrun` or `accelerate launch`: alone where there are none.
+
+    On a machine without an accelerator accelerate must be told so, or each process would take
+    itself for the only one.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def picture_attention(

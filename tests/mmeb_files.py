@@ -67,10 +67,8 @@ def edit(rows: list[dict], row: int, **fields) -> list[dict]:
 def make_ranks(ranks: dict[str, list[int]], tasks=TASKS) -> pd.DataFrame:
     """Ranks by task, as `evaluate` gives them."""
     known = {task.name: task for task in tasks}
-    parts = [
-        pd.DataFrame({"query": range(len(r)), "rank": r}).assign(
-            task=name, meta_task=known[name].meta_task, in_distribution=known[name].in_distribution
-        )
-        for name, r in ranks.items()
-    ]
-    return pd.concat(parts, ignore_index=True).assign(n_candidates=9, ties=0)[RANKS]
+    parts = []
+    for name, r in ranks.items():
+        part = pd.DataFrame({"query": range(len(r)), "rank": r}).assign(**vars(known[name]))
+        parts.append(part.assign(task=name, n_candidates=9, ties=0)[RANKS])
+    return pd.concat(parts, ignore_index=True)

@@ -13,23 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from cocoa_lib.data.tables import EVAL, TRAIN, write_tables
 from cocoa_lib.world.backbone import train_tokenizer
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-WORDS = (
-    "apple",
-    "pear",
-    "melon",
-    "leek",
-    "onion",
-    "milk",
-    "juice",
-    "yoghurt",
-    "kiwi",
-    "plum",
-    "lime",
-    "mango",
-)
+WORDS = "apple pear melon leek onion milk juice yoghurt kiwi plum lime mango".split()
 TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id":
           "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
 SPACE = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
@@ -46,19 +34,16 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
     """Write slow tokenizer files and preprocessor_config.json; returns token -> id."""
     real = shared / "qwen2vl_processor"
     if real.is_dir():
-        for name in (
-            "vocab.json",
-            "merges.txt",
-            "tokenizer_config.json",
-            "preprocessor_config.json",
-        ):
+        for name in "vocab.json merges.txt tokenizer_config.json preprocessor_config.json".split():
             shutil.copyfile(real / name, folder / name)
         added = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
         ids = {entry["content"]: int(i) for i, entry in added.items()}
     else:
         tokenizer = train_tokenizer([f"a photo of {word}" for word in WORDS] * 4, 400)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        model["vocab"]["<|vision_pad|>"] = model["vocab"].pop("<|mask|>")  # Qwen's has no mask token
+        model["vocab"]["<|vision_pad|>"] = model["vocab"].pop(
+            "<|mask|>"
+        )  # Qwen's has no mask token
         (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
         merges = "\n".join(" ".join(pair) for pair in model["merges"])
         (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
@@ -69,11 +54,8 @@ def write_processor(folder: Path, shared: Path, patch_size: int) -> dict[str, in
                     "<|endoftext|>", "added_tokens_decoder": decoder}  # fmt: skip
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     path = folder / "preprocessor_config.json"
-    values = (
-        json.loads(path.read_text())
-        if path.is_file()
-        else {"image_processor_type": "Qwen2VLImageProcessor"}
-    )
+    kind = {"image_processor_type": "Qwen2VLImageProcessor"}
+    values = json.loads(path.read_text()) if path.is_file() else kind
     values |= {"patch_size": patch_size, "min_pixels": 784, "max_pixels": 12544, "merge_size": 2}
     path.write_text(json.dumps(values))
     return ids
@@ -96,13 +78,8 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
     config = {"model_type": family, "vision_config": vision, "tie_word_embeddings": True, **tokens}
     if family == "qwen3_vl":
         scaling = {"mrope_section": [4, 6, 6], "mrope_interleaved": True, "rope_type": "default"}
-        own = {
-            "model_type": "qwen3_vl_text",
-            "head_dim": 32,
-            "rope_theta": 1e6,
-            "rope_scaling": scaling,
-        }
-        config |= {"text_config": text | own}
+        own = {"model_type": "qwen3_vl_text", "head_dim": 32, "rope_theta": 1e6}
+        config |= {"text_config": text | own | {"rope_scaling": scaling}}
     else:
         config |= {**text, "rope_scaling": rope, "rope_theta": 1e6}
     config |= {"torch_dtype": "bfloat16"}
@@ -122,60 +99,43 @@ def write_model(folder: Path, family: str, shared: Path) -> Path:
         file = f"model-{number:05d}-of-00002.safetensors"
         save_file({name: weights[name] for name in part}, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
+    index = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
-def write_pictures(images: Path, shared: Path, n: int) -> list[tuple[str, str]]:
-    """Write photographs, or drawings where there are none: (file, class)."""
+def write_pictures(images: Path, n: int) -> list[tuple[str, str]]:
+    """Write pictures of three shapes: (file, class)."""
     images.mkdir(parents=True)
-    photos = sorted((shared / "grocery" / "val").rglob("*.jpg"))
-    found = []
     for i in range(n):
-        if photos:
-            path = photos[i * len(photos) // n]
-            shutil.copyfile(path, images / f"{i}.jpg")
-            found.append((f"{i}.jpg", path.parent.name.replace("-", " ")))
-        else:
-            pixels = np.random.default_rng(i).integers(
-                0, 255, (300, 200 + 20 * (i % 3), 3), dtype=np.uint8
-            )
-            Image.fromarray(pixels).save(images / f"{i}.jpg")
-            found.append((f"{i}.jpg", WORDS[i % len(WORDS)]))
-    return found
+        shape = (300, 200 + 20 * (i % 3), 3)
+        pixels = np.random.default_rng(i).integers(0, 255, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{i}.jpg")
+    return [(f"{i}.jpg", WORDS[i % len(WORDS)]) for i in range(n)]
 
 
-def write_data(folder: Path, shared: Path, *, many: bool = False) -> Path:
+def write_data(folder: Path, *, many: bool = False) -> Path:
     """Write rows in MMEB's columns: two training subsets, two tasks; `many` adds one of 1,000 candidates."""
-    pictures = write_pictures(folder / "images", shared, 24)
+    pictures = write_pictures(folder / "images", 24)
     classes = sorted({name for _, name in pictures})
-    ask, show = (
-        "Represent the given image for classification",
-        "Find me a photo that matches the caption",
-    )
+    ask, show = "Represent the given image for classification", "Find me a photo: a photo of"
     train = {
         "VOC2007": [(f"<|image_1|>\n{ask}", file, name, "", "", "") for file, name in pictures],
-        "MSCOCO_t2i": [(f"{show}: a photo of {name}, taken in a shop", "", "<|image_1|>", file, "", "")
-                       for file, name in pictures],
-    }  # fmt: skip
-    columns = ["qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"]
-    for name, rows in train.items():
-        path = folder / "train" / name / "original-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True)
-        pd.DataFrame(rows, columns=columns).to_parquet(path)
+        "MSCOCO_t2i": [
+            (f"{show} {name}", "", "<|image_1|>", file, "", "") for file, name in pictures
+        ],
+    }
+    tables = {
+        f"train/{name}/original-00000-of-00001": pd.DataFrame(rows, columns=TRAIN)
+        for name, rows in train.items()
+    }
     eval_rows = {"VOC2007": (20, classes), "Country211": (211, classes)}
     eval_rows |= {"MSCOCO_i2t": (1000, classes)} if many else {}
     for task, (n, names) in eval_rows.items():
-        rows = []
+        rows, more = [], [f"{task} item {i}" for i in range(n)]
         for file, name in pictures[:8]:
-            others = [each for each in names if each != name] + [
-                f"{task} item {i}" for i in range(n)
-            ]
+            others = [each for each in names if each != name] + more
             rows.append((f"<|image_1|>\n{ask}", file, [name, *others[: n - 1]], [""] * n))
-        path = folder / "eval" / task / "test-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True)
-        names = ["qry_text", "qry_img_path", "tgt_text", "tgt_img_path"]
-        pd.DataFrame(rows, columns=names).to_parquet(path)
+        tables[f"eval/{task}/test-00000-of-00001"] = pd.DataFrame(rows, columns=EVAL)
+    write_tables(folder, tables)
     return folder

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from tiny_runs import pair_columns
 from transformers import (
     AutoModelForImageTextToText,
     Qwen2_5_VLConfig,
@@ -21,7 +18,6 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-import cocoa_lib
 from cocoa_lib import kernels
 from cocoa_lib.attention import EOS, LAYOUTS
 from cocoa_lib.backbone import (
@@ -32,7 +28,7 @@ from cocoa_lib.backbone import (
     probe_attention,
     set_bidirectional,
 )
-from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.corruption import stage1_batch, stage2_batch
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.kernels import PICTURES, find_picture_fault
@@ -77,17 +73,11 @@ def random_model(family, tokenizer):
         text |= {"head_dim": 32, "rope_parameters": {**rope, "mrope_interleaved": True}}
     token = tokenizer.convert_tokens_to_ids
     torch.manual_seed(1)
-    return cls(
-        config(
-            text_config=text,
-            vision_config=VISION[family],
-            image_token_id=token("<|image_pad|>"),
-            video_token_id=token("<|video_pad|>"),
-            vision_start_token_id=token("<|vision_start|>"),
-            vision_end_token_id=token("<|vision_end|>"),
-            tie_word_embeddings=family == "qwen2_vl",
-        )
-    )
+    marks = {"image": "image_pad", "video": "video_pad"}
+    marks |= {name: name for name in ("vision_start", "vision_end")}
+    tokens = {f"{name}_token_id": token(f"<|{mark}|>") for name, mark in marks.items()}
+    parts = {"text_config": text, "vision_config": VISION[family], **tokens}
+    return cls(config(**parts, tie_word_embeddings=family == "qwen2_vl"))
 
 
 @pytest.fixture(scope="module", params=sorted(CLASSES))
@@ -109,9 +99,8 @@ def rows(picture):
 
 def pairs(picture, n=4):
     queries = [{"text": "What?" * (i % 2), "image": picture(64, 48, seed=i)} for i in range(n)]
-    found = [
-        {"text": f"a circle {i}", "image": picture(32, 64, i) if i % 2 else ""} for i in range(n)
-    ]
+    seen = [picture(32, 64, i) if i % 2 else "" for i in range(n)]
+    found = [{"text": f"a circle {i}", "image": image} for i, image in enumerate(seen)]
     return [{"anchor": a, "positive": b} for a, b in zip(queries, found, strict=True)]
 
 
@@ -204,16 +193,8 @@ def test_one_step_of_all_three_stages(family, picture):
 
     embedder = SentenceTransformer(modules=[EosEmbedding(model, inputs)]).train()
     objective = CachedInfoNCE(embedder, temperature=0.1, mini_batch_size=3)
-    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
-    batch = SentenceTransformerDataCollator(collate)(pairs(picture))
-    columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
-        for c in ("anchor", "positive")
-    ]
+    columns = pair_columns(pairs(picture), inputs, 3)
     step(embedder, lambda: objective([dict(column) for column in columns]))
-
-
-# --- adapters ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -248,9 +229,6 @@ def test_adapters_match_the_published_targets_and_merge_exactly(family, picture,
         assert torch.allclose(hidden_states(merged, batch), adapted, atol=1e-5)
 
 
-# --- what is refused -----------------------------------------------------------------------------
-
-
 def test_pickled_weights_are_refused(small, tmp_path):
     model, _ = small
     model.save_pretrained(tmp_path)
@@ -261,17 +239,6 @@ def test_pickled_weights_are_refused(small, tmp_path):
         open_backbone(tmp_path, bidirectional=True)
 
 
-def test_remote_code_is_never_trusted():
-    files = sorted(Path(cocoa_lib.__file__).parent.rglob("*.py"))
-    uses = {  # as code passes it; a docstring may speak of the flag
-        (file.name, ast.unparse(node.value))
-        for file in files
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
-    }
-    assert ("backbone.py", "False") in uses and {value for _, value in uses} == {"False"}
-
-
 def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     _, folder, _ = family
     nothing = lambda model, bidirectional: model  # noqa: E731
@@ -279,9 +246,6 @@ def test_a_broken_switch_is_refused_at_opening(family, monkeypatch):
     said = "the attention switch did not take: bidirectional.*'sdpa'.*causal"
     with pytest.raises(RuntimeError, match=said):
         open_backbone(folder, bidirectional=True)
-
-
-# --- FlexAttention -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -414,10 +378,8 @@ def test_positions_are_transformers_own(family, picture, side, pictures):
 def test_patches_are_multiplied_as_they_are_convolved(family):
     """The patch embedding is a matrix product: values and gradients of transformers' convolution."""
     _, folder, _ = family
-    plain, opened = (
-        AutoModelForImageTextToText.from_pretrained(folder).model.visual.patch_embed,
-        open_backbone(folder, bidirectional=True).model.visual.patch_embed,
-    )
+    plain = AutoModelForImageTextToText.from_pretrained(folder).model.visual.patch_embed
+    opened = open_backbone(folder, bidirectional=True).model.visual.patch_embed
     assert type(plain.proj) is torch.nn.Conv3d and type(opened.proj) is kernels.PatchProduct
     assert plain.state_dict().keys() == opened.state_dict().keys()
     patches = torch.randn(12, plain.proj.weight[0].numel())

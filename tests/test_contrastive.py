@@ -84,25 +84,6 @@ def test_gradcache_equals_the_full_batch_with_dropout(chunk, ordered):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_one_chunk_is_embedded_once_with_gradcaches_gradients_to_the_bit():
-    torch.manual_seed(0)
-    model, rows, found = Toy().train(), [], {}
-    model.register_forward_hook(lambda _, args, out: rows.append(len(out["sentence_embedding"])))
-    for name in ("forward", "forward_cached"):
-        objective = CachedInfoNCE(model, temperature=0.1, mini_batch_size=10)
-        objective.keys = objective.orders = [None] * 2
-        torch.manual_seed(7)
-        loss = getattr(objective, name)(columns(n_columns=2))
-        loss.backward()
-        gradients = [p.grad.clone() for p in model.parameters()]
-        found[name] = (loss.detach(), *gradients, rows.copy())
-        model.zero_grad()
-        rows.clear()
-    plain, cached = found.values()
-    assert (plain[-1], cached[-1]) == ([10] * 2, [10] * 4)
-    assert all(torch.equal(a, b) for a, b in zip(plain[:-1], cached[:-1], strict=True))
-
-
 @pytest.mark.parametrize("chunk", [4, 10])
 def test_keys_reach_the_loss_and_chance_counts_what_is_left(chunk):
     model = Toy().eval()
@@ -129,9 +110,6 @@ def test_two_batches_may_wait_for_their_backward_pass():
     (objective(first) + objective(second)).backward()
     for p, a, b in zip(model.parameters(), *expected, strict=True):
         assert torch.allclose(p.grad, a + b, rtol=1e-5, atol=1e-7)
-
-
-# --- a real model --------------------------------------------------------------------------------
 
 
 def mixed_items(picture):

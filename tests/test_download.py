@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from cocoa_lib.data import corpus, download
-from cocoa_lib.data.tables import EVAL, TRAIN, fingerprint, list_items, load_eval
+from cocoa_lib.data.tables import EVAL, TRAIN, fingerprint, list_items, load_eval, write_tables
 from cocoa_lib.evaluate.tasks import choose_tasks
 from cocoa_lib.items import InputError
 
@@ -40,11 +40,6 @@ class Hub:
         return found if dry_run else str(local_dir)
 
 
-def write_parquet(path: Path, rows: list, columns: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows, columns=columns).to_parquet(path, index=False)
-
-
 def write_zip(path: Path, names: list[str], picture: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(path, "w") as file:
@@ -60,19 +55,16 @@ def hub(tmp_path, monkeypatch):
     train, evaluation = folder / "TIGER-Lab" / "MMEB-train", folder / "TIGER-Lab" / "MMEB-eval"
     for name in ("OK-VQA", "ImageNet_1K"):
         paths = [f"{name}/Train/{i}.png" for i in range(4)]
-        rows = [
-            (f"<|image_1|> {i}?", f"images/{p}", f"{i}", "", "no", "") for i, p in enumerate(paths)
-        ]
+        rows = [("<|image_1|> ?", f"images/{p}", f"{i}", "", "no", "") for i, p in enumerate(paths)]
         for split in ("original", "diverse_instruction"):
-            write_parquet(train / name / f"{split}-00000-of-00001.parquet", rows, TRAIN)
-        write_zip(
-            train / "images_zip" / f"{name}.zip", [*paths, f"{name}/Train/unused.png"], picture
-        )
-    write_parquet(train / "CIFAR_100" / "train-00000-of-00001.parquet", [], TRAIN)
+            write_tables(train / name, {f"{split}-0": pd.DataFrame(rows, columns=TRAIN)})
+        members = [*paths, f"{name}/Train/unused.png"]
+        write_zip(train / "images_zip" / f"{name}.zip", members, picture)
+    write_tables(train / "CIFAR_100", {"train-0": pd.DataFrame([], columns=TRAIN)})
     for name in ("OK-VQA", "GQA"):
         rows = [("q", f"{name}/{i}.png", ["a", "b"], ["", ""]) for i in range(3)]
         rows += [("find", "", ["", ""], [f"{name}/0.png", f"{name}/9.png"])]
-        write_parquet(evaluation / name / "test-00000-of-00001.parquet", rows, EVAL)
+        write_tables(evaluation / name, {"test-0": pd.DataFrame(rows, columns=EVAL)})
     names = [f"{name}/{i}.png" for name in ("OK-VQA", "GQA") for i in (0, 1, 2, 9)]
     write_zip(evaluation / "images.zip", names, picture)
     hub = Hub(folder)
@@ -156,8 +148,8 @@ def test_no_path_leaves_the_folder_and_no_link_comes_in(tmp_path):
 
 def test_the_command_says_the_size_and_what_went_wrong(hub, tmp_path, capsys):
     out = ["--out", str(tmp_path / "data")]
-    download.main([*out, "--dry-run", "--parts", "eval"])
-    assert "GB to download" in capsys.readouterr().out and not hub.fetched
+    download.main([*out, "--parts", "eval"])
+    assert "GB to download" in capsys.readouterr().out and not (tmp_path / "data/train").exists()
     with pytest.raises(SystemExit) as stopped:
         download.main([*out, "--subsets", "XYZ"])
     assert stopped.value.code == 1 and "no rows in TIGER-Lab" in capsys.readouterr().err

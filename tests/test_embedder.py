@@ -21,8 +21,10 @@ from cocoa_lib.embedder import CocoaEmbedder, mteb_model, sentence_transformer
 from cocoa_lib.evaluate.score import rank
 from cocoa_lib.inputs import Inputs
 from cocoa_lib.items import InputError
+from cocoa_lib.run.stage import check_parent
 from cocoa_lib.store.checkpoint import CheckpointError, add_scores, read_meta, save_checkpoint
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # remarks of sentence-transformers and mteb
 README = Path(__file__).resolve().parent.parent / "README.md"
 MODULES = '[{"idx": 0, "name": "0", "path": "", "type": "cocoa_lib.embedder.EosEmbedding"}]'
 
@@ -48,12 +50,12 @@ def embedder(folder):
 
 
 def items(picture, n=40):
-    def make(i):
-        picture_of = picture(16 + 16 * (i % 3), 32, i)
-        odd = {"text": "word " * (i % 7), "image": picture_of}
-        return odd if i % 2 else {"text": f"text {i} " * (i % 5 + 1)}
-
-    return [make(i) for i in range(n)]
+    texts = [{"text": f"text {i} " * (i % 5 + 1)} for i in range(0, n, 2)]
+    both = [
+        {"text": "word " * (i % 7), "image": picture(16 * (1 + i % 3), 32, i)}
+        for i in range(1, n, 2)
+    ]
+    return [item for pair in zip(texts, both, strict=True) for item in pair]
 
 
 def test_vectors_are_normalised_and_in_the_order_given(embedder, picture):
@@ -86,7 +88,6 @@ def test_smaller_vectors_are_sentence_transformers_own(embedder, picture):
         assert (codes == expected).mean() > 0.95  # a value on the border of two steps
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bad_item_is_named_by_its_place_and_its_file(embedder, picture, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     many = [{"text": "a " * i} for i in range(1, 101)]  # several batches, by length
@@ -116,19 +117,31 @@ def test_the_fingerprint_tells_apart_what_gives_other_vectors(small, embedder, t
     other, seen = copy.copy(model), []
     other.config = copy.deepcopy(model.config)
     other.config.text_config.rms_norm_eps = 0.5
-    for name, layout, saved, used in (
-        ("one", "bidirectional", model, inputs),
-        ("two", "causal", model, inputs),
-        ("three", "bidirectional", model, shrunk),
-        ("four", "bidirectional", other, inputs),
-    ):
-        save_checkpoint(tmp_path / name, saved, used, META | {"layout": layout})
-        seen.append(CocoaEmbedder.load(tmp_path / name).fingerprint)
+    both, causal = META, META | {"layout": "causal"}
+    kinds = [(model, inputs, both), (model, inputs, causal), (model, shrunk, both)]
+    for i, kind in enumerate([*kinds, (other, inputs, both)]):
+        save_checkpoint(tmp_path / str(i), *kind)
+        seen.append(CocoaEmbedder.load(tmp_path / str(i)).fingerprint)
     assert len(set(seen)) == 4
-    assert CocoaEmbedder.load(tmp_path / "one").fingerprint == seen[0]
+    assert CocoaEmbedder.load(tmp_path / "0").fingerprint == seen[0]
 
 
 FILES = "cocoa config preprocessor_config tokenizer tokenizer_config"
+
+
+def test_altered_or_missing_weights_are_noticed(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    assert read_meta(copy, check=False)["stage"] == "stage3"
+    for use in (read_meta, CocoaEmbedder.load, lambda copy: check_parent("stage1", copy, True)):
+        with pytest.raises(CheckpointError, match="the weights do not match cocoa.json"):
+            use(copy)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="no .safetensors file"):
+        read_meta(copy)
 
 
 @pytest.mark.parametrize("name", [f"{file}.json" for file in FILES.split()])
@@ -166,10 +179,6 @@ def test_the_model_card_says_how_it_was_made_and_takes_scores(folder, tmp_path):
     assert not list(copy.glob(".*")) and CocoaEmbedder.load(copy).encode("a cat").shape == (64,)
 
 
-# With sentence-transformers and mteb
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, picture):
     flagged = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
     for model in (flagged, sentence_transformer(folder, device="cpu")):
@@ -179,7 +188,6 @@ def test_the_folder_opens_as_a_sentence_transformers_model(folder, embedder, pic
         SentenceTransformer(str(folder), device="cpu")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_settings_of_sentence_transformers_are_heard(folder):
     how = {"trust_remote_code": True, "device": "cpu"}
     settings = {"dtype": torch.bfloat16, "attn_implementation": "eager"}
@@ -190,7 +198,6 @@ def test_settings_of_sentence_transformers_are_heard(folder):
         SentenceTransformer(str(folder), processor_kwargs={"max_length": 16}, **how)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder, tmp_path):
     model = sentence_transformer(folder, device="cpu")
     model.save_pretrained(str(tmp_path / "saved"))
@@ -203,7 +210,6 @@ def test_what_sentence_transformers_saves_is_a_checkpoint_again(folder, embedder
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_what_sentence_transformers_keeps_beside_the_model_comes_along(folder, tmp_path):
     model = sentence_transformer(folder, device="cpu")
     model.prompts, model.default_prompt_name, model.truncate_dim = {"query": "find: "}, "query", 32
@@ -220,7 +226,6 @@ def test_what_sentence_transformers_keeps_beside_the_model_comes_along(folder, t
         sentence_transformer(tmp_path / "saved")
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_model_saved_without_a_record_keeps_its_attention(small, tmp_path):
     model, inputs = small  # causal
     made = SentenceTransformer(modules=[library.EosEmbedding(model, inputs)], device="cpu")
@@ -229,7 +234,6 @@ def test_a_model_saved_without_a_record_keeps_its_attention(small, tmp_path):
     assert np.allclose(again, made.encode(["a cat"])[0], atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
     mteb = pytest.importorskip("mteb", reason="the extra `mteb` is not installed: pip install mteb")
     from datasets import Dataset
@@ -256,12 +260,11 @@ def test_mteb_agrees_on_a_local_task(folder, embedder, picture):
     assert model.mteb_model_meta.revision == read_meta(folder)["weights_sha256"]
     result = mteb.evaluate(model, Local(), cache=None, encode_kwargs=how, show_progress_bar=False)
     found = result.task_results[0].scores["test"][0]
-    vectors = [
-        embedder.encode([row[name] for row in side])
-        for side, name in ((queries, "text"), (pictures, "image"))
-    ]
+    texts, images = (
+        [row[name] for row in side] for side, name in ((queries, "text"), (pictures, "image"))
+    )
     lists = [np.r_[i, np.delete(np.arange(n), i)] for i in range(n)]
-    ranks = rank(*vectors, lists)["rank"]
+    ranks = rank(embedder.encode(texts), embedder.encode(images), lists)["rank"]
     assert found["hit_rate_at_5"] == pytest.approx(float(np.mean(ranks <= 5)), abs=1e-4)
     assert found["mrr_at_1000"] == pytest.approx(float(np.mean(1 / ranks)), abs=1e-4)
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from mmeb_files import SMALL, Embedder, make_rows, oracle_vector, random_vector, write_task
 
-from cocoa_lib.evaluate import evaluate
+from cocoa_lib.evaluate import encode, evaluate
 from cocoa_lib.evaluate.encode import encode_distinct, hash_item
 
 
@@ -51,26 +51,26 @@ def test_an_interrupted_evaluation_goes_on_and_a_second_one_encodes_nothing(root
         run(Embedder(random_vector, fingerprint=""), root, cache_dir=tmp_path)
 
 
-def test_processes_share_the_work_and_the_pictures_and_give_the_same_table(tmp_path):
+def test_processes_share_the_work_and_the_pictures_and_give_the_same_table(tmp_path, monkeypatch):
     """Pictures come last in the order, and take the time: 60 of them among 120 texts."""
     for i in range(60):
         (tmp_path / f"{i}.png").write_bytes(bytes([i]))
     items = [{"text": f"{i}", "image": None} for i in range(120)]
     items += [{"text": "", "image": tmp_path / f"{i}.png"} for i in range(60)]
-    meet, found, embedders = threading.Barrier(4, timeout=30), {}, []
+    meet, local, found = threading.Barrier(4, timeout=30), threading.local(), {}
+    embedders = [Embedder(random_vector) for _ in range(4)]
 
     def process(i):
-        share = {"process_index": i, "num_processes": 4, "wait": meet.wait, "batch_size": 8}
-        how = {"cache_dir": tmp_path / "store", "show_progress": False, **share}
+        how = {"cache_dir": tmp_path / "store", "show_progress": False, "batch_size": 8}
+        local.state = SimpleNamespace(process_index=i, num_processes=4, wait_for_everyone=meet.wait)
         found[i] = encode_distinct(embedders[i], items, **how)
 
-    for _ in range(4):
-        embedders.append(Embedder(random_vector))
+    plain = encode_distinct(Embedder(random_vector), items, show_progress=False)
+    monkeypatch.setattr(encode, "join_processes", lambda: local.state)
     threads = [threading.Thread(target=process, args=(i,)) for i in range(4)]
     for step in (threading.Thread.start, threading.Thread.join):
         for thread in threads:
             step(thread)
-    plain = encode_distinct(Embedder(random_vector), items, show_progress=False)
     assert len(found) == 4 and all(np.array_equal(each, plain) for each in found.values())
     seen = [item for embedder in embedders for item in embedder.seen]
     assert len(seen) == len(set(seen)) == 180, "each item once"
@@ -78,11 +78,13 @@ def test_processes_share_the_work_and_the_pictures_and_give_the_same_table(tmp_p
     assert max(counts) - min(counts) <= 8, counts
 
 
-def test_a_share_that_is_missing_is_reported(tmp_path):
+def test_a_share_that_is_missing_is_reported(tmp_path, monkeypatch):
     items = [{"text": f"{i}", "image": None} for i in range(100)]
-    share = {"process_index": 0, "num_processes": 2, "batch_size": 4, "cache_dir": tmp_path}
+    state = SimpleNamespace(process_index=0, num_processes=2, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(encode, "join_processes", lambda: state)
+    how = {"batch_size": 4, "cache_dir": tmp_path, "show_progress": False}
     with pytest.raises(RuntimeError, match="12 of 25 shards of embeddings are not in"):
-        encode_distinct(Embedder(random_vector), items, show_progress=False, **share)
+        encode_distinct(Embedder(random_vector), items, **how)
 
 
 def test_keys_follow_content(tmp_path):

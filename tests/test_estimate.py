@@ -6,13 +6,11 @@ value, no memory peak, no time, no choice of kernels.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cocoa_lib.attention import A
 from cocoa_lib.backbone import hidden_states, set_bidirectional
@@ -24,11 +22,8 @@ from cocoa_lib.run.estimate import SHAPES, Data, build, count_flops, make_item, 
 from cocoa_lib.run.profiles import ROOT, load_profile
 
 CONFIGS = ROOT / "data" / "configs"
-COUNTS = {
-    "2B": 2_208_985_600,
-    "3B": 3_754_622_976,
-    "7B": 8_292_166_656,
-}  # of the public checkpoints, see the README there
+# Of the public checkpoints, see the README there.
+COUNTS = {"2B": 2_208_985_600, "3B": 3_754_622_976, "7B": 8_292_166_656}
 SIDE, TEXT = 20, 61  # patches a side (400 patches, 100 tokens), words
 FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
 
@@ -36,13 +31,16 @@ FULL, DORA, CHECKPOINTING = {}, {"lora_r": 8}, {"gradient_checkpointing": True}
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """name -> folder with the config of that real model, narrowed to four layers of each kind."""
+    values = {
+        "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 1000, "layer_types": ["full_attention"] * 4,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
 
     def narrow(name):
         config = AutoConfig.from_pretrained(CONFIGS / SHAPES[name])
         text, vision = config.text_config, config.vision_config
-        for key, value in {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
-                           "num_key_value_heads": 2, "vocab_size": 1000, "layer_types": ["full_attention"] * 4,
-                           "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}.items():  # fmt: skip
+        for key, value in values.items():
             setattr(text, key, value)
         text.rope_parameters["mrope_section"] = [8, 12, 12]
         config.image_token_id, config.video_token_id = 990, 991
@@ -57,27 +55,7 @@ def small(tmp_path_factory):
         config.save_pretrained(folder)
         return folder
 
-    def qwen3(text, vision):
-        """Of the same widths; its vision tower hands states of two layers to the language model besides."""
-        values = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                             "num_key_value_heads", "vocab_size")}  # fmt: skip
-        tower = {"depth": 4, "num_heads": 4, "hidden_size": 128, "intermediate_size": 320, "out_hidden_size": 256,
-                 "patch_size": vision["patch_size"], "deepstack_visual_indexes": [1, 2]}  # fmt: skip
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        marks = {name: 990 + i for i, name in enumerate(names)}
-        config = Qwen3VLConfig(
-            text_config=values | {"head_dim": 64},
-            vision_config=tower,
-            tie_word_embeddings=True,
-            **marks,
-        )
-        folder = tmp_path_factory.mktemp("qwen3")
-        config.save_pretrained(folder)
-        return folder
-
-    folders = {name: narrow(name) for name in ("2B", "3B")}
-    parts = json.loads((folders["3B"] / "config.json").read_text())
-    return folders | {"Qwen3": qwen3(parts["text_config"], parts["vision_config"])}
+    return {name: narrow(name) for name in ("2B", "3B")}
 
 
 def batch_of(model, n=1):
@@ -98,15 +76,14 @@ def batch_of(model, n=1):
 
 def trained_module(folder, recipe):
     """As `run_stage` makes it for stage 1, with random weights."""
-    model = AutoModelForImageTextToText.from_config(
-        AutoConfig.from_pretrained(folder), dtype=torch.float32
-    )
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     set_bidirectional(model, True)
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
     if recipe.lora_r:
-        add_adapter(model, make_recipe("stage1", {"lora_r": 8}))
+        add_adapter(model, recipe)
     return module.train()
 
 
@@ -158,9 +135,8 @@ def test_activations_are_those_that_autograd_keeps(small, name, values, bf16):
     length, patches = SIDE**2 // 4 + TEXT + 3, SIDE**2
     recipe = make_recipe("stage3", values | {"bf16": bf16})
     measured = kept_bytes(trained_module(small[name], recipe), bf16)
-    assert saved_bytes(
-        build(small[name], "stage3", recipe), recipe, length, patches
-    ) == pytest.approx(measured, rel=0.1)
+    found = saved_bytes(build(small[name], "stage3", recipe), recipe, length, patches)
+    assert found == pytest.approx(measured, rel=0.1)
     recipe = make_recipe("stage3", values | CHECKPOINTING | {"bf16": bf16})
     inputs = kept_bytes(trained_module(small[name], recipe), bf16)
     found = saved_bytes(build(small[name], "stage3", recipe), recipe, length, patches)
@@ -178,9 +154,8 @@ def test_weights_gradients_and_adam_are_the_bytes_that_a_step_holds(small, count
         needs = estimate.estimate(small["2B"], "stage1", recipe, Data())
         assert needs["weights"] == size(module.parameters())
         assert needs["gradients"] == size(p.grad for p in module.parameters())
-        assert needs["optimiser"] == size(
-            t for state in optimiser.state.values() for t in state.values()
-        )
+        states = optimiser.state.values()
+        assert needs["optimiser"] == size(t for state in states for t in state.values())
 
 
 @pytest.fixture
@@ -203,18 +178,16 @@ def test_what_more_devices_sharding_and_smaller_chunks_change(small, counted):
     assert whole["flops"] < one["flops"], "one forward pass more, but for the first chunk"
     assert need("stage1")["logits"] > 0 == one["logits"]
     assert need(gradient_checkpointing=True)["activations"] < one["activations"] / 3
-    assert one["memory"] == sum(
-        one[name] for name in one if name not in ("memory", "flops", "hours")
-    )
+    uses = [one[name] for name in one if name not in ("memory", "flops", "hours")]
+    assert one["memory"] == sum(uses)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_real_shapes_on_meta_have_the_published_parameters_and_the_published_adapter(name):
-    plain = build(CONFIGS / SHAPES[name], "stage3", make_recipe("stage3", FULL))
+    source, paper = CONFIGS / SHAPES[name], make_recipe("stage3", load_profile("paper")["stage3"])
+    plain = build(source, "stage3", make_recipe("stage3", FULL))
     assert sum(p.numel() for p in plain.parameters()) == COUNTS[name]
-    adapted = build(
-        CONFIGS / SHAPES[name], "stage3", make_recipe("stage3", load_profile("paper")["stage3"])
-    )
+    adapted = build(source, "stage3", paper)
     text, vision = adapted.model.config.text_config, adapted.model.config.vision_config
     matched = [part for part in adapted.modules() if hasattr(part, "lora_A")]
     mlp = 1 if name == "2B" else 0  # Qwen2-VL's towers have fc1, fc2; Qwen2.5-VL's gate, up, down
@@ -226,14 +199,8 @@ def test_the_command_prints_each_stage_and_what_to_change(small, counted, capsys
     command = ["--model", str(small["3B"]), "--devices", "8", "--device-memory"]
     estimate.main([*command, "0.1"])
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines()[2:]] == [
-        "stage1",
-        "does",
-        "stage2",
-        "does",
-        "stage3",
-        "does",
-    ]
+    words = [line.split()[0] for line in out.splitlines()[2:]]
+    assert words == ["stage1", "does", "stage2", "does", "stage3", "does"]
     assert out.count("lower mini_batch_size (stage 3) or batch_size") == 3
     estimate.main([*command, "80"])
     assert "does not fit" not in capsys.readouterr().out

@@ -10,10 +10,8 @@ import pytest
 
 LIB = Path(__file__).resolve().parent.parent / "cocoa_lib"
 LEAVES = {"items", "packing", "positions", "kernels"}
-METHOD = {
-    "attention", "inputs", "corruption", "backbone",
-    "reconstruction", "contrastive", "embedder", "recipes",
-}  # fmt: skip
+METHOD = set("attention inputs corruption backbone reconstruction contrastive".split())
+METHOD |= {"embedder", "recipes"}
 BELOW = {
     "leaves": {"method"},  # packing reads a batch as inputs makes it
     "method": {"leaves"},

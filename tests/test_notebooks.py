@@ -44,7 +44,7 @@ def check_road(family: str, folder: Path, shared: Path, **data) -> None:
     """Run all six notebooks on a published model of `family` and MMEB-like data."""
     model = write_model(folder / f"Tiny-{family}", family, shared)
     parameters = {"profile": "smoke", "model": str(model), "changes": CHANGES}
-    parameters["data"] = str(write_data(folder / "mmeb", shared, **data))
+    parameters["data"] = str(write_data(folder / "mmeb", **data))
     said = {
         path.name[:2]: read_outputs(run_notebook(path, folder, parameters)) for path in NOTEBOOKS
     }
@@ -56,7 +56,7 @@ def check_road(family: str, folder: Path, shared: Path, **data) -> None:
 
 
 def test_all_notebooks_run_on_a_published_model_and_mmeb_rows(tmp_path):
-    """Small files of our own: `tests/nightly` takes the real tokenizer, photographs and all families."""
+    """Small files of our own: `tests/nightly` takes the real tokenizer and all families."""
     check_road("qwen2_vl", tmp_path, tmp_path / "nothing shared")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_mask
 
 from cocoa_lib.attention import LAYOUTS, PAD, A, block_mask, dense_mask
 from cocoa_lib.backbone import hidden_states, language_model, set_bidirectional
@@ -17,40 +18,26 @@ from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction
 from cocoa_lib.show.masks import segments
 
-SHAPES = st.lists(
-    st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans(), st.booleans()),
-    min_size=1,
-    max_size=9,
-)
+SHAPE = st.tuples(st.integers(1, 6), st.integers(0, 5), st.booleans(), st.booleans())
+SHAPES = st.lists(SHAPE, min_size=1, max_size=9)
 
 
 def padded(shapes):
     """(tokens in A, in B, padding left?, picture?) a sample -> a batch of distinct tokens."""
     length = max(a + b + 1 for a, b, *_ in shapes)
-    rows = [
-        segments(a, b, **{"pad_left" if left else "pad_right": length - a - b - 1})
-        for a, b, left, _ in shapes
-    ]
+    sides = ("pad_right", "pad_left")
+    rows = [segments(a, b, **{sides[left]: length - a - b - 1}) for a, b, left, _ in shapes]
     segment_ids = torch.cat(rows)
     real = segment_ids != PAD
     ids = torch.arange(1, real.numel() + 1).reshape(real.shape) * real
     images = torch.tensor([int(image) for *_, image in shapes])
     pixels = (segment_ids == A) & (images[:, None] == 1)
-    batch = {
-        "input_ids": ids,
-        "segment_ids": segment_ids,
-        "attention_mask": real.long(),
-        "labels": ids * 2,
-        "mm_token_type_ids": pixels.long(),
-    }
+    batch = {"input_ids": ids, "segment_ids": segment_ids, "attention_mask": real.long()}
+    batch |= {"labels": ids * 2, "mm_token_type_ids": pixels.long()}
     if images.any():
         grids = torch.tensor([[1, 1, a] for a, *_, image in shapes if image])
-        batch |= {
-            "pixel_values": ids[pixels][:, None],
-            "image_grid_thw": grids,
-            "num_images_per_sample": images,
-            "hidden_cells": ids[pixels] % 2 == 0,
-        }
+        batch |= {"pixel_values": ids[pixels][:, None], "image_grid_thw": grids}
+        batch |= {"num_images_per_sample": images, "hidden_cells": ids[pixels] % 2 == 0}
     return batch, torch.stack([ids * 3, ids * 5, ids * 7])
 
 
@@ -67,7 +54,10 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     assert torch.equal(packed["labels"][real], ids[real] * 2)
     for name, nothing in (("labels", -100), ("sample_ids", NO_SAMPLE), ("segment_ids", PAD)):
         assert (packed[name][~real] == nothing).all()
-    mask = dense_mask(layout, packed["segment_ids"], packed["sample_ids"])[:, 0]
+    of_flex = block_mask(layout, packed["segment_ids"], packed["sample_ids"]).mask_mod
+    mask = dense_mask(layout, packed["segment_ids"], packed["sample_ids"])
+    assert torch.equal(create_mask(of_flex, len(ids), None, *mask.shape[2:], device="cpu"), mask)
+    mask = mask[:, 0]
     alone = dense_mask(layout, batch["segment_ids"])[:, 0]
     for sample in range(len(shapes)):
         at = packed["sample_ids"] == sample
@@ -85,30 +75,15 @@ def test_every_token_once_in_order_and_samples_do_not_see_each_other(shapes, lay
     assert torch.equal(packed["hidden_cells"], pixels % 2 == 0)
 
 
-@settings(max_examples=20, deadline=None)
-@given(shapes=SHAPES, layout=st.sampled_from(sorted(LAYOUTS)))
-def test_the_flex_mask_of_packed_rows_is_the_dense_one(shapes, layout):
-    from torch.nn.attention.flex_attention import create_mask
-
-    packed = pack(*padded(shapes))
-    ids = packed["segment_ids"]
-    block, length = block_mask(layout, ids, packed["sample_ids"]), ids.shape[1]
-    made = create_mask(block.mask_mod, len(ids), None, length, length, device="cpu")
-    assert torch.equal(made, dense_mask(layout, ids, packed["sample_ids"]))
-
-
 def mixture(picture, n=9):
     """Texts of different lengths, two thirds with a picture, of different sizes."""
     words = "a large red circle at the top left of one small blue square".split()
-    return [
-        {
-            "text": "What is it?" * (i % 2 or i % 3 == 0),
-            "image": picture(32 + 16 * (i % 3), 32, i) if i % 3 else None,
-            "target": " ".join(words[: 2 + 2 * i % 11]),
-            "draw": i,
-        }
-        for i in range(n)
-    ]
+    rows = []
+    for i in range(n):
+        image = picture(32 + 16 * (i % 3), 32, i) if i % 3 else None
+        text, target = "What is it?" * (i % 2 or i % 3 == 0), " ".join(words[: 2 + 2 * i % 11])
+        rows.append({"text": text, "image": image, "target": target, "draw": i})
+    return rows
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -133,10 +108,8 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(small, picture, stage,
             out = module(**batch)
             out["loss"].backward()
             gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-            seen[packing] = (
-                {name: float(value.detach()) for name, value in out.items()},
-                gradients,
-            )
+            losses = {name: float(value.detach()) for name, value in out.items()}
+            seen[packing] = (losses, gradients)
     finally:
         model.set_attn_implementation("sdpa")
         set_bidirectional(model, False)

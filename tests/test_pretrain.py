@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -227,9 +225,3 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     lesson = pretrain.make_lesson(phase, np.random.default_rng(0))
     with pytest.raises(RuntimeError, match="lower its rate"):
         pretrain.train_step(pupil, phase, lesson)
-
-
-@pytest.mark.slow
-def test_the_command_line_shows_its_help():
-    command = [sys.executable, "-m", "cocoa_lib.world.pretrain", "--help"]
-    assert "--seed" in subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -76,17 +76,6 @@ def test_small_features_count_and_majority_comes_from_training():
     assert found["value"] == 100 and found["majority"] == pytest.approx(100 / 3)
 
 
-def test_wilson_interval_by_hand():
-    z, n, p = 1.959964, 10, 0.8
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    x, y = np.array([[0.0]] * 5 + [[1.0]] * 5), np.array([0] * 5 + [1] * 5)
-    found = fit_probe(x, y, x, np.where(np.arange(10) < 8, y, 1 - y))
-    assert [found["low"], found["high"]] == pytest.approx(
-        [100 * (centre - half), 100 * (centre + half)]
-    )
-
-
 def test_effective_rank_counts_directions():
     rng = np.random.default_rng(0)
     assert effective_rank(np.tile(rng.normal(size=7), (50, 1))) == pytest.approx(1, abs=1e-4)

@@ -30,6 +30,7 @@ from cocoa_lib.reconstruction import TEXT_LOSSES
         ("stage1", {"learning_rate": 10**400}, "learning_rate: "),
         ("stage1", {"text_mask_rate": 1.5}, "less than or equal to 1, got 1.5"),
         ("stage3", {"save_steps": 0}, "save_steps: .*greater than or equal to 1, got 0"),
+        ("stage1", {"steps": [[["x"] * 99] * 99] * 99}, "stage1.steps: .*valid integer, got "),
         ("stage3", {"temperature": 0}, "temperature: .*greater than or equal to 0.001, got 0"),
     ],
 )

@@ -39,9 +39,6 @@ def rows(picture, n=4):
     return [row | {"target": texts[row["draw"] % 4]} for row in made]
 
 
-# --- corruption ----------------------------------------------------------------------------------
-
-
 def test_only_plain_text_of_the_segment_is_masked(small, picture):
     _, inputs = small
     items = [{"text": "a red circle", "image": picture()}, {"text": "a"}]
@@ -51,9 +48,7 @@ def test_only_plain_text_of_the_segment_is_masked(small, picture):
         allowed = maskable(batch, inputs, segment)
         assert (batch["segment_ids"][allowed] == segment).all()
         assert not special & set(batch["input_ids"][allowed].tolist())
-    assert not maskable(batch, inputs, A)[1, 0], (
-        "position 0 has no predecessor to be predicted from"
-    )
+    assert not maskable(batch, inputs, A)[1, 0], "position 0 has no predecessor to predict it"
 
 
 def test_the_first_token_is_not_hidden_on_either_side(small):
@@ -101,9 +96,6 @@ def test_mask_cells_hides_whole_merged_cells(small, picture):
     fill = patch_noise(pixels.shape[1], seed=0)
     changed = (hide_cells(pixels, hidden, fill, 2) != pixels).any(1).view(-1, 4)
     assert torch.equal(changed.all(1), hidden) and torch.equal(changed.any(1), hidden)
-
-
-# --- losses --------------------------------------------------------------------------------------
 
 
 def test_mntp_predicts_from_the_state_before_and_mlm_from_the_same():
@@ -161,9 +153,6 @@ def test_the_decoder_predicts_every_pixel_of_a_cell_from_all_tokens(small, pictu
     assert all(type(layer) is kind for layer in decoder.layers)
 
 
-# --- stages --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("fill", ["noise", "zero", "learned"])
 def test_stage1_runs_for_every_source_and_fill(small, picture, preset, fill):
@@ -212,9 +201,7 @@ def test_shares_make_the_average_over_processes_exact(small, picture, monkeypatc
     recipe, found = make_recipe("stage1", {"text_mask_rate": 0.5}), []
     halves = (rows(picture)[:1], rows(picture)[1:])
     parts = [stage1_batch(half, inputs, recipe, 0) for half in halves]
-    counts = torch.tensor(
-        [[int((part["labels"] != IGNORE).sum()), int(part["hidden_cells"].sum())] for part in parts]
-    )
+    counts = torch.tensor([[(p["labels"] != IGNORE).sum(), p["hidden_cells"].sum()] for p in parts])
     for batches in ([stage1_batch(rows(picture), inputs, recipe, 0)], parts):
         if len(batches) == 2:
             monkeypatch.setattr("cocoa_lib.reconstruction.gather_rows", lambda own: counts.float())

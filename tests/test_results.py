@@ -8,16 +8,9 @@ import pytest
 from mmeb_files import make_ranks
 
 from cocoa_lib.data.tables import Task
-from cocoa_lib.evaluate import (
-    read_probes,
-    read_ranks,
-    read_runs,
-    score_arms,
-    write_ranks,
-    write_report,
-)
+from cocoa_lib.evaluate import read_probes, read_ranks, read_runs, write_ranks, write_report
 from cocoa_lib.evaluate.results import summarise
-from cocoa_lib.evaluate.score import RANKS
+from cocoa_lib.evaluate.score import RANKS, score_arms
 
 NAMES = (("A", "classification", True), ("B", "classification", False), ("C", "vqa", True))
 TASKS = [Task(*fields, 9) for fields in NAMES]

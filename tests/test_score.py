@@ -25,20 +25,12 @@ from mmeb_files import (
 )
 from scipy.stats import binomtest
 
-from cocoa_lib.data.tables import META_TASKS, Task
+from cocoa_lib.data.tables import META_TASKS
 from cocoa_lib.embedder import CocoaEmbedder, EosEmbedding
-from cocoa_lib.evaluate import (
-    TASKS,
-    averages,
-    evaluate,
-    read_ranks,
-    read_runs,
-    score_averages,
-    score_tasks,
-)
+from cocoa_lib.evaluate import TASKS, evaluate, read_ranks, read_runs, score_averages, score_tasks
 from cocoa_lib.evaluate import __main__ as command
 from cocoa_lib.evaluate.score import RANKS, rank
-from cocoa_lib.evaluate.tasks import read_published
+from cocoa_lib.evaluate.tasks import averages, read_published
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +44,6 @@ def all_tasks(tmp_path_factory):
 
 def run(embedder, root, tasks=SMALL, **options):
     return evaluate(embedder, root, tasks=tasks, show_progress=False, **options)
-
-
-# Tasks and averages
 
 
 def test_the_36_tasks():
@@ -83,9 +72,8 @@ def test_averages_are_those_computed_by_hand():
     }
     assert list(averages(scores)) == list(expected)
     assert averages(scores) == pytest.approx(expected, abs=1e-4)
-    ranks = make_ranks(
-        {t: [1] * round(s / 10) + [2] * round(10 - s / 10) for t, s in scores.items()}
-    )
+    hits = {name: round(score / 10) for name, score in scores.items()}
+    ranks = make_ranks({name: [1] * n + [2] * (10 - n) for name, n in hits.items()})
     table = score_averages(ranks).set_index("average")
     assert table["value"].to_dict() == pytest.approx(expected, abs=1e-4)
     assert table["n_tasks"].tolist() == [10, 10, 12, 4, 20, 16, 36]
@@ -106,9 +94,6 @@ def test_published_rows_that_do_not_follow_from_their_own_scores():
         ("VLM2Vec (Qwen2-VL)", "2B"): (59.3, 60.1),  # another table prints 60.1 over the same four
     }
     assert table["source"].notna().all() and table["evaluator"].notna().all()
-
-
-# Whole evaluations
 
 
 def test_a_random_embedder_scores_at_chance(all_tasks):
@@ -148,19 +133,6 @@ def test_a_sample_of_queries_keeps_row_numbers(all_tasks):
     assert len(both) == 20 and (both["rank_x"] == both["rank_y"]).all()
 
 
-def test_one_image_with_two_texts_is_two_candidates_and_a_copy_counts_once(tmp_path):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(b"not decoded here")
-    texts = ["caption 1", "caption 2", "caption 1"]
-    row = {"qry_text": "query 1", "qry_img_path": "", "tgt_text": texts}
-    write_task(tmp_path, "WebQA", [{**row, "tgt_img_path": ["a.png"] * 3}])
-    embedder = Embedder(oracle_vector)
-    ranks = run(embedder, tmp_path, (Task("WebQA", "retrieval", True, 3),))
-    assert ranks[["rank", "ties", "n_candidates"]].values.tolist() == [[1, 0, 2]]
-    expected = [("caption 1", "a.png"), ("caption 2", "a.png"), ("query 1", None)]
-    assert sorted(embedder.seen, key=str) == expected
-
-
 def test_all_is_checked_before_anything_is_encoded(all_tasks, tmp_path):
     first, last, embedder = SMALL[0], SMALL[1], Embedder(random_vector)
     write_task(tmp_path, first.name, make_rows(first))
@@ -188,8 +160,6 @@ def test_a_row_that_cannot_be_encoded_is_named(small, picture, tmp_path, fields,
     with pytest.raises(ValueError, match=f"row 3, qry_img_path: .*{message}"):
         run(CocoaEmbedder(EosEmbedding(*small)), tmp_path, (ONE,))
 
-
-# Ranking
 
 ints = st.integers(-2, 2)
 
@@ -244,9 +214,6 @@ def test_rank_refuses_what_it_cannot_rank(value, lists):
         rank(one, one * value, [np.arange(3)] * lists)
 
 
-# Scores and intervals
-
-
 def test_metrics_and_intervals():
     rows = score_tasks(make_ranks({"GQA": [1, 2, 3, 11]})).set_index("metric")
     assert rows.loc["p@1", ["value", "n"]].tolist() == [25, 4] and rows.loc["hit@5", "value"] == 75
@@ -274,9 +241,6 @@ def test_intervals_of_the_averages_are_over_queries_within_tasks():
     assert table["n_tasks"].tolist() == [0, 2, 1, 0, 1, 2, 3] and table.loc["overall", "n"] == 1090
 
 
-# The command
-
-
 def test_the_command_writes_ranks_prints_averages_and_fills_the_card(
     all_tasks, tmp_path, monkeypatch, capsys
 ):
@@ -289,9 +253,8 @@ def test_the_command_writes_ranks_prints_averages_and_fills_the_card(
     load = SimpleNamespace(load=lambda path, dtype: Embedder(oracle_vector, fingerprint="f00"))
     monkeypatch.setattr(command, "CocoaEmbedder", load)
     model.mkdir()
-    (model / "cocoa.json").write_text(
-        '{"eos_token": "", "max_length": 9, "weights_sha256": "5a5a"}'
-    )
+    note = '{"eos_token": "", "max_length": 9, "weights_sha256": "5a5a"}'
+    (model / "cocoa.json").write_text(note)
     command.main([str(model), "--root", str(folder), "--out", str(out), "--n-queries", "12"])
     printed = capsys.readouterr().out
     assert f"MISSING: {SMALL[2].name}" in printed and "vqa" not in printed

@@ -45,11 +45,8 @@ def test_what_is_as_written_passes(tree, capsys):
     manifest = (tree / "data" / "MANIFEST.sha256").read_text(encoding="utf-8")
     assert len(manifest.splitlines()) == 1, "hidden files are not listed"
     _, mark, head, _, cocoa, contrastive, end, last = (tree / "README.md").read_text().splitlines()
-    assert (mark, end, last) == (
-        "<!-- reports/laptop-emoji_pairs: cocoa contrastive -->",
-        "<!-- end -->",
-        "After.",
-    )
+    assert mark == "<!-- reports/laptop-emoji_pairs: cocoa contrastive -->"
+    assert (end, last) == ("<!-- end -->", "After.")
     assert head.startswith("| arm | seeds |") and cocoa.startswith("| cocoa | 2 | 26.3 | 1.7 |")
     assert contrastive.startswith("| contrastive | 2 |")
 
@@ -87,15 +84,8 @@ def test_a_lost_manifest_or_record_is_said(tree):
     assert "smoke_arm.json: no such file" in "\n".join(verify.verify(tree))
 
 
-RUN = {
-    "arm": "contrastive",
-    "data": "d",
-    "loss": [3.0, 2.0],
-    "hits": 3,
-    "queries": 9,
-    "weights_sha256": "w",
-    "where": {"machine": "m"},
-}
+RUN = {"arm": "contrastive", "data": "d", "loss": [3.0, 2.0], "hits": 3, "queries": 9}
+RUN |= {"weights_sha256": "w", "where": {"machine": "m"}}
 
 
 @pytest.mark.parametrize(

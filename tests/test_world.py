@@ -14,13 +14,8 @@ from PIL import Image
 
 from cocoa_lib.data import tables
 from cocoa_lib.world import build as files
-from cocoa_lib.world.concepts import (
-    held_out_size,
-    load_concepts,
-    read_name,
-    select_names,
-)
-from cocoa_lib.world.pictures import contact_sheet, draw, paste
+from cocoa_lib.world.concepts import held_out_size, load_concepts, read_name, select_names
+from cocoa_lib.world.pictures import draw, paste
 from cocoa_lib.world.questions import answer, apply_edit, list_questions
 from cocoa_lib.world.scenes import (
     CANVAS,
@@ -48,7 +43,7 @@ import out_of_style  # noqa: E402
 SNAKE = Drawn("snake", "large", "top left", 2, 3)
 APPLE = Drawn("red apple", "small", "bottom", 30, 54)
 FOXES = (Drawn("fox", "small", "left", 2, 30), Drawn("fox", "large", "right", 45, 30))
-SCENE = Scene((SNAKE, APPLE), 3)
+SCENE, AN_APPLE = Scene((SNAKE, APPLE), 3), "a small red apple at the bottom"
 
 
 # ---- concepts and words -------------------------------------------------------------------------
@@ -63,12 +58,8 @@ def test_there_are_some_hundred_nouns_with_drawings():
 
 def test_the_vocabulary_names_only_emoji_that_exist():
     groups = read_vocabulary()["groups"]
-    every = {
-        read_name(char)
-        for kinds in groups.values()
-        for line in kinds.values()
-        for char in line.split(" ")
-    }
+    lines = [line for kinds in groups.values() for line in kinds.values()]
+    every = {read_name(char) for line in lines for char in line.split(" ")}
     excluded = read_names("not_things") | read_names("not_told_by_eye")
     assert excluded <= every
     assert not excluded & set(load_concepts())
@@ -144,11 +135,6 @@ def test_paste_blends_by_alpha():
     assert canvas[:, :, 0].tolist() == [[200, 200], [0, 200]]
 
 
-def test_contact_sheet_has_a_cell_a_drawing():
-    sheet = contact_sheet(["🐍", "🍎", "🦊"], 24, columns=2, zoom=1)
-    assert sheet.size == (56, 56)
-
-
 def test_a_crop_shows_its_drawing_whole():
     picture = render(SCENE)
     assert picture.shape == (CANVAS, CANVAS, 3)
@@ -215,16 +201,10 @@ def test_answers(question, expected):
 @pytest.mark.parametrize(
     ("instruction", "expected"),
     [
-        ("Make the snake small.", "a small snake at the top left, a small red apple at the bottom"),
-        (
-            "Turn the snake into an owl.",
-            "a large owl at the top left, a small red apple at the bottom",
-        ),
-        (
-            "Move the snake to the right.",
-            "a large snake on the right, a small red apple at the bottom",
-        ),
-        ("Remove the snake.", "a small red apple at the bottom"),
+        ("Make the snake small.", f"a small snake at the top left, {AN_APPLE}"),
+        ("Turn the snake into an owl.", f"a large owl at the top left, {AN_APPLE}"),
+        ("Move the snake to the right.", f"a large snake on the right, {AN_APPLE}"),
+        ("Remove the snake.", AN_APPLE),
         (
             "Swap the snake and the red apple.",
             "a small red apple at the top left, a large snake at the bottom",
@@ -296,13 +276,8 @@ def test_early_pairs_show_the_first_concepts_only():
     for place, share in ((0, 0.25), (499, 0.25), (1999, 0.5), (7999, 0.75)):
         known = set(paired_names(share))
         for name in SUBSETS:
-            sides = [
-                side
-                for i in range(10)
-                for part in [make(name, "train", i, place)]
-                for side in (*part[:2], *part[2])
-            ]
-            assert {one for one, _ in shown(sides)} <= known
+            for query, right, wrong in (make(name, "train", i, place) for i in range(10)):
+                assert {one for one, _ in shown([query, right, *wrong])} <= known
 
 
 @pytest.mark.parametrize(
@@ -328,9 +303,9 @@ def test_task_sizes_are_those_of_their_labels():
     for task in TASKS:
         labels = list_labels().get(task.name)
         assert labels is None or len(labels) == len(set(labels)) >= task.n_candidates
-    assert {
-        task.name: task.n_candidates for task in TASKS if task.meta_task == "classification"
-    } == {name: len(list_labels()[name]) for name in ("Naming", "Kinds", "NamingUnpaired")}
+    found = {t.name: t.n_candidates for t in TASKS if t.meta_task == "classification"}
+    kinds = ("Naming", "Kinds", "NamingUnpaired")
+    assert found == {name: len(list_labels()[name]) for name in kinds}
 
 
 # ---- files --------------------------------------------------------------------------------------

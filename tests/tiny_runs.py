@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
+from cocoa_lib.contrastive import pair_features
 from cocoa_lib.data import corpus
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.run.stage import run_stage
@@ -54,6 +59,16 @@ def go(home, stage, out, recipe=None, **settings):
     return run_stage(stage, recipe or tiny(stage), out=out, **places | settings)
 
 
+def pair_columns(rows, inputs, mini_batch_size):
+    """The columns that stage 3's loss is given of rows {anchor, positive}."""
+    collate = partial(pair_features, inputs=inputs, mini_batch_size=mini_batch_size)
+    batch = SentenceTransformerDataCollator(collate)(rows)
+    sides = ("anchor", "positive")
+    return [
+        {k.removeprefix(f"{s}_"): v for k, v in batch.items() if k.startswith(s)} for s in sides
+    ]
+
+
 def weights(folder):
     return load_file(folder / "model.safetensors")
 
@@ -78,3 +93,39 @@ def stop_at(monkeypatch, step, how):
         return original(self, loss)
 
     monkeypatch.setattr(PlainTrainer, "check_loss", checked)
+
+
+def fork_server():
+    """Child processes from one that has imported the library once, and nothing of this one's state."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cocoa_lib.run"])
+    return context
+
+
+def _member(rank, port, n, work, home, out):
+    """One of `n` processes; what it raises is its last word in OUT/error-RANK."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    try:
+        work(rank, home, out)
+    except BaseException as error:
+        (out / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+        raise
+
+
+def together(work, home, out, n=2):
+    """Run `work` in `n` gloo processes of one run; exit codes in order of rank."""
+    context = fork_server()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [(rank, port, n, work, home, out) for rank in range(n)]
+    children = [context.Process(target=_member, args=each) for each in words]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+        if child.exitcode is None:
+            child.kill()
+    return [child.exitcode for child in children]

@@ -59,14 +59,13 @@ def download(
     subsets: Sequence[str] = (),
     rows: int | None = None,
     parts: Sequence[str] = tuple(REPOS),
-    dry_run: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Fetch MMEB into the data folder `out`; return it.
 
     subsets: names of training subsets and tasks, all if empty; rows: the first ones of each
-    training subset. `say` is told the size beforehand; with `dry_run` that is all. Raises InputError
-    for unknown names and a damaged archive, and what huggingface_hub raises.
+    training subset. `say` is told the size beforehand. Raises InputError for unknown names and a
+    damaged archive, and what huggingface_hub raises.
     """
     out, size, commits = Path(out), 0, {}
     chosen: dict[tuple[str, str], list[str]] = defaultdict(list)  # (part, archive) -> tables
@@ -83,11 +82,9 @@ def download(
     for part, archive in chosen:
         size += sum(file.file_size for file in fetch(out, part, [archive], dry_run=True))
     say(f"{size / 1e9:.1f} GB to download into {out}; an archive is deleted once it is unpacked")
-    if dry_run:
-        return out
     for (part, archive), tables in chosen.items():
-        absent = fetch_pictures(out, part, archive, tables, rows if part == "train" else None)
-        if absent:
+        n = rows if part == "train" else None
+        if absent := fetch_pictures(out, part, archive, tables, n):
             say(f"{len(absent)} pictures are not in {archive}, first {absent[0]}")
     made = sorted(path for part in REPOS for path in (out / part).rglob("*.parquet"))
     facts = {"generator": "MMEB", "commits": commits, "content_hash": files_hash(made)}
@@ -159,7 +156,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--subsets", nargs="+", default=[], help="training subsets and tasks (all)")
     parser.add_argument("--rows", type=int, help="first rows of each training subset (all)")
     parser.add_argument("--parts", nargs="+", choices=REPOS, default=list(REPOS))
-    parser.add_argument("--dry-run", action="store_true", help="say how many GB, and stop")
     args = vars(parser.parse_args(argv))
     try:
         download(args.pop("out"), say=print, **args)

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import json
 import re
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,27 +54,20 @@ def build_pairs(
     if on_bad_row not in ("stop", "skip"):
         raise InputError(f"on_bad_row must be 'stop' or 'skip', got {on_bad_row!r}")
     columns = [image_column, text_column, class_column]
-    settings = {
-        "source": path.name,
-        "source_sha256": source_hash(path),
-        "columns": columns,
-        "on_bad_row": on_bad_row,
-        "n_eval": n_eval,
-        "max_side": max_side,
-        "seed": SEED,
-        **({"image_root": str(image_root)} if image_root else {}),
-    }
+    settings = {"source": path.name, "source_sha256": source_hash(path), "columns": columns}
+    settings |= {"on_bad_row": on_bad_row, "n_eval": n_eval, "max_side": max_side, "seed": SEED}
+    settings |= {"image_root": str(image_root)} if image_root else {}
     if (found := read_finished(root, {"settings": settings})) is not None:
         return found
     rows = read_table(path)
     columns = choose_columns(rows, columns, path)
-    base = Path(image_root) if image_root else find_image_root(path, rows, columns[0])
+    base = Path(image_root or (path if path.is_dir() else path.parent))
     good, bad = check_rows(rows, columns, base)
     if bad and on_bad_row == "stop":
+        listed = "\n  ".join([f"{path}: {len(bad)} of {len(rows)} rows cannot be used:", *bad[:20]])
         raise InputError(
-            f"{path}: {len(bad)} of {len(rows)} rows cannot be used:\n  "
-            + "\n  ".join(bad[:20])
-            + "\nMend them, or set on_bad_row=skip"
+            f"{listed}\nMend them, name the folder of the pictures (image_root), or set "
+            "on_bad_row=skip"
         )
     if len(good) < 10:
         raise InputError(f"{path}: {len(good)} usable rows; training and holding out need 10")
@@ -100,16 +93,12 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     Of a folder: a picture's text is the name of its folder, its class that of the first one. Raises
     InputError naming file and line for what is not a row.
     """
-    if path.is_dir():
-        rows = _read_folders(path)
-    elif not path.is_file():
+    if not path.exists():
         raise InputError(
             f"{path}: no such file; expected a .jsonl or .csv file with an image path and a text a "
             "row, or a folder of named folders of pictures"
         )
-    else:
-        rows = _read_lines(path)
-    if not rows:
+    if not (rows := _read_folders(path) if path.is_dir() else _read_lines(path)):
         raise InputError(f"{path}: no rows; of a folder, pictures in named folders are read")
     return rows
 
@@ -160,21 +149,6 @@ def choose_columns(
     if None in chosen[:2]:
         raise InputError(f"{path}: cannot tell image and text columns among {said}; name them")
     return chosen
-
-
-def find_image_root(path: Path, rows: list[dict[str, Any]], image_column: str) -> Path:
-    """Find where image paths start: the table's folder, or one below it that holds a picture.
-
-    Tried with the first 20 rows, since some pictures may be missing.
-    """
-    if path.is_dir():
-        return path
-    files = [file.as_posix() for file in sorted(path.parent.rglob("*"))]
-    for row in rows[:20]:
-        name = PurePath(read_text(row, image_column)).as_posix()
-        if found := [file for file in files if file.endswith(f"/{name}")]:
-            return Path(min(found, key=len).removesuffix(name))
-    return path.parent
 
 
 def read_text(row: dict[str, Any], column: str | None) -> str:
@@ -241,9 +215,8 @@ def split_concepts(
             f"2 are held out and 2 trained on; use more, or an n_eval of at least 2 (found {n_eval})"
         )
     first = np.unique(groups, return_index=True)[1]  # the first row of each concept
-    unseen, seen = (
-        [rows[i] for i in first[part]] for part in np.split(order[: 2 * n_out], [n_out])
-    )
+    unseen = [rows[i] for i in first[order[:n_out]]]
+    seen = [rows[i] for i in first[order[n_out : 2 * n_out]]]
     training = [rows[i] for i in np.flatnonzero(~np.isin(groups, order[:n_out]))]
     return seen, unseen, training
 
@@ -290,11 +263,8 @@ def _list_eval(part: list[dict], classes: list[str]) -> list[tuple[str, str, lis
     none, no_files = [""] * len(part), [""] * len(classes)
     find = [(text, "", none, move_first(files, i)) for i, text in enumerate(texts)]
     name = [("", file, move_first(texts, i), none) for i, file in enumerate(files)]
-    sort = [
-        ("", row["file"], move_first(classes, classes.index(row["class"])), no_files)
-        for row in part
-        if row["class"]
-    ]
+    places = [(row["file"], classes.index(row["class"])) for row in part if row["class"]]
+    sort = [("", file, move_first(classes, i), no_files) for file, i in places]
     tasks = [("TextToImage", "retrieval", find), ("ImageToText", "retrieval", name)]
     return tasks + [("Class", "classification", sort)] * bool(sort and len(classes) > 1)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ..data.tables import fingerprint
 from ..embedder import CocoaEmbedder
+from ..kernels import join_processes
 from ..store.checkpoint import META, add_scores, provenance
 from .results import write_ranks
 from .score import evaluate, score_averages
@@ -37,8 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate, write ranks.parquet and run.json, print the averages, update the model card."""
     args = parse(argv)
-    # First: it gives each process its own GPU.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = join_processes()  # first: it gives each process its own GPU
     tasks = choose_tasks(args.tasks, args.root)
     embedder = CocoaEmbedder.load(args.model, dtype=getattr(torch, args.dtype))
     ranks = evaluate(
@@ -50,9 +49,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         cache_dir=args.out / "embeddings",
         show_progress=state.is_main_process,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        wait=state.wait_for_everyone,
     )
     if not state.is_main_process:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
+from ..kernels import join_processes
 from ..store.files import file_hash, write_whole
 
 
@@ -26,17 +27,13 @@ def encode_distinct(
     batch_size: int = 64,
     show_progress: bool = True,
     desc: str = "encode",
-    process_index: int = 0,
-    num_processes: int = 1,
-    wait: Callable[[], Any] = lambda: None,
 ) -> np.ndarray:
     """Encode items {text, image path or None} -> (N, H) float32, each distinct one once.
 
     Items are sorted by length and cut into shards of 4 batches, or of 1 for several processes, or
     some would get no pictures. A finished shard is a file below cache_dir, named by the embedder's
     fingerprint and its items: an interrupted run goes on from there, a second one encodes nothing.
-    Of several processes, each encodes every n-th shard, calls `wait` (a barrier) and reads the
-    others'.
+    Of several processes, each encodes every n-th shard, waits, and reads the others'.
 
     Raises ValueError for embeddings that are not of length 1, and RuntimeError for a missing share.
     An error of the embedder with `.item` leaves with the place among these items.
@@ -46,20 +43,21 @@ def encode_distinct(
     order = sorted(
         distinct, key=lambda key: (bool(distinct[key]["image"]), len(distinct[key]["text"]), key)
     )
-    size = batch_size * (4 if num_processes == 1 else 1)
+    state = join_processes()
+    size = batch_size * (4 if state.num_processes == 1 else 1)
     shards = [order[start : start + size] for start in range(0, len(order), size)]
     with TemporaryDirectory() if cache_dir is None else nullcontext(cache_dir) as folder:
         Path(folder).mkdir(parents=True, exist_ok=True)
         names = [hashlib.sha256(fingerprint.encode() + b"".join(shard)) for shard in shards]
         paths = [Path(folder) / f"{name.hexdigest()[:32]}.safetensors" for name in names]
-        mine = list(zip(paths, shards, strict=True))[process_index::num_processes]
+        mine = list(zip(paths, shards, strict=True))[state.process_index :: state.num_processes]
         for path, shard in tqdm(mine, desc=desc, leave=False, disable=not show_progress):
             if not path.is_file():
                 vectors = _encode_shard(embedder, shard, distinct, keys, batch_size)
                 write_whole(
                     path, lambda aside, vectors=vectors: save_file({"vectors": vectors}, aside)
                 )
-        wait()
+        state.wait_for_everyone()
         if lost := sum(not path.is_file() for path in paths):
             raise RuntimeError(
                 f"{lost} of {len(paths)} shards of embeddings are not in {folder}; do all "

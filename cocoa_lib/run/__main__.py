@@ -15,13 +15,13 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from ..items import InputError
+from ..kernels import join_processes
 from ..recipes import RecipeError
 from ..store.checkpoint import CheckpointError
 from .launch import MESSAGE
 from .profiles import STAGES
 from .resume import TrainingError
 from .run import Run
-from .sharding import join_processes
 
 logger = logging.getLogger(__name__)
 STEPS = ("prepare", *STAGES, "evaluate", "probe", "all")

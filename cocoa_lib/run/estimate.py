@@ -27,7 +27,7 @@ from ..attention import EOS, A
 from ..backbone import hidden_states, language_model, set_bidirectional
 from ..data import corpus
 from ..inputs import Batch
-from ..items import InputError, image_size
+from ..items import image_size
 from ..recipes import Recipe, make_recipe
 from ..reconstruction import Reconstruction
 from .adapters import add_adapter
@@ -39,7 +39,6 @@ SHAPES = {
     "7B": "qwen2_5_vl_7b",
 }  # data/configs/README.md
 LAYER = re.compile(r".*(layers|blocks)\.(\d+)")
-MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PEAK = 989e12  # FLOP/s of a device (H100 and H200, dense bf16)
 # Share of it that 2B reached on an H200, with all weights and with the adapter (docs/speed.md).
 UTILISATION, ADAPTED = 0.30, 0.15
@@ -71,28 +70,19 @@ class Data:
 def measure(folder: Path, n: int = 400) -> Data:
     """Measure about `n` items of a folder's pairs; 4 characters count as a token (a rule of thumb).
 
-    Raises InputError for a folder without pairs or a picture that cannot be read, FileNotFoundError
-    without tables.
+    Raises InputError for a picture that cannot be read, FileNotFoundError without tables.
     """
     rows, _ = corpus.pairs(folder)
-    if not len(rows):
-        raise InputError(f"{folder}: no pairs")
     rows = rows.select(range(0, len(rows), 1 + 2 * len(rows) // n))
     items = [row[side] for row in rows for side in ("anchor", "positive")]
     areas = [math.prod(image_size(item["image"])) for item in items if item["image"]]
-    text = sum(len(item["text"]) for item in items) / 4 / len(items)
-    return Data(
-        text, sum(areas) / max(1, len(areas)), max(areas, default=0), len(areas) / len(items)
-    )
+    text, n = sum(len(item["text"]) for item in items) / 4 / len(items), len(areas)
+    return Data(text, sum(areas) / max(1, n), max(areas, default=0), n / len(items))
 
 
 def build(source: str | Path, stage: str, recipe: Recipe) -> Reconstruction:
     """Build the model as this stage trains it, decoder and adapter included, on the meta device."""
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in MODELS:
-        raise ValueError(
-            f"{source} is a {config.model_type}; the estimate knows {', '.join(MODELS)}"
-        )
     names = ("image_weight", "decoder_layers")
     extra = {name: getattr(recipe, name) for name in names if hasattr(recipe, name)}
     with torch.device("meta"):
@@ -115,16 +105,12 @@ class Weightless(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        tensors = [
-            value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)
-        ]
-        lookups = (torch.ops.aten.index, torch.ops.aten.index_put_)
+        leaves = tree_leaves((args, kwargs))
+        lookups, packet = (torch.ops.aten.index, torch.ops.aten.index_put_), func.overloadpacket
         if func is torch.ops.aten._to_copy.default and not args[0].is_meta:
             kwargs.pop("device", None)
-        elif any(value.is_meta for value in tensors) and func.overloadpacket not in lookups:
-            args, kwargs = tree_map_only(
-                torch.Tensor, lambda value: value.to("meta"), (args, kwargs)
-            )
+        elif any(getattr(leaf, "is_meta", False) for leaf in leaves) and packet not in lookups:
+            args, kwargs = tree_map_only(torch.Tensor, lambda leaf: leaf.to("meta"), (args, kwargs))
         return func(*args, **kwargs)
 
 
@@ -135,11 +121,8 @@ def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Bat
     """
     config, vision = module.model.config, module.model.config.vision_config
     side = round(math.sqrt(cells))
-    marks = [
-        config.vision_start_token_id,
-        *[config.image_token_id] * side**2,
-        config.vision_end_token_id,
-    ]
+    picture = [config.image_token_id] * side**2
+    marks = [config.vision_start_token_id, *picture, config.vision_end_token_id]
     ids = torch.tensor([marks * (side > 0) + [7] * text + [8]])
     segments = torch.full_like(ids, A)
     segments[0, -1] = EOS
@@ -149,16 +132,12 @@ def make_item(module: Reconstruction, text: int, cells: int, masked: int) -> Bat
     batch = {"input_ids": ids, "segment_ids": segments, "attention_mask": torch.ones_like(ids)}
     batch |= {"mm_token_type_ids": kinds, "labels": labels}
     if side:
-        edge, numbers = (
-            side * vision.spatial_merge_size,
-            3 * vision.temporal_patch_size * vision.patch_size**2,
-        )
+        edge = side * vision.spatial_merge_size
+        numbers = 3 * vision.temporal_patch_size * vision.patch_size**2
         batch["pixel_values"] = torch.empty(edge**2, numbers, device="meta")
         batch["image_grid_thw"] = torch.tensor([[1, edge, edge]])
-        batch |= {
-            "hidden_cells": torch.arange(side**2) % 2 == 0,
-            "patch_fill": torch.zeros(numbers),
-        }
+        batch["hidden_cells"] = torch.arange(side**2) % 2 == 0
+        batch["patch_fill"] = torch.zeros(numbers)
     return batch
 
 
@@ -248,7 +227,7 @@ def estimate(
     stage.
 
     source: folder with `config.json`; sharded: FSDP; peak: FLOP/s of a device, of which
-    `utilisation` is reached (None: `usual_utilisation`).
+    `utilisation` is reached (None: what such a recipe reached, UTILISATION or ADAPTED).
 
     flops: torch's count of one item's passes on meta, times the items of a batch on all devices;
     GradCache embeds all of it twice. hours: steps x flops / (devices x peak x utilisation).
@@ -283,16 +262,13 @@ def estimate(
             forward, backward = count_flops(module, stage, batch)
             flops += items * part * ((1 + chunked) * forward + backward)  # GradCache: twice
     patches = largest * vision.spatial_merge_size**2
+    pixels = 12 * vision.temporal_patch_size * min(data.largest, largest * cell)  # bytes an item
     needs = count_bytes(module, recipe, devices, sharded) | {
         "activations": held * saved_bytes(module, recipe, text + largest + 3, patches),
         "logits": local * masked * words.vocab_size * ((2 if recipe.bf16 else 4) + 12),
-        "inputs": items
-        / devices
-        * 12
-        * vision.temporal_patch_size
-        * min(data.largest, largest * cell),
+        "inputs": items / devices * pixels,
     }
-    rate = devices * peak * (utilisation or usual_utilisation(recipe))
+    rate = devices * peak * (utilisation or (ADAPTED if recipe.lora_r else UTILISATION))
     return needs | {
         "memory": sum(needs.values()),
         "flops": flops,
@@ -300,43 +276,14 @@ def estimate(
     }
 
 
-def usual_utilisation(recipe: Recipe) -> float:
-    """Give the share of a device's peak that such a recipe reached at 2B's shape on one H200."""
-    return ADAPTED if recipe.lora_r else UTILISATION
-
-
-def report(
-    source, stage: str, recipe: Recipe, data: Data, memory: float, devices: int = 1, **settings
-) -> list[str]:
-    """Format a stage's line of the table below HEAD, and what helps where it does not fit.
-
-    memory: GB of a device; settings: those of `estimate`, whose errors these are.
-    """
-    needs = estimate(source, stage, recipe, data, devices, **settings)
-    *sizes, flops, hours = needs.items()
-    row = " ".join(f"{value / 1e9:{len(name)}.1f}" for name, value in sizes)
-    lines = [f"{stage}  {row} | {flops[1] / 1e15:12.1f} | {hours[1]:5.1f}"]
-    if needs["memory"] > (1 - FREE) * 1e9 * memory:
-        lines.append(
-            f"  does not fit into {memory:g} GB, of which a tenth is left free: {REMEDIES}"
-        )
-    return lines
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cocoa_lib.run.estimate", description=__doc__)
     parser.add_argument("--profile", default="paper")
-    parser.add_argument(
-        "--model", default="2B", help=f"{', '.join(SHAPES)}, or a folder with config.json"
-    )
-    parser.add_argument(
-        "--data", type=Path, help="measure items of this folder instead of assuming them"
-    )
+    parser.add_argument("--model", default="2B", help="2B, 3B, 7B or a folder with config.json")
+    parser.add_argument("--data", type=Path, help="measure this folder's items, assume none")
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--device-memory", type=float, default=80, help="GB; a tenth is left free")
-    parser.add_argument(
-        "--fsdp", action="store_true", help="weights, gradients and optimiser sharded"
-    )
+    parser.add_argument("--fsdp", action="store_true", help="all but activations sharded")
     parser.add_argument("--peak", type=float, default=PEAK / 1e12, help="TFLOP/s of one device")
     parser.add_argument("--utilisation", type=float, help="share of the peak that is reached")
     args = parser.parse_args(argv)
@@ -346,8 +293,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.model}, {args.devices} devices, an item: {data}", HEAD, sep="\n")  # noqa: T201
     for stage in STAGES:
         recipe = make_recipe(stage, profile[stage])
-        lines = report(source, stage, recipe, data, args.device_memory, args.devices, **settings)
-        print(*lines, sep="\n")  # noqa: T201
+        needs = estimate(source, stage, recipe, data, args.devices, **settings)
+        *sizes, (_, flops), (_, hours) = needs.items()
+        row = " ".join(f"{value / 1e9:{len(name)}.1f}" for name, value in sizes)
+        print(f"{stage}  {row} | {flops / 1e15:12.1f} | {hours:5.1f}")  # noqa: T201
+        if needs["memory"] > (1 - FREE) * 1e9 * args.device_memory:
+            print(f"  does not fit into {args.device_memory:g} GB, a tenth left free: {REMEDIES}")  # noqa: T201
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ Each is a row a task, in percent right at rank 1. All read the same files as the
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -24,9 +22,9 @@ from torch import Tensor, nn
 from ..data import corpus
 from ..data.tables import load_eval
 from ..embedder import CocoaEmbedder, EosEmbedding
-from ..evaluate.floor import pixel_bow_embed
+from ..evaluate.floor import hash_words, pixel_bow_embed
 from ..evaluate.score import evaluate
-from ..items import PLACEHOLDER, load_image
+from ..items import load_image
 from ..kernels import flush_denormals
 from ..store.files import write_whole
 from ..world.backbone import new_backbone
@@ -39,11 +37,6 @@ WORDS = 1024  # hashed words
 WIDTH = 96  # numbers an embedding of the CNN
 TEMPERATURE = 0.05
 Item = dict[str, Any]  # {"text": str, "image": path or None}
-
-
-def split_words(item: Item) -> list[str]:
-    """The words of an item, without the mark of its picture."""
-    return re.findall(r"\w+", PLACEHOLDER.sub("", item.get("text") or "").lower())
 
 
 class SmallCnn(nn.Module):
@@ -72,7 +65,7 @@ class SmallCnn(nn.Module):
         """(N, WIDTH), of length 1: the sum of what picture and words give."""
         pictures = torch.stack([self.read_picture(item.get("image")) for item in items])
         shown = torch.tensor([bool(item.get("image")) for item in items])[:, None]
-        hashed = [[crc32(word.encode()) % WORDS for word in split_words(item)] for item in items]
+        hashed = [hash_words(item, WORDS) for item in items]
         starts = torch.tensor([0, *map(len, hashed)][:-1]).cumsum(0)
         words = self.words(torch.tensor(sum(hashed, []), dtype=torch.long), starts)
         return F.normalize(self.picture(pictures / 255 - 0.5) * shown + words, dim=-1)
@@ -112,7 +105,7 @@ def open_random_model(root: Path, seed: int = 0) -> CocoaEmbedder:
 
 
 def score_embedder(embedder: Any, root: Path, part: str) -> dict[str, float]:
-    """Task -> precision at 1 in percent, on the queries of "eval" or "dev"."""
+    """Task -> Precision@1 in percent, on the queries of "eval" or "dev"."""
     ranks = evaluate(embedder, root / part, root / "images", tasks=TASKS, show_progress=False)
     return {task: 100 * float((of["rank"] == 1).mean()) for task, of in ranks.groupby("task")}
 
@@ -125,39 +118,28 @@ def score_rows(root: Path, part: str, score: Callable[[dict[str, Any]], float]) 
     }
 
 
-def score_chance(root: Path, part: str) -> dict[str, float]:
-    """Percent right by drawing a candidate."""
-    return score_rows(root, part, lambda row: 1 / len(row["tgt_text"]))
-
-
-def score_truth(root: Path, part: str) -> dict[str, float]:
-    """Percent of rows whose first candidate the generator's truth picks: 100, or a row is wrong."""
-    scenes = read_scenes(root)
-    return score_rows(root, part, lambda row: float(oracle(row, scenes) == 0))
-
-
-def list_floors(
-    root: Path, part: str, n_pairs: int, steps: int
-) -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """(name, function that scores it), cheapest first."""
-    pixels = SimpleNamespace(encode=lambda items, **_: pixel_bow_embed(items))
-    yield "chance", lambda: score_chance(root, part)
-    yield "truth", lambda: score_truth(root, part)
-    yield "pixels and words", lambda: score_embedder(pixels, root, part)
-    yield "random weights", lambda: score_embedder(open_random_model(root), root, part)
-    yield (
-        f"small CNN, {n_pairs:,} pairs",
-        lambda: score_embedder(train_small_cnn(root, n_pairs=n_pairs, steps=steps), root, part),
-    )
-
-
 def make_floor_table(
     root: Path, *, part: str = "eval", n_pairs: int = 2000, steps: int = 1500
 ) -> pd.DataFrame:
-    """Rows the tasks and their mean, columns floor, in percent."""
+    """Rows the tasks and their mean, columns floor, in percent.
+
+    chance: a candidate drawn. truth: does the generator's truth pick the first candidate: 100, or
+    a row is wrong.
+    """
+    scenes = read_scenes(root)
     table = pd.DataFrame(
-        {name: score() for name, score in list_floors(Path(root), part, n_pairs, steps)}
+        {
+            "chance": score_rows(root, part, lambda row: 1 / len(row["tgt_text"])),
+            "truth": score_rows(root, part, lambda row: float(oracle(row, scenes) == 0)),
+        }
     )
+    embedders = {
+        "pixels and words": SimpleNamespace(encode=lambda items, **_: pixel_bow_embed(items)),
+        "random weights": open_random_model(root),
+        f"small CNN, {n_pairs:,} pairs": train_small_cnn(root, n_pairs=n_pairs, steps=steps),
+    }
+    for name, embedder in embedders.items():
+        table[name] = score_embedder(embedder, root, part)
     table.loc["overall"] = table.mean()
     return table.rename_axis("task").round(1)
 

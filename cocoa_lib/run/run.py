@@ -28,7 +28,7 @@ from ..evaluate.results import read_ranks, write_ranks
 from ..evaluate.score import evaluate
 from ..evaluate.tasks import choose_tasks
 from ..items import InputError
-from ..kernels import flush_denormals
+from ..kernels import flush_denormals, join_processes
 from ..recipes import Recipe, RecipeError, make_recipe, unknown_name
 from ..store.checkpoint import META, CheckpointError, provenance, read_meta, read_note
 from ..store.files import locked, write_whole
@@ -37,7 +37,6 @@ from ..world.pretrain import train_backbone
 from ..world.schedule import Schedule
 from . import launch, names
 from .profiles import ROOT, STAGES, check_values, load_profile, merge, read_arms
-from .sharding import join_processes
 from .stage import Progress, run_stage
 
 
@@ -281,9 +280,6 @@ class Run:
                 tasks=self.tasks,
                 cache_dir=out / "embeddings",
                 show_progress=show_progress is True and state.is_main_process,
-                process_index=state.process_index,
-                num_processes=state.num_processes,
-                wait=state.wait_for_everyone,
                 **settings,
             )
         if state.is_main_process:

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
@@ -15,15 +14,6 @@ from ..backbone import language_model
 from ..inputs import Batch
 from ..reconstruction import Reconstruction
 from .resume import TrainingError
-
-
-def join_processes() -> PartialState:
-    """Join the processes of `torchrun` or `accelerate launch`: alone where there are none.
-
-    On a machine without an accelerator accelerate must be told so, or each process would take
-    itself for the only one.
-    """
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def shard(trainer: Trainer, model: PreTrainedModel, adapter: Any) -> tuple | None:

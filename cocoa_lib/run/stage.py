@@ -33,7 +33,7 @@ from ..data import corpus
 from ..data.tables import fingerprint
 from ..embedder import EosEmbedding
 from ..inputs import Inputs
-from ..kernels import compile_layers, flush_denormals
+from ..kernels import compile_layers, flush_denormals, join_processes
 from ..recipes import RECIPES, Recipe
 from ..reconstruction import Reconstruction
 from ..store import checkpoint as store
@@ -43,7 +43,7 @@ from . import resume, trainers
 from .adapters import add_adapter
 from .plan import Planned, index_plan
 from .resume import TrainingError
-from .sharding import join_processes, shard, unshard
+from .sharding import shard, unshard
 
 logger = logging.getLogger(__name__)
 PARENT_STAGE = {"stage1": "causal", "stage2": "stage1", "stage3": "stage2"}

@@ -184,9 +184,7 @@ def average_log(rows: list[dict[str, float]], every: int) -> pd.DataFrame:
     Columns in a fixed order: a resumed run has its first rows from a file that sorts them by name.
     """
     log = pd.DataFrame(rows)
-    first = ("step", "loss", "text_loss", "image_loss")
-    columns = sorted(
-        log, key=lambda name: (first.index(name) if name in first else len(first), name)
-    )
+    first = [name for name in ("step", "loss", "text_loss", "image_loss") if name in log]
+    columns = [*first, *sorted(set(log) - set(first))]
     how = {name: "mean" if name.endswith("loss") else "last" for name in columns}
     return log.groupby((log["step"] - 1) // every).agg(how)

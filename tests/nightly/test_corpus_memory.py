@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cocoa_lib.data.tables import write_tables
+
 CODE = """if True:
     import sys
     from pathlib import Path
@@ -31,10 +33,7 @@ def test_many_rows_need_little_memory(tmp_path):
         "corpus/train": {"image_path": "", "kind": "caption", "question": "", "answer": texts},
         "train/T/original-0": {"qry": texts, "pos_text": texts, **none},
     }
-    for name, columns in tables.items():
-        path = tmp_path / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(columns).to_parquet(path, index=False)
+    write_tables(tmp_path, {name: pd.DataFrame(columns) for name, columns in tables.items()})
     command = [sys.executable, "-c", CODE, str(tmp_path)]
     for _ in range(2):  # the first time `datasets` makes the files that are mapped
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
+from test_effects import make_grid
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from test_effects import make_grid  # noqa: E402
-
-from cocoa_lib.evaluate.effects import is_significant, paired_effects  # noqa: E402
+from cocoa_lib.evaluate.effects import is_significant, paired_effects
 
 
 def test_interval_covers_the_known_effect_and_a_null_is_rarely_supported():

@@ -11,39 +11,29 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
+from tiny_runs import assert_same_run, make_start, tiny
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts/nightly"))
 
 import soak  # noqa: E402
 
-from cocoa_lib.recipes import make_recipe  # noqa: E402
+from cocoa_lib.embedder import CocoaEmbedder  # noqa: E402
 from cocoa_lib.run.resume import TrainingError, find_checkpoint  # noqa: E402
-from cocoa_lib.run.stage import run_stage  # noqa: E402
 from cocoa_lib.run.trainers import PlainTrainer  # noqa: E402
 from cocoa_lib.store.checkpoint import CheckpointError, read_meta  # noqa: E402
 from cocoa_lib.store.files import locked  # noqa: E402
 
-TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128}
-TINY |= {"save_steps": 2}
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    soak.prepare(folder)
-    return folder
+    return make_start(tmp_path_factory.mktemp("faults"))
 
 
 def go(home, out, **values):
-    recipe = make_recipe("stage1", TINY | values)
-    return run_stage(
-        "stage1", recipe, parent=home / "causal", data=home / "world", out=out, show_progress=False
-    )
-
-
-# --- the soak, in short ------------------------------------------------------------------------------------------------
+    return tiny_runs.go(home, "stage1", out, tiny("stage1", **{"steps": 5} | values))
 
 
 @pytest.mark.slow
@@ -52,13 +42,11 @@ def test_nothing_is_lost_to_random_kills_and_the_soak_would_see_it(tmp_path, mon
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run = soak.Soak(tmp_path, seed=int(time.time()))
     faults = ("stage3", "evaluation", "saving", "second run")
-    assert [run.round(fault, number) for number, fault in enumerate(faults)] == [True] * 4, (
-        run.log.read_text()[-3000:]
-    )
+    equal = [run.round(fault, number) for number, fault in enumerate(faults)]
+    assert equal == [True] * 4, run.log.read_text()[-3000:]
     total = sum(run.counts.values(), Counter())
-    assert (total["tried"], total["equal"], total["lost"]) == (4, 4, 0) and not list(
-        tmp_path.glob("round*")
-    )
+    assert (total["tried"], total["equal"], total["lost"]) == (4, 4, 0)
+    assert not list(tmp_path.glob("round*"))
 
     class Instant:  # a process that has ended, well, and left nothing
         pid, exitcode = 0, 0
@@ -67,22 +55,10 @@ def test_nothing_is_lost_to_random_kills_and_the_soak_would_see_it(tmp_path, mon
     monkeypatch.setattr(run, "start", lambda name, out: Instant())
     monkeypatch.setattr(run, "kill", lambda child: True)
     monkeypatch.setattr(run, "seconds", dict.fromkeys(run.seconds, 0.0))
-    assert (
-        not run.round("stage1", 9)
-        and run.counts["stage1"]["lost"] == 1
-        and (tmp_path / "round9").exists()
-    )
-    assert run.table().splitlines()[-1].split() == [
-        "all",
-        "5",
-        str(total["killed"] + 1),
-        str(total["refused"]),
-        "4",
-        "1",
-    ]
-
-
-# --- one folder, one run -----------------------------------------------------------------------------------------------
+    assert not run.round("stage1", 9) and run.counts["stage1"]["lost"] == 1
+    assert (tmp_path / "round9").exists()
+    row = f"all 5 {total['killed'] + 1} {total['refused']} 4 1"
+    assert run.table().splitlines()[-1].split() == row.split()
 
 
 def test_what_a_kill_after_the_last_rename_left_is_cleared(home, tmp_path):
@@ -100,9 +76,8 @@ def test_a_run_ends_whole_where_there_is_no_git(home, tmp_path, monkeypatch):
 
 def test_an_output_folder_nobody_can_write_is_said(home, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        TrainingError, match=r"cannot write below .*file \(Not a directory\): choose another output"
-    ):
+    said = r"cannot write below .*file \(Not a directory\): choose another output"
+    with pytest.raises(TrainingError, match=said):
         go(home, tmp_path / "file" / "out")
 
 
@@ -110,13 +85,9 @@ def test_an_output_folder_nobody_can_write_is_said(home, tmp_path):
 def test_a_damaged_note_in_the_work_folder_is_named(home, tmp_path, content):
     (tmp_path / ".out.work").mkdir()
     (tmp_path / ".out.work" / "run.json").write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(
-        CheckpointError, match=r"run\.json: (not valid JSON|expected a JSON object)"
-    ):
+    said = r"run\.json: (not valid JSON|expected a JSON object)"
+    with pytest.raises(CheckpointError, match=said):
         go(home, tmp_path / "out")
-
-
-# --- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def spoil(patch, step, how):
@@ -154,19 +125,12 @@ def test_numbers_that_blow_up_stop_the_run_and_spoil_no_checkpoint(
     assert (good and good.name) == {4: "checkpoint-2", 1: None, 5: "checkpoint-4"}[step]
 
 
-# --- surroundings ------------------------------------------------------------------------------------------------------
-
-
 def test_a_path_with_spaces_and_letters_of_all_kinds(home, tmp_path):
     odd = tmp_path / "größe 目录 'a' [b] #1"
     (odd / "copy").mkdir(parents=True)
     for name in ("causal", "world"):
         (odd / name).symlink_to(home / name)
-    hashes = [
-        read_meta(go(start, out))["weights_sha256"]
-        for start, out in ((odd, odd / "out it"), (home, tmp_path / "out"))
-    ]
-    assert hashes[0] == hashes[1]
+    assert_same_run(go(odd, odd / "out it"), go(home, tmp_path / "out"))
 
 
 IN_C = r"""
@@ -183,13 +147,11 @@ print(CocoaEmbedder.load(sys.argv[1]).encode(["Gr\u00f6\u00dfe \u76ee"])[0, :3].
 def test_locale_c_offline_and_from_another_folder(home, tmp_path):
     """`LC_ALL=C` without Python's UTF-8 mode: files are read and written as UTF-8 all the same."""
     out = go(home, tmp_path / "out")
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", IN_C, str(out)], cwd=tmp_path, env=environment, capture_output=True,
-                          text=True, timeout=120, check=False)  # fmt: skip
+    environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "LC_ALL": "C"}
+    environment |= {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    how = {"cwd": tmp_path, "env": os.environ | environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", IN_C, str(out)], timeout=120, **how)
     assert done.returncode == 0, done.stderr[-2000:]
-    from cocoa_lib.embedder import CocoaEmbedder
-
     here = CocoaEmbedder.load(out).encode(["Größe 目"])[0, :3]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert torch.allclose(torch.tensor(found), torch.tensor(here))

@@ -21,7 +21,7 @@ from cocoa_lib.data import corpus
 from cocoa_lib.data.pairs import build_pairs, read_table
 from cocoa_lib.data.tables import CORPUS, EVAL, TRAIN, fingerprint, load_eval
 from cocoa_lib.items import InputError, load_image
-from cocoa_lib.recipes import RECIPES, Recipe, RecipeError, make_recipe
+from cocoa_lib.recipes import RecipeError
 from cocoa_lib.run.profiles import load_profile, read_arms
 from cocoa_lib.store.checkpoint import CheckpointError, read_meta
 
@@ -45,8 +45,6 @@ def no_cache(tmp_path, monkeypatch):
     """`datasets` keeps a copy of each file it reads: not in the user's own cache."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
-
-# --- rows --------------------------------------------------------------------------------------
 
 UTF8 = st.text(max_size=6)
 KINDS = {
@@ -112,9 +110,6 @@ def test_a_data_folders_manifest(tmp_path, manifest):
         build_pairs(tmp_path / "table.jsonl", tmp_path)
 
 
-# --- pictures and items ------------------------------------------------------------------------
-
-
 def encoded(kind):
     image = Image.fromarray(np.arange(20 * 24 * 3, dtype=np.uint8).reshape(20, 24, 3))
     exif = Image.Exif()
@@ -165,19 +160,8 @@ def test_items(small, item):
     ).sum() == 2
 
 
-# --- texts: profiles, arms, recipes, a user's table, the note of a checkpoint -------------------
-
-ODD = [
-    "stage1: [1]",
-    "stage1: {1: 2}",
-    "stage3: x",
-    "seeds: ]",
-    "? [a]: b",
-    "a: &x [*x]",
-    "\tx",
-    "- 1",
-]
-ODD += ["!!python/object:os.system x", "stage1: {steps: 2004-13-45}", "[" * 5000]
+ODD = ["stage1: [1]", "stage1: {1: 2}", "stage3: x", "seeds: ]", "? [a]: b", "a: &x [*x]", "- 1"]
+ODD += ["\tx", "!!python/object:os.system x", "stage1: {steps: 2004-13-45}", "[" * 5000]
 ODD += ["image,text\n**x,a", "image,text\n..,a,b", 'image,text\n"a', "image,text\n\0,a"]
 RECORDS = st.lists(st.dictionaries(st.sampled_from(["image", "text"]), VALUE) | VALUE, max_size=4)
 CONTENT = st.one_of(
@@ -209,26 +193,3 @@ def test_texts(tmp_path, name, content):
         with pytest.raises(InputError) as error:  # never ten good rows
             build_pairs(path, tmp_path / "data")
         assert str(path) in str(error.value) and not (tmp_path / "data").exists()
-
-
-NAMES = st.sampled_from(["steps", "batch_size", "learning_rate", "layout", "preset"])
-
-
-@bounded(200)
-@given(stage=st.sampled_from([*RECIPES, "stage9"]), values=VALUE | st.dictionaries(NAMES, VALUE))
-def test_recipes(stage, values):
-    try:
-        recipe = make_recipe(stage, values)
-    except RecipeError as error:
-        assert str(error)
-        return
-    assert isinstance(recipe, Recipe) and recipe.learning_rate >= 0 and recipe.steps >= 1
-
-
-def test_a_value_that_unfolds_without_end_is_named_in_short():
-    value = "x"
-    for _ in range(12):
-        value = [value] * 8
-    with pytest.raises(RecipeError) as error:
-        make_recipe("stage1", {"steps": value})
-    assert len(str(error.value)) < 500

@@ -34,9 +34,7 @@ def test_compiled_flex_equals_sdpa(small, picture):
     try:
         fused = hidden_states(model, batch, "eos_bridged")
     except Exception as error:
-        pytest.skip(
-            f"FlexAttention does not compile on this machine: {type(error).__name__}: {str(error)[:200]}"
-        )
+        pytest.skip(f"FlexAttention does not compile here: {type(error).__name__}: {error!s:.200}")
     finally:
         config._attn_implementation = "sdpa"
     assert torch.allclose(fused[real], dense[real], atol=1e-5)
@@ -47,11 +45,10 @@ def graphs_of(model):
     """The graphs that `compile_layers` hands to a backend while this lasts; torch's own settings come back."""
     graphs, dynamo, drawn = [], torch._dynamo.config, torch._inductor.config.fallback_random
     here = dynamo.patch(recompile_limit=dynamo.recompile_limit, optimize_ddp=dynamo.optimize_ddp)
+    keep = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
     torch._dynamo.reset()
     with here, torch._inductor.config.patch(fallback_random=drawn):
-        compile_layers(
-            model.train(), backend=lambda graph, _: graphs.append(graph) or graph.forward
-        )
+        compile_layers(model.train(), backend=keep)
         yield graphs
 
 
@@ -68,12 +65,9 @@ def test_layers_are_one_program_but_with_dora_which_is_said(dora, caplog):
         add_adapter(model, make_recipe("stage1", {"lora_r": 4, "lora_alpha": 8, "dora": dora}))
         model.enable_input_require_grads()
     with graphs_of(model) as graphs:
-        hidden_states(
-            model, inputs.collate([{"text": "a large red circle"}, {"text": "a"}])
-        ).sum().backward()
-    assert len(graphs) == (0 if stopped else 1), (
-        "once peft's DoRA compiles, the warning and docs/cluster.md can go"
-    )
+        batch = inputs.collate([{"text": "a large red circle"}, {"text": "a"}])
+        hidden_states(model, batch).sum().backward()
+    assert len(graphs) == (0 if stopped else 1), "if DoRA compiles, the warning can go"
     assert ("gains little or nothing with DoRA" in caplog.text) == stopped
 
 
@@ -83,8 +77,7 @@ def test_compiled_pictures_are_one_program(small, picture):
     model.model.visual.config._attn_implementation = PICTURES
     with graphs_of(model) as graphs:
         for n in (2, 3, 5):
-            batch = inputs.collate(
-                [{"text": "a", "image": picture(64, 48, seed=i)} for i in range(n)]
-            )
+            images = [picture(64, 48, seed=i) for i in range(n)]
+            batch = inputs.collate([{"text": "a", "image": image} for image in images])
             model.model.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
     assert len(graphs) == 1

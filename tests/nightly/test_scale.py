@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +15,7 @@ from types import SimpleNamespace as Namespace
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_runs
 import torch
 import transformers
 import yaml
@@ -28,7 +27,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 from packaging.version import Version
 from safetensors.torch import load_file
-from tiny_runs import make_start, stop_at
+from tiny_runs import TINY, make_start, stop_at, together
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from cocoa_lib.backbone import open_backbone
@@ -39,11 +38,8 @@ from cocoa_lib.run import Run
 from cocoa_lib.run.profiles import NOTEBOOKS, ROOT, load_profile
 from cocoa_lib.run.resume import TrainingError, Watch, find_checkpoint
 from cocoa_lib.run.sharding import shard
-from cocoa_lib.run.stage import run_stage
 from cocoa_lib.run.trainers import PlainTrainer
 
-TINY = {"steps": 5, "batch_size": 8, "learning_rate": 1e-3, "warmup_steps": 1, "max_length": 128}
-TINY |= {"save_steps": 2, "logging_steps": 1}
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -58,13 +54,13 @@ def home(tmp_path_factory):
 
 def tiny(stage):
     # mini_batch_size: half of the batch, so two chunks on one process and one on each of two
-    return TINY | ({"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {})
+    chunks = {"mini_batch_size": 4, "temperature": 0.1} if stage == "stage3" else {}
+    return TINY | {"steps": 5, "logging_steps": 1} | chunks
 
 
 def go(home, stage, out, **more):
-    how = {"parent": home / "causal", "data": home / "world", "allow_parent": True}
     recipe = make_recipe(stage, tiny(stage) | more)
-    return run_stage(stage, recipe, out=out, show_progress=False, **how)
+    return tiny_runs.go(home, stage, out, recipe, parent=home / "causal", allow_parent=True)
 
 
 def assert_close(home, stage, folder):
@@ -82,49 +78,23 @@ def steps_of(run):
     """The steps whose loss this process computes while `run` lasts."""
     steps, original = [], PlainTrainer.check_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            PlainTrainer, "check_loss",
-            lambda self, loss: (steps.append(self.state.global_step + 1), original(self, loss))[1],
-        )  # fmt: skip
+        note = lambda self, loss: steps.append(self.state.global_step + 1) or original(self, loss)  # noqa: E731
+        patch.setattr(PlainTrainer, "check_loss", note)
         run()
     return steps
 
 
+def stop_after_2(home, stages):
+    """Begin runs, folder -> stage, and stop them in step 4: their last checkpoint is of step 2."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4, RuntimeError("stopped"))
+        for out, stage in stages.items():
+            with pytest.raises(RuntimeError, match="stopped"):
+                go(home, stage, out)
+
+
 # Before, it asks torch for a device cpu:0.
 RESUMES = Version(transformers.__version__) >= Version("5.20")
-
-
-# --- two processes ------------------------------------------------------------------------------------------------------
-
-
-def member(rank, port, n, work, home, out):
-    """One of `n` processes; what it raises is its last word in OUT/error-RANK."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    torch.set_num_threads(1)
-    try:
-        work(rank, home, out)
-    except BaseException as error:
-        (out / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
-        raise
-
-
-def together(work, home, out, n=2):
-    """Run `work` in `n` gloo processes of one run; exit codes in order of rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cocoa_lib.run"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [(rank, port, n, work, home, out) for rank in range(n)]
-    children = [context.Process(target=member, args=each) for each in words]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        if child.exitcode is None:
-            child.kill()
-    return [child.exitcode for child in children]
 
 
 def read_errors(out):
@@ -136,22 +106,14 @@ def all_of_it(rank, home, out):
         go(home, stage, out / stage)
     for stage in ("stage2", "stage3") if RESUMES else ():  # one process had begun these
         assert steps_of(lambda stage=stage: go(home, stage, out / f"grown-{stage}")) == [3, 4, 5]
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for stage in ("stage2", "stage3"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, stage, out / f"shrunk-{stage}")
+    stop_after_2(home, {out / f"shrunk-{stage}": stage for stage in ("stage2", "stage3")})
 
 
 @pytest.fixture(scope="module")
 def two(home, tmp_path_factory):
     """What two processes left: each stage; `grown-*`, begun by one; `.shrunk-*.work`, stopped after the checkpoint of step 2."""
     out = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for stage in ("stage2", "stage3"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, stage, out / f"grown-{stage}")
+    stop_after_2(home, {out / f"grown-{stage}": stage for stage in ("stage2", "stage3")})
     assert together(all_of_it, home, out) == [0, 0]
     return out
 
@@ -188,9 +150,6 @@ def test_a_dead_process_ends_the_run_with_a_word_and_the_checkpoint_is_whole(hom
     assert word.startswith(TrainingError.__name__) and "another process of this run" in word
     assert find_checkpoint(tmp_path / ".stage2.work").name == "checkpoint-2"
     assert_close(home, "stage2", go(home, "stage2", tmp_path / "stage2"))
-
-
-# --- sharded weights ----------------------------------------------------------------------------------------------------
 
 
 def launch_environment(name):
@@ -243,10 +202,7 @@ def all_sharded(rank, home, out):
         shard_on_cpu(patch)
         for name in SHARDED:
             go_as(name, home, out / name)
-        stop_at(patch, 4, RuntimeError("stopped"))
-        for name in ("regrown", "foreign"):
-            with pytest.raises(RuntimeError, match="stopped"):
-                go(home, "stage3", out / name)
+        stop_after_2(home, {out / "regrown": "stage3"})
 
 
 def one_is_spoilt(rank, home, out):
@@ -278,7 +234,7 @@ def sharded_further(rank, home, out):
 
 @pytest.fixture(scope="module")
 def shards(home, tmp_path_factory):
-    """What two processes left, each with half of the weights; `.regrown.work` and `.foreign.work` stopped after step 2."""
+    """What two processes left, each with half of the weights; `.regrown.work` stopped after step 2."""
     out = tmp_path_factory.mktemp("shards")
     assert together(all_sharded, home, out) == [0, 0], read_errors(out)
     return out
@@ -313,9 +269,7 @@ WRONG = [{"fsdp_version": 1}, {"state_dict_type": "FULL"}, {"cpu_ram_efficient_l
 def test_another_kind_of_sharding_is_refused(wrong):
     plugin = Namespace(**ASKED | wrong)
     trainer = Namespace(accelerator=Namespace(state=Namespace(fsdp_plugin=plugin)))
-    with pytest.raises(
-        TrainingError, match="sharded training needs fsdp_version: 2.*fsdp_1x8.yaml"
-    ):
+    with pytest.raises(TrainingError, match="needs fsdp_version: 2.*fsdp_1x8.yaml"):
         shard(trainer, None, None)
 
 
@@ -335,9 +289,6 @@ def test_a_layer_is_gathered_at_a_time_in_bf16_and_sums_of_gradients_are_float32
     assert dtypes == (torch.bfloat16, torch.float32, None)
 
 
-# --- launch files -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, kind, machines, processes", [
     ("ddp_1x8", DistributedType.MULTI_GPU, 1, 8), ("ddp_4x8", DistributedType.MULTI_GPU, 4, 32),
     ("fsdp_1x8", DistributedType.FSDP, 1, 8), ("fsdp_4x8", DistributedType.FSDP, 4, 32),
@@ -345,65 +296,46 @@ def test_a_layer_is_gathered_at_a_time_in_bf16_and_sums_of_gradients_are_float32
 def test_accelerate_reads_its_launch_files(name, kind, machines, processes):
     """By accelerate's own loader, which refuses unknown keys; the paper's batches divide over the processes."""
     config = load_config_from_file(str(NOTEBOOKS / "profiles/accelerate" / f"{name}.yaml"))
-    assert (config.distributed_type, config.num_machines, config.num_processes) == (
-        kind,
-        machines,
-        processes,
-    )
+    found = (config.distributed_type, config.num_machines, config.num_processes)
+    assert found == (kind, machines, processes)
     for stage in ("stage1", "stage2", "stage3"):
         assert load_profile("paper")[stage]["batch_size"] % processes == 0
-    if kind == DistributedType.FSDP:
-        assert launch_environment(name) == launch_environment(
-            "fsdp_1x8"
-        )  # which the tests above ran with
+    if kind == DistributedType.FSDP:  # the tests above ran with one of them
+        assert launch_environment(name) == launch_environment("fsdp_1x8")
 
 
 @pytest.mark.parametrize("visible, count", [(None, 8), ("3", 1), ("2,5", 2), ("", 0), ("-1", 0)])
-def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, visible, count):
-    (tmp_path / "nvidia-smi").write_text(
-        "#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n"
-    )
+def test_make_counts_the_gpus_that_a_user_may_have(tmp_path, monkeypatch, visible, count):
+    list_gpus = "#!/bin/sh\nfor i in 0 1 2 3 4 5 6 7; do echo GPU $i: H100; done\n"
+    (tmp_path / "nvidia-smi").write_text(list_gpus)
     (tmp_path / "nvidia-smi").chmod(0o755)
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS")
-    }
-    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    environment |= {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    for name in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     command = ["make", "-s", "--eval", "gpus: ; @echo $(GPUS)", "gpus"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == str(count), done.stderr
-
-
-# --- a notebook on a machine with several GPUs ---------------------------------------------------
 
 
 def test_a_stage_launched_from_a_notebook_is_the_stage(tmp_path, monkeypatch):
     """Two CPU processes stand for two GPUs: `run.stage` starts accelerate itself and shows its lines."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    values = {
-        "benchmark": {"n_pairs": 64, "n_queries": 8, "n_corpus": 16},
-        "stage3": tiny("stage3"),
-    }
-    lines = []
+    sizes = {"n_pairs": 64, "n_queries": 8, "n_corpus": 16}
+    values, lines = {"benchmark": sizes, "stage3": tiny("stage3")}, []
     two = Run("smoke", "contrastive", changes=values | {"launch": {"processes": 2}}, runs=tmp_path)
     out = two.stage("stage3", show_progress=lines.append)
     assert any(line.startswith("step 5 of 5, loss") for line in lines)
-    one = Run("smoke", "contrastive", changes=values, runs=tmp_path).stage(
-        "stage3", show_progress=False
-    )
+    one = Run("smoke", "contrastive", changes=values, runs=tmp_path)
+    one = one.stage("stage3", show_progress=False)
     a, b = pd.read_csv(out / "log.csv"), pd.read_csv(one / "log.csv")
     assert np.allclose(a["loss"], b["loss"], rtol=1e-4)
     odd = values | {"launch": {"processes": 2}, "stage3": tiny("stage3") | {"batch_size": 7}}
-    with pytest.raises(
-        TrainingError, match="on several processes: batch_size 7 does not divide over 2"
-    ):
+    said = "on several processes: batch_size 7 does not divide over 2"
+    with pytest.raises(TrainingError, match=said):
         Run("smoke", "contrastive", changes=odd, runs=tmp_path).stage("stage3", show_progress=False)
-
-
-# --- the graph ------------------------------------------------------------------------------------
 
 
 def plan_graph(folder, *options):
@@ -417,22 +349,18 @@ def plan_graph(folder, *options):
 
 
 def test_the_grid_is_a_process_an_arm_and_seed_and_shared_stages_are_made_once(tmp_path):
-    done = plan_graph(
-        tmp_path, "--workflow-profile", "notebooks/profiles/slurm", "--config", "profile=long"
-    )
+    slurm = ("--workflow-profile", "notebooks/profiles/slurm")
+    done = plan_graph(tmp_path, *slurm, "--config", "profile=long")
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"^(?:local)?rule (\w+):", done.stdout + done.stderr, re.M)
     n_runs = sum(load_profile("long")["grid"].values())
     assert jobs.count("run") == n_runs and jobs.count("shared") == 6 and jobs.count("notebook") == 6
-    settings = yaml.safe_load(
-        (NOTEBOOKS / "profiles/slurm/config.yaml").read_text(encoding="utf-8")
-    )
-    rules = set(re.findall(r"^rule (\w+):", (ROOT / "Snakefile").read_text(encoding="utf-8"), re.M))
-    assert set(settings["set-resources"]) == rules - {"all"}, "each step says what it needs"
+    settings = yaml.safe_load((NOTEBOOKS / "profiles/slurm/config.yaml").read_text("utf-8"))
     text = (ROOT / "Snakefile").read_text(encoding="utf-8")
-    assert all(
-        ("gpu=1" in rule) == ("SLOT" in rule) for rule in re.split(r"^rule ", text, flags=re.M)[1:]
-    )
+    rules = set(re.findall(r"^rule (\w+):", text, re.M))
+    assert set(settings["set-resources"]) == rules - {"all"}, "each step says what it needs"
+    for rule in re.split(r"^rule ", text, flags=re.M)[1:]:
+        assert ("gpu=1" in rule) == ("SLOT" in rule)
 
 
 def test_the_graph_refuses_a_wrong_name_and_takes_a_file_with_a_space(tmp_path):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -18,23 +15,34 @@ import transformers
 from packaging.version import Version
 from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
-from tiny_runs import LORA, STAGES, assert_same_run, go, stop_at, tiny, weights
+from tiny_runs import (
+    LORA,
+    STAGES,
+    assert_same_run,
+    go,
+    pair_columns,
+    stop_at,
+    tiny,
+    together,
+    weights,
+)
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from transformers import modeling_utils
 
 from cocoa_lib import corruption
 from cocoa_lib.backbone import open_backbone
-from cocoa_lib.contrastive import CachedInfoNCE, pair_features
+from cocoa_lib.contrastive import CachedInfoNCE
 from cocoa_lib.corruption import stage1_batch
 from cocoa_lib.data import corpus
 from cocoa_lib.embedder import EosEmbedding
 from cocoa_lib.items import InputError
+from cocoa_lib.kernels import join_processes
 from cocoa_lib.recipes import make_recipe
 from cocoa_lib.reconstruction import Reconstruction, load_decoder
 from cocoa_lib.run import stage as stage_module
 from cocoa_lib.run import trainers
 from cocoa_lib.run.resume import TrainingError
-from cocoa_lib.run.sharding import join_processes
 from cocoa_lib.run.trainers import training_arguments
 from cocoa_lib.store.checkpoint import CheckpointError, load_inputs, read_meta
 
@@ -70,9 +78,7 @@ def test_stage2_with_the_picture_restored_too_is_a_run(home, tmp_path):
 
 
 @pytest.mark.parametrize("token, added", [("<|gap|>", True), ("a", False)])
-def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(
-    home, tmp_path, token, added, monkeypatch
-):
+def test_the_mask_token_stays_with_the_checkpoint(home, tmp_path, token, added, monkeypatch):
     seen, write = [], corruption.mask_text
 
     def look(*args, **how):
@@ -87,9 +93,10 @@ def test_the_mask_token_can_be_chosen_and_stays_with_the_checkpoint(
     assert set(seen) == {number} == {inputs.tokenizer.mask_token_id}
     assert len(inputs.tokenizer) == len(before.tokenizer) + added
     assert inputs.text_ids("a red circle") == before.text_ids("a red circle")
+    folders = (tmp_path / "stage1", home / "causal")
     one, other = (
-        next(len(value) for name, value in weights(folder).items() if "embed_tokens" in name)
-        for folder in (tmp_path / "stage1", home / "causal")
+        len(open_backbone(each, bidirectional=True).get_input_embeddings().weight)
+        for each in folders
     )
     assert one == max(len(inputs.tokenizer), other)
     seen.clear()
@@ -116,24 +123,29 @@ def test_workers_change_nothing(home, stage, tmp_path):
     assert_same_run(home / stage, go(home, stage, tmp_path / "out", recipe))
 
 
+def assert_alike(one, other, most, **how):
+    """Losses as `np.allclose` takes it, with the same dropout in both passes; weights to `most`."""
+    a, b = (pd.read_csv(run / "log.csv").filter(like="loss") for run in (one, other))
+    assert len(a.columns) and np.allclose(a, b, equal_nan=True, **how)
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < most
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_gradient_checkpointing_trains_the_same(home, tmp_path, stage, monkeypatch):
     """With an adapter, whose dropout the second forward pass has to repeat, and in stage 3 within GradCache's."""
-    from transformers import modeling_utils
-
     calls, checkpoint = [], modeling_utils.checkpoint
-    monkeypatch.setattr(
-        modeling_utils, "checkpoint", lambda *args, **kw: calls.append(1) or checkpoint(*args, **kw)
-    )
+    count = lambda *args, **how: calls.append(1) or checkpoint(*args, **how)  # noqa: E731
+    monkeypatch.setattr(modeling_utils, "checkpoint", count)
     plain = go(home, stage, tmp_path / "plain", tiny(stage, steps=3, **LORA))
     assert not calls
     recipe = tiny(stage, steps=3, gradient_checkpointing=True, **LORA)
     saving = go(home, stage, tmp_path / "saving", recipe)
-    a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(saving / "log.csv")
-    losses = [name for name in a if name.endswith("loss") or name == "grad_norm"]
-    assert calls and losses and np.allclose(a[losses], b[losses], rtol=1e-5, equal_nan=True)
-    one, other = weights(plain), weights(saving)
-    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-6
+    assert calls
+    assert_alike(plain, saving, 1e-6, rtol=1e-5)
+    a, b = (pd.read_csv(run / "log.csv")["grad_norm"] for run in (plain, saving))
+    assert np.allclose(a, b, rtol=1e-5, equal_nan=True)
 
 
 def test_a_working_folder_of_another_configuration_is_refused(home, tmp_path, monkeypatch):
@@ -159,12 +171,7 @@ def test_compiled_layers_train_the_same(home, tmp_path, stage, values):
     with here, torch._inductor.config.patch(fallback_random=drawn):
         compiled = go(home, stage, tmp_path / "compiled", tiny(stage, torch_compile=True, **values))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    a, b = pd.read_csv(plain / "log.csv"), pd.read_csv(compiled / "log.csv")
-    losses = [name for name in a if name.endswith("loss")]  # with the same dropout in both passes
-    assert losses and (a[losses] - b[losses]).abs().max().max() < 1e-6
-    one, other = weights(plain), weights(compiled)
-    assert one.keys() == other.keys()
-    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 5e-6
+    assert_alike(plain, compiled, 5e-6, rtol=0, atol=1e-6)
 
 
 def test_ctrl_c_in_the_last_step_finishes(home, tmp_path, monkeypatch):
@@ -197,8 +204,6 @@ def test_a_full_disk_is_said_whoever_writes_and_the_same_command_goes_on(
     assert_same_run(go(home, "stage1", tmp_path / "out"), home / "stage1")
 
 
-
-
 def pairs(home):
     rows, _ = corpus.pairs(home / "world")
     return [rows[i] for i in (0, 20, 40, 63, 8, 30, 50, 16)]
@@ -216,12 +221,7 @@ def contrastive_gradients(home, mine, wrap):
     inputs = load_inputs(folder, read_meta(folder))
     module = EosEmbedding(open_backbone(folder, bidirectional=True), inputs)
     model = SentenceTransformer(modules=[module], device="cpu")
-    collate = partial(pair_features, inputs=inputs, mini_batch_size=3)
-    batch = SentenceTransformerDataCollator(collate)(pairs(home)[mine])
-    columns = [
-        {k.removeprefix(f"{c}_"): v for k, v in batch.items() if k.startswith(c)}
-        for c in ("anchor", "positive")
-    ]
+    columns = pair_columns(pairs(home)[mine], inputs, 3)
     wrapped = wrap(model.train())
     loss = CachedInfoNCE(wrapped, temperature=0.1, mini_batch_size=3)(columns)
     loss.backward()
@@ -233,12 +233,10 @@ def reconstruction_gradients(home, mine, wrap):
     folder = home / "causal"
     inputs = load_inputs(folder, read_meta(folder))
     torch.manual_seed(0)
-    module = Reconstruction(
-        open_backbone(folder, bidirectional=True), layout="bidirectional", image_weight=0.5
-    )
-    batch = stage1_batch(
-        captions(home)[mine], inputs, make_recipe("stage1", {"preset": "figure"}), seed=0
-    )
+    recipe = make_recipe("stage1", {"preset": "figure"})
+    model = open_backbone(folder, bidirectional=True)
+    module = Reconstruction(model, layout="bidirectional", image_weight=0.5)
+    batch = stage1_batch(captions(home)[mine], inputs, recipe, seed=0)
     wrapped = wrap(module.train())
     out = wrapped(**batch)
     out["loss"].backward()
@@ -246,17 +244,12 @@ def reconstruction_gradients(home, mine, wrap):
     return losses, {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
 
 
-def one_of_two(rank, port, home, out):
-    """A process of two: gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-    torch.set_num_threads(1)
+def one_of_two(rank, home, out):
+    """Gradients through DDP with what was sent, stages 1 and 3, stage 3 interrupted, into `out`."""
     assert join_processes().num_processes == 2
     sent = []
 
     def count(state, bucket):
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-
         sent.append(bucket.buffer().numel())
         return allreduce_hook(None, bucket)
 
@@ -266,19 +259,15 @@ def one_of_two(rank, port, home, out):
         return wrapped
 
     mine, results = slice(4 * rank, 4 * rank + 4), {}
-    for name, gradients in (
-        ("stage3", contrastive_gradients),
-        ("stage1", reconstruction_gradients),
-    ):
+    kinds = {"stage3": contrastive_gradients, "stage1": reconstruction_gradients}
+    for name, gradients in kinds.items():
         sent.clear()
         results[name] = (*gradients(home, mine, wrap), list(sent))
     torch.save(results, out / f"gradients-{rank}.pt")
     go(home, "stage3", out / "stage3")
     with pytest.MonkeyPatch.context() as patch:
-        if rank == 0:
-            stop_at(
-                patch, 3, signal.SIGTERM
-            )  # reaches one process only: both must stop at the same step
+        if rank == 0:  # the signal reaches one process only: both must stop at the same step
+            stop_at(patch, 3, signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt, match="stopped at step 3"):
             go(home, "stage3", out / "resumed")
     files = {path.name for path in (out / ".resumed.work" / "checkpoint-3").iterdir()}
@@ -287,34 +276,12 @@ def one_of_two(rank, port, home, out):
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Child processes from one that has imported the library once, and nothing of this one's state."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cocoa_lib.run"])
-    return context
-
-
-@pytest.fixture(scope="module")
-def two(home, processes, tmp_path_factory):
-    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage1, stage3, resumed."""
+def two(home, tmp_path_factory):
+    """What two gloo processes on this machine left: gradients-0.pt, gradients-1.pt, stage3, resumed."""
     if Version(transformers.__version__) < Version("5.20"):
-        pytest.skip(
-            "transformers before 5.20 cannot resume on two CPU processes (it asks torch for a device cpu:0)"
-        )
+        pytest.skip("transformers before 5.20 cannot resume on two CPU processes")
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = [
-        processes.Process(target=one_of_two, args=(rank, port, home, out)) for rank in (0, 1)
-    ]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join(120)
-        if child.exitcode is None:
-            child.kill()
-    assert [child.exitcode for child in children] == [0, 0]
+    assert together(one_of_two, home, out) == [0, 0]
     return out
 
 
@@ -329,9 +296,8 @@ def test_two_processes_give_the_gradient_of_the_whole_batch(home, two, stage):
         losses, whole = reconstruction_gradients(home, slice(None), lambda module: module)
         for name, value in losses.items():
             assert np.isclose(np.mean([rank[0][name] for rank in ranks]), value, rtol=1e-5), name
-        assert (
-            ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"] and ranks[1][0]["image_loss"] == 0
-        )
+        assert ranks[0][0]["text_loss"] != ranks[1][0]["text_loss"]
+        assert ranks[1][0]["image_loss"] == 0
     for _, gradients, _ in ranks:
         assert gradients.keys() == whole.keys()
         for name, gradient in whole.items():
@@ -353,7 +319,6 @@ def test_two_processes_stop_together_and_go_on(two):
 def test_a_model_from_elsewhere_takes_the_recipes_length(home, tmp_path):
     folder = shutil.copytree(home / "causal", tmp_path / "raw")
     (folder / "cocoa.json").unlink()
-    out = go(
-        home, "stage1", tmp_path / "out", tiny("stage1", steps=1, max_length=8192), parent=folder
-    )
+    recipe = tiny("stage1", steps=1, max_length=8192)
+    out = go(home, "stage1", tmp_path / "out", recipe, parent=folder)
     assert read_meta(out)["max_length"] == 8192
