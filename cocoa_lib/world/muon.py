@@ -35,7 +35,7 @@ class Muon(torch.optim.Optimizer):
         parameters: Iterable[Tensor],
         lr: float,
         momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        weight_decay: float = 0.5,
     ):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 

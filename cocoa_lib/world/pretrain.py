@@ -168,7 +168,7 @@ def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
     """Warm-up, then constant, then linear to zero; of each phase anew."""
     left = (phase.steps - pupil.step) / (phase.steps * schedule.decay)
     rate = phase.learning_rate * min(1.0, (pupil.step + 1) / schedule.warmup, left)
-    for optimizer, share in zip(pupil.optimizers, (1.0, 0.1), strict=True):
+    for optimizer, share in zip(pupil.optimizers, (1.0, 0.5), strict=True):
         for group, part in zip(optimizer.param_groups, (phase.tower, 1.0), strict=True):
             group["lr"] = rate * share * part
 

@@ -22,7 +22,7 @@ class Phase:
     batch_size: int
     head: float
     words: float
-    learning_rate: float = 0.02
+    learning_rate: float = 0.004
     tower: float = 1.0
 
 
@@ -43,14 +43,11 @@ class Schedule:
     measure_every: int = 100
     save_every: int = 50
     phases: tuple[Phase, ...] = (
-        Phase("crops", 900, 128, head=1, words=0),
-        Phase("scenes", 500, 64, head=1, words=0),
-        Phase("scenes", 800, 64, head=1, words=0),
+        Phase("crops", 700, 128, head=1, words=0),
+        Phase("scenes", 900, 64, head=1, words=0),
         Phase("names", 400, 96, head=0.3, words=1, tower=0.1),
-        Phase("talk", 1600, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 125, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
-        Phase("talk", 800, 64, head=0, words=1, learning_rate=0.015, tower=0),
-        Phase("together", 150, 64, head=0.3, words=1, learning_rate=0.004, tower=0.1),
+        Phase("talk", 2000, 64, head=0, words=1, tower=0),
+        Phase("together", 300, 64, head=0.3, words=1, learning_rate=0.001, tower=0.1),
     )
 
     @property
