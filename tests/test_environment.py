@@ -40,7 +40,7 @@ def test_range_admits_the_locked_version(requirement, lock):
 
 def test_lock_holds_no_optional_extra(lock):
     needed = {canonicalize_name(requirement.name) for requirement in NEEDED}
-    for name in ("mteb", "search", "browser"):
+    for name in ("mteb", "search", "browser", "smollm2"):
         extra = {canonicalize_name(Requirement(line).name) for line in EXTRAS[name]}
         assert not (extra - needed) & set(lock), name
 

@@ -71,22 +71,45 @@ def small_config(
     patch_size: int,
 ):
     """A plain Qwen2VLConfig of one to four million parameters: every part of the real one, smaller."""
+    text = {
+        "hidden_size": hidden_size,
+        "intermediate_size": 3 * hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 2),
+        "max_position_embeddings": 4096,
+    }
+    return make_config(
+        tokenizer,
+        text,
+        rope_theta=10_000.0,
+        vision_dim=vision_dim,
+        vision_layers=vision_layers,
+        patch_size=patch_size,
+    )
+
+
+def make_config(
+    tokenizer,
+    text: dict[str, Any],
+    *,
+    rope_theta: float,
+    vision_dim: int,
+    vision_layers: int,
+    patch_size: int,
+) -> Qwen2VLConfig:
+    """A Qwen2VLConfig of a language model of shape `text` and a small vision tower below it."""
     token = tokenizer.convert_tokens_to_ids
-    half = hidden_size // heads // 2
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
     # Rotary frequencies: a quarter for time, three eighths each for height and width.
     time, height = half // 4, (half - half // 4) // 2
     return Qwen2VLConfig(
         text_config={
+            **text,
             "vocab_size": len(tokenizer),
-            "hidden_size": hidden_size,
-            "intermediate_size": 3 * hidden_size,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": max(1, heads // 2),
-            "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10_000.0,
+                "rope_theta": rope_theta,
                 "mrope_section": [time, height, half - time - height],
             },
             "bos_token_id": token("<|endoftext|>"),
@@ -96,7 +119,7 @@ def small_config(
         vision_config={
             "depth": vision_layers,
             "embed_dim": vision_dim,
-            "hidden_size": hidden_size,
+            "hidden_size": text["hidden_size"],
             "num_heads": max(1, vision_dim // 32),
             "mlp_ratio": 3,
             "patch_size": patch_size,
@@ -125,13 +148,16 @@ def new_backbone(
     image_pixels: area an image is resized to at most (at least a sixteenth of it); sizes: see `small_config`.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
-    processor = Qwen2VLImageProcessorPil(
-        patch_size=sizes["patch_size"],
-        size={"shortest_edge": image_pixels // 16, "longest_edge": image_pixels},
-    )
+    processor = make_processor(sizes["patch_size"], image_pixels)
     torch.manual_seed(seed)
     model = Qwen2VLForConditionalGeneration(small_config(tokenizer, **sizes))
     return model, Inputs(tokenizer, processor, max_length=max_length)
+
+
+def make_processor(patch_size: int, image_pixels: int) -> Qwen2VLImageProcessorPil:
+    """Qwen2-VL's image processor, for images of `image_pixels` at most, a sixteenth at least."""
+    size = {"shortest_edge": image_pixels // 16, "longest_edge": image_pixels}
+    return Qwen2VLImageProcessorPil(patch_size=patch_size, size=size)
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -231,10 +231,14 @@ def make_start(folder: Path, schedule: Schedule, seed: int) -> Path:
     return folder
 
 
-def open_pupil(start: Path, seed: int) -> Pupil:
-    """Open what `make_start` wrote, with a head of random weights and its optimizers."""
+def open_pupil(start: Path, seed: int, *, frozen: bool = False) -> Pupil:
+    """Open what `make_start` wrote, with a head of random weights and its optimizers.
+
+    frozen: the language model stays as it is, for all phases.
+    """
     model = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).train()
     model.model.visual.config._attn_implementation = EQUAL_PICTURES
+    model.model.language_model.requires_grad_(not frozen)
     torch.manual_seed(seed)
     head = nn.Linear(model.config.text_config.hidden_size, len(known_concepts()) + 1 + SPOTS)
     matrices, others = split_weights(model, head)
@@ -244,20 +248,36 @@ def open_pupil(start: Path, seed: int) -> Pupil:
 
 
 def split_weights(model: PreTrainedModel, head: nn.Linear) -> tuple[list[dict], list[dict]]:
-    """(matrices inside the blocks, all else), each in two groups: the tower, the language model."""
+    """(matrices inside the blocks, all else), each in two groups: the tower, the language model.
+
+    What is frozen is in none.
+    """
     named = [*model.named_parameters(), *head.named_parameters(prefix="head")]
     matrices, others = ([{"params": []}, {"params": []}] for _ in range(2))
     for name, weight in named:
+        if not weight.requires_grad:
+            continue
         inside = weight.ndim == 2 and "embed_tokens" not in name and not name.startswith("head")
         groups = matrices if inside else others
         groups["visual" not in name]["params"].append(weight)
     return matrices, others
 
 
+def list_trained(pupil: Pupil) -> dict[str, Tensor]:
+    """The weights that the optimizers hold, by name: those that a state has to keep."""
+    groups = [group for optimizer in pupil.optimizers for group in optimizer.param_groups]
+    held = {id(weight) for group in groups for weight in group["params"]}
+    return {
+        f"{part}/{name}": weight
+        for part in ("model", "head")
+        for name, weight in getattr(pupil, part).named_parameters()
+        if id(weight) in held
+    }
+
+
 def save_state(pupil: Pupil, path: Path) -> None:
     """All tensors in one safetensors file, the counters and the log in its header."""
-    tensors = {f"model/{name}": value for name, value in pupil.model.named_parameters()}
-    tensors |= {f"head/{name}": value for name, value in pupil.head.named_parameters()}
+    tensors = list_trained(pupil)
     for k, optimizer in enumerate(pupil.optimizers):
         for i, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer{k}/{i}/{name}": value for name, value in state.items()}
@@ -273,10 +293,9 @@ def load_state(pupil: Pupil, path: Path) -> None:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     for name, value in json.loads(header["__metadata__"]["counters"]).items():
         setattr(pupil, name, value)
-    for part, module in (("model", pupil.model), ("head", pupil.head)):
-        with torch.no_grad():
-            for name, weight in module.named_parameters():
-                weight.copy_(tensors[f"{part}/{name}"])
+    with torch.no_grad():
+        for name, weight in list_trained(pupil).items():
+            weight.copy_(tensors[name])
     for k, optimizer in enumerate(pupil.optimizers):
         held = optimizer.state_dict()
         for key, value in tensors.items():
@@ -315,18 +334,29 @@ def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, 
         pupil.phase, pupil.step = pupil.phase + 1, 0
 
 
-def train_backbone(out: Path, schedule: Schedule, *, seed: int) -> Path:
-    """Train, or go on, until the last phase is done; returns the checkpoint folder."""
+def train_backbone(
+    out: Path,
+    schedule: Schedule,
+    *,
+    seed: int,
+    start: Callable[[Path, Schedule, int], Path] = make_start,
+    card: str = CARD,
+) -> Path:
+    """Train, or go on, until the last phase is done; returns the checkpoint folder.
+
+    start: writes the model to begin with, as `make_start` does; card: the folder's README.md.
+    """
     out, work = Path(out), Path(out).parent / f".{Path(out).name}.work"
     if (out / META).is_file():
         return out
     work.mkdir(parents=True, exist_ok=True)
-    pupil = open_pupil(make_start(work / "init", schedule, seed), seed)
+    begin = start(work / "init", schedule, seed)
+    pupil = open_pupil(begin, seed, frozen=schedule.frozen)
     if (work / STATE).is_file():
         load_state(pupil, work / STATE)
     with flush_denormals():
         _train_phases(pupil, schedule, seed, work)
-    return save_pupil(pupil, schedule, out, work / "log.csv", seed)
+    return save_pupil(pupil, schedule, out, work / "log.csv", seed, card)
 
 
 def _train_phases(pupil: Pupil, schedule: Schedule, seed: int, work: Path) -> None:
@@ -348,7 +378,9 @@ def _train_phases(pupil: Pupil, schedule: Schedule, seed: int, work: Path) -> No
             save_state(pupil, work / STATE)
 
 
-def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int) -> Path:
+def save_pupil(
+    pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int, card: str
+) -> Path:
     """The folder that every later stage opens: model, processor, cocoa.json, log.csv."""
     pupil.model.model.visual.config._attn_implementation = "sdpa"
     pupil.inputs.keep_images(0)
@@ -358,7 +390,7 @@ def save_pupil(pupil: Pupil, schedule: Schedule, out: Path, log: Path, seed: int
         "data": f"drawings, salt {SALT.strip()}",
     }
     meta = {"stage": "causal", "layout": "causal", "run": run}
-    extra = {"log.csv": log.read_text(encoding="utf-8"), "README.md": CARD}
+    extra = {"log.csv": log.read_text(encoding="utf-8"), "README.md": card}
     return save_checkpoint(out, pupil.model.eval(), pupil.inputs, meta, extra)
 
 

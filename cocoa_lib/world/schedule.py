@@ -38,6 +38,7 @@ class Schedule:
     vocab_size: int = 2560
     max_length: int = 256
     texts: int = 20_000  # scenes that the tokenizer is learnt from
+    frozen: bool = False  # whether the language model stays as it is
     warmup: int = 50
     decay: float = 0.4  # share of a phase over which its rate falls to zero
     measure_every: int = 100
