@@ -92,7 +92,7 @@ def write_finding(report: Path, static: Path) -> str:
         )
     return (
         f"**{title[0].upper()}{title[1:]}.** In report `{report.name}`, {levels} (precision@1, "
-        f"{ranks['task'].nunique()} tasks, {seeds} seeds).\n\n"
+        f"{ranks['task'].nunique()} tasks, {seeds} seed{'s' * (seeds > 1)}).\n\n"
         f'<img src="_static/finding.png" alt="{escape(figure.alt)}" width="640">'
     )
 

@@ -285,7 +285,8 @@ def test_the_curve_and_the_answer_are_said_in_a_sentence(ranks):
     for low, high, n, said in (
         (0.5, 2, 3, "CoCoA is better than contrastive learning alone overall"),
         (-2, -0.5, 3, "CoCoA is worse than contrastive learning alone overall"),
-        (0.5, 2, 1, "CoCoA and contrastive learning alone cannot be told apart overall"),
+        (-0.5, 2, 3, "CoCoA and contrastive learning alone cannot be told apart overall"),
+        (0.5, 2, 1, "In one seed CoCoA is 1.2 points above contrastive learning alone"),
     ):
-        row = pd.DataFrame([{"n_seeds": n, "low": low, "high": high}])
+        row = pd.DataFrame([{"n_seeds": n, "difference": 1.25, "low": low, "high": high}])
         assert arms.say_effect(row, "cocoa", "contrastive") == said

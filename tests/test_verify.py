@@ -20,16 +20,16 @@ import verify  # noqa: E402
 @pytest.fixture
 def tree(tmp_path):
     """reports/ with one report, data/ and a page with a table, as `--write` leaves them."""
-    report = tmp_path / "reports" / "laptop-emoji_pairs"
+    report = tmp_path / "reports" / "laptop"
     (report / "figures").mkdir(parents=True)
-    shutil.copy(ROOT / "reports" / "laptop-emoji_pairs" / "ranks.parquet", report)
+    shutil.copy(ROOT / "reports" / "laptop" / "ranks.parquet", report)
     for suffix in (".png", ".svg", ".txt"):
         (report / "figures" / f"forest{suffix}").write_text("x")
     folder = tmp_path / "data" / "größe x"
     folder.mkdir(parents=True)
     (folder / "a.csv").write_text("1\n")
     (tmp_path / "data" / ".partial").write_text("half")
-    page = "Before.\n<!-- reports/laptop-emoji_pairs: cocoa contrastive -->\nold\n<!-- end -->\nAfter.\n"
+    page = "Before.\n<!-- reports/laptop: cocoa contrastive -->\nold\n<!-- end -->\nAfter.\n"
     (tmp_path / "README.md").write_text(page)
     assert verify.main(["--root", str(tmp_path), "--write", "--without-run"]) == 0
     return tmp_path
@@ -45,28 +45,32 @@ def test_what_is_as_written_passes(tree, capsys):
     manifest = (tree / "data" / "MANIFEST.sha256").read_text(encoding="utf-8")
     assert len(manifest.splitlines()) == 1, "hidden files are not listed"
     _, mark, head, _, cocoa, contrastive, end, last = (tree / "README.md").read_text().splitlines()
-    assert mark == "<!-- reports/laptop-emoji_pairs: cocoa contrastive -->"
+    assert mark == "<!-- reports/laptop: cocoa contrastive -->"
     assert (end, last) == ("<!-- end -->", "After.")
-    assert head.startswith("| arm | seeds |") and cocoa.startswith("| cocoa | 2 | 26.3 | 1.7 |")
-    assert contrastive.startswith("| contrastive | 2 |")
+    ranks = pd.read_parquet(tree / "reports" / "laptop" / "ranks.parquet")
+    seeds = ranks.groupby("arm")["seed"].nunique()
+    mean = 100 * (ranks[ranks["arm"] == "cocoa"]["rank"] == 1).mean()  # tasks are of one size
+    assert head.startswith("| arm | seeds |") and f"| {mean:.1f} |" in cocoa
+    assert cocoa.startswith(f"| cocoa | {seeds['cocoa']} |")
+    assert contrastive.startswith(f"| contrastive | {seeds['contrastive']} |")
 
 
 def test_altered_lost_and_added_files_are_named(tree, capsys):
     (tree / "data" / "größe x" / "a.csv").write_text("2\n")
-    (tree / "reports" / "laptop-emoji_pairs" / "figures" / "forest.svg").unlink()
+    (tree / "reports" / "laptop" / "figures" / "forest.svg").unlink()
     (tree / "reports" / "new.txt").write_text("")
     assert check(tree) == [
-        "reports/laptop-emoji_pairs/figures/forest.svg: missing",
+        "reports/laptop/figures/forest.svg: missing",
         "reports/new.txt: not in the manifest",
         "data/größe x/a.csv: altered",
-        "reports/laptop-emoji_pairs/figures/forest.png: no .svg beside it",
+        "reports/laptop/figures/forest.png: no .svg beside it",
     ]
     assert verify.main(["--root", str(tree), "--without-run"]) == 1
     assert "altered" in capsys.readouterr().out
 
 
 def test_ranks_that_changed_under_their_tables_fail(tree):
-    path = tree / "reports" / "laptop-emoji_pairs" / "ranks.parquet"
+    path = tree / "reports" / "laptop" / "ranks.parquet"
     ranks = pd.read_parquet(path)
     ranks.loc[ranks["arm"] == "cocoa", "rank"] = 1
     ranks.to_parquet(path)

@@ -77,8 +77,11 @@ def compare_groups(ranks: pd.DataFrame, arm: str, baseline: str) -> pd.DataFrame
 
 
 def say_effect(effects: pd.DataFrame, arm: str, baseline: str) -> str:
-    """Say the first row of `compare_groups` in one sentence."""
+    """Say the first row of `compare_groups` in one sentence; of one seed, what came out."""
     row, names = effects.iloc[0], [NAMES.get(name, name) for name in (arm, baseline)]
+    if row.n_seeds == 1:
+        side = "above" if row.difference > 0 else "below"
+        return f"In one seed {names[0]} is {abs(row.difference):.1f} points {side} {names[1]}"
     if is_significant(row):
         return f"{names[0]} is {'better' if row.low > 0 else 'worse'} than {names[1]} overall"
     return f"{names[0]} and {names[1]} cannot be told apart overall"
