@@ -99,8 +99,9 @@ def find_confusions(
 ) -> tuple[Task, pd.DataFrame, list[tuple[Item, list[Item], np.ndarray]]]:
     """Find what is taken for what, in the task with the fewest candidates a query of its kind.
 
-    Returns the task, a table of truth (rows) against choice for the 8 most frequent answers,
-    and the queries that go wrong: (query, candidates, scores), the right candidate first.
+    Returns the task, a table of the 8 most frequent truths (rows) against the 8 most frequent
+    choices for them, shared names first in both, and the queries that go wrong: (query, candidates,
+    scores), the right candidate first.
     """
     task = min(tasks, key=lambda task: (task.meta_task != "classification", task.n_candidates))
     queries, items, index = read_task(data, task, 200)
@@ -112,9 +113,14 @@ def find_confusions(
         if scores.argmax():
             wrong.append((query, [items[i] for i in chosen], scores))
     table = pd.DataFrame(pairs, columns=["truth", "choice"])
-    frequent = table["truth"].value_counts().index[:8].rename("truth")
+    frequent = table["truth"].value_counts().index[:8]
     table = pd.crosstab(table["truth"], table["choice"]).loc[frequent]
-    return task, table.reindex(columns=frequent.rename("choice"), fill_value=0), wrong
+    chosen = table.sum().sort_values(ascending=False, kind="stable").index[:8]
+    shared = [name for name in frequent if name in chosen]
+    rows, columns = (
+        shared + [name for name in n if name not in shared] for n in (frequent, chosen)
+    )
+    return task, table.loc[rows, columns], wrong
 
 
 def ask_item(items: Sequence[Item]) -> dict[str, widgets.Widget]:
