@@ -273,7 +273,7 @@ def test_the_readmes_lines_run(folder, picture, tmp_path, monkeypatch, capsys):
     code = re.search(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)[1]
     assert len([line for line in code.splitlines() if line]) <= 10
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(folder, "runs/laptop/seed0/stage3/cocoa")
+    shutil.copytree(folder, "runs/laptop/seed0/stage3/contrastive")
     Path("my/pictures").mkdir(parents=True)
     for i in range(6):
         picture(seed=i).save(f"my/pictures/{i}.png")
