@@ -111,8 +111,9 @@ class Stage2Recipe(Recipe):
     text_mask_rate: Rate = 0.7  # script
     objective: Objective = "mntp"
     mask_token: str = ""  # as in stage 1, whose checkpoint keeps its token
-    # "captions": image -> caption; "pairs": query -> positive text (script); "both"
-    sources: Literal["captions", "pairs", "both"] = "both"
+    # "captions": image -> caption; "corpus": these, and image + question -> answer (ours);
+    # "pairs": query -> positive text (script); "both": captions and pairs
+    sources: Literal["captions", "corpus", "pairs", "both"] = "both"
     # Above 0, B also holds A's picture with hidden cells, to be restored from EOS (ours).
     image_weight: Weight = 0.0
     patch_mask_rate: Rate = 0.7  # of that picture; the rate of the text (ours)

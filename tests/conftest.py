@@ -34,7 +34,10 @@ def small():
     """A small random Qwen2-VL and its processor: (model, inputs), causal."""
     from cocoa_lib.world.backbone import new_backbone
 
-    texts = ["a large red circle at the top left, a small blue 7 at the bottom", "What color is the square?"] * 4
+    texts = [
+        "a large red circle at the top left, a small blue 7 at the bottom",
+        "What color is the square?",
+    ] * 4
     model, inputs = new_backbone(
         texts, vocab_size=400, image_pixels=4096, seed=0, hidden_size=64, layers=2, heads=2, vision_dim=32,
         vision_layers=1, patch_size=8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from cocoa_lib.world.lessons import (
     known_concepts,
     label_cells,
     make_crops,
+    make_readings,
     make_scenes,
 )
 from cocoa_lib.world.muon import Muon, orthogonalise
@@ -45,6 +47,7 @@ TINY = pretrain.Schedule(
         pretrain.Phase("scenes", 2, 4, head=1, words=0),
         pretrain.Phase("names", 2, 4, head=0.3, words=1),
         pretrain.Phase("talk", 3, 4, head=0.3, words=1),
+        pretrain.Phase("reading", 2, 4, head=0, words=1, tower=0, fresh=True),
     ),
 )
 
@@ -145,6 +148,19 @@ def test_lessons_hold_pictures_labels_and_words(make, side):
     assert all(reply for turns in lesson.turns for _, reply in turns)
 
 
+def test_a_reading_asks_only_what_its_caption_says():
+    asked = set()
+    for (first, reply), *others in make_readings(np.random.default_rng(0), 200, known_concepts()):
+        caption, question = first.split("\n")
+        for text, said in [(question, reply), *others]:
+            asked.add(text.split()[0])
+            if text.startswith(("Where", "What is")):
+                assert said.split()[-1] in caption
+            if "small or large" in text:
+                assert said in caption
+    assert {"What", "Where", "How"} <= asked
+
+
 def test_nothing_unknown_is_taught():
     assert all(load_concepts()[name].role != "unknown" for name in known_concepts())
 
@@ -180,12 +196,25 @@ def test_the_log_has_a_row_a_measurement(folder):
     with (folder / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["phase"], row["step"]) for row in rows] == [
-        ("crops", "2"), ("scenes", "2"), ("names", "2"), ("talk", "2"), ("talk", "3"),
+        ("crops", "2"), ("scenes", "2"), ("names", "2"), ("talk", "2"), ("talk", "3"), ("reading", "2"),
     ]  # fmt: skip
-    assert rows[0]["naming"] == "" and 0 <= float(rows[-1]["naming"]) <= 1
+    assert rows[0]["naming"] == rows[-2]["reading"] == rows[-1]["cell_naming"] == ""
+    assert 0 <= float(rows[-1]["naming"]) <= 1 and 0 <= float(rows[-1]["reading"]) <= 1
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 8])
+def test_a_fresh_phase_needs_nothing_but_the_weights_before_it(folder, tmp_path):
+    before = pretrain.train_backbone(
+        tmp_path / "before", replace(TINY, phases=TINY.phases[:-1]), seed=1
+    )
+    steps, (start, step) = TINY.phases[-1].steps, (len(TINY.phases) - 1, 0)
+    pupil = pretrain.open_pupil(before, seed=1)
+    pupil.phase, pupil.step = start, step
+    assert len(list(pretrain.go_on(pupil, TINY, seed=1))) == steps
+    whole = open_backbone(folder, bidirectional=False).state_dict()
+    assert all(torch.equal(whole[name], w) for name, w in pupil.model.state_dict().items())
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 10])
 def test_a_stopped_run_goes_on_bit_for_bit(folder, tmp_path, monkeypatch, stop_after):
     class Stopped(Exception):
         pass

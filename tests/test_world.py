@@ -372,10 +372,11 @@ def test_a_smaller_set_of_pairs_is_the_beginning_of_a_larger_one(root, tmp_path)
         assert all(large[column][:n] == small[column] for column in small)
 
 
-def test_every_picture_of_the_corpus_has_labels(root):
+def test_every_whole_scene_of_the_corpus_has_labels(root):
     labels = pd.read_parquet(root / "corpus" / "labels.parquet")
     parts = [pd.read_parquet(root / "corpus" / f"{name}.parquet") for name in ("train", "heldout")]
-    assert set(labels["image_path"]) == set(pd.concat(parts)["image_path"])
+    crops = {path for path, side in files.read_scenes(root).items() if side.focus}
+    assert set(labels["image_path"]) == set(pd.concat(parts)["image_path"]) - crops
     assert set(labels.columns) == {"image_path", "count", "kind", "size", "position"}
 
 

@@ -240,7 +240,9 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
     """Build the trainer of stages 1 and 2: a `Reconstruction` of corrupted rows."""
     recipe, data = job.recipe, job.data
     sources = getattr(recipe, "sources", "captions")
-    parts = [corpus.captions(data)] if sources in ("captions", "both") else []
+    parts = [corpus.captions(data)] if sources != "pairs" else []
+    if sources == "corpus":
+        parts.append(corpus.questions(data))
     if sources in ("pairs", "both"):
         parts += corpus.text_pairs(data).values()
     set_mask_token(model, inputs, recipe.mask_token)

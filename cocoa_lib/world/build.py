@@ -30,9 +30,11 @@ from .pictures import ATTRIBUTION, describe_versions
 from .questions import answer, list_questions, name_kind
 from .scenes import STYLES, Scene, crop, list_names, render, sample_scene
 from .tasks import MAKERS, SUBSETS, TASKS, Side, Source, list_labels
+from .words import with_article
 
-GENERATOR_VERSION = 2  # raise it whenever the same arguments would give other rows or pixels
+GENERATOR_VERSION = 3  # raise it whenever the same arguments would give other rows or pixels
 QUESTIONS_A_SCENE = 3
+CROPS = 0.3  # share of the corpus' pictures that show one drawing close up, as grounding's candidates do
 LEAST = {"seed": 0, "n_pairs": len(SUBSETS), "n_queries": 2, "n_corpus": 1}
 FEW = 2048  # items: of more, all cores make them
 # Place in this list is the stream's number for the random generator: append, never reorder.
@@ -113,14 +115,21 @@ def make_row(
 def make_corpus_lines(
     rng: np.random.Generator, name: str, pictures: Pictures
 ) -> list[tuple[str, str, str, str]]:
-    """A scene's caption and some questions, in the columns of the corpus."""
+    """A caption and some questions, in the columns of the corpus; of a scene, or one of its drawings."""
     scene = sample_scene(rng, "train" if name == "train" else "dev", known_concepts())
-    path = pictures.write(Side("", scene), "scene")
-    style = (*STYLES, list_names)[int(rng.integers(len(STYLES) + 1))]
-    texts = list_questions(scene)
+    if rng.random() < CROPS:
+        one = scene.drawings[int(rng.integers(len(scene)))]
+        path, shown = pictures.write(Side("", scene, one), "crop"), Scene((one,))
+        captions = [one.name, one.phrase, with_article(one.phrase)]
+        texts = ["What is in the picture?", "What kind of thing is in the picture?"]
+    else:
+        path, shown = pictures.write(Side("", scene), "scene"), scene
+        captions = [style(scene) for style in (*STYLES, list_names)]
+        texts = list_questions(scene)
+    caption = captions[int(rng.integers(len(captions)))]
     chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
-    return [(path, "caption", "", style(scene))] + [
-        (path, "qa", text, min(answer(text, scene))) for text in chosen
+    return [(path, "caption", "", caption)] + [
+        (path, "qa", text, min(answer(text, shown))) for text in chosen
     ]
 
 
@@ -186,11 +195,11 @@ def label_scene(scene: Scene) -> dict[str, str]:
 
 
 def make_labels(root: Path) -> pd.DataFrame:
-    """The labels of all pictures of the corpus."""
+    """The labels of all whole scenes of the corpus."""
     found = [
         {"image_path": path, **label_scene(side.scene)}
         for path, side in read_scenes(root).items()
-        if path.startswith("corpus/")
+        if path.startswith("corpus/") and not side.focus  # a crop has no places
     ]
     return pd.DataFrame(found)
 

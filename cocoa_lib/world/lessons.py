@@ -7,7 +7,7 @@ never seen twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from .scenes import (
     render,
     sample_scene,
 )
+from .words import with_article
 
 CELL = 20  # pixels a side: what the language model sees as one token
 COVERED, EMPTY = (
@@ -35,6 +36,7 @@ COVERED, EMPTY = (
 )  # ink on a cell: from here on it is labelled with the drawing; up to here as background
 BACKGROUND, IGNORE = 0, -100
 QUESTIONS_A_SCENE = 4
+SINGLE = 0.4  # share of the readings about a single drawing
 SPOTS = len(POSITIONS) * len(SIDES)
 
 Turns = list[tuple[str, str]]  # question and answer; a caption has no question
@@ -45,13 +47,15 @@ class Lesson:
     """A batch before any model sees it.
 
     pictures: (N, S, S, 3) uint8; cells: (N, cells) int64, the concept on each; spots: the same of
-    position and size, IGNORE where there is no drawing; turns: what is said.
+    position and size, IGNORE where there is no drawing; turns: what is said; readings: talks about
+    a text, without a picture.
     """
 
     pictures: np.ndarray
     cells: np.ndarray
     spots: np.ndarray
     turns: list[Turns]
+    readings: list[Turns] = field(default_factory=list)
 
 
 def known_concepts() -> list[str]:
@@ -141,6 +145,32 @@ def talk_about_scene(rng: np.random.Generator, scene: Scene) -> Turns:
     texts = list_questions(scene)
     chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
     return [(text, min(answer(text, scene))) for text in chosen]
+
+
+def make_readings(
+    rng: np.random.Generator, n: int, names: Sequence[str], split: str = "train"
+) -> list[Turns]:
+    """Talks about captions in place of pictures: the same questions with the same answers."""
+    counts = [1 if rng.random() < SINGLE else None for _ in range(n)]
+    return [read_about(rng, sample_scene(rng, split, names, n=count)) for count in counts]
+
+
+def read_about(rng: np.random.Generator, scene: Scene) -> Turns:
+    """A caption, and questions that it answers; the first question follows it."""
+    texts = list_questions(scene)
+    if len(scene) == 1 and rng.random() < 0.5:
+        one = scene.drawings[0]
+        options = [one.name, one.phrase, with_article(one.name), with_article(one.phrase)]
+        caption = options[int(rng.integers(len(options)))]
+        texts = ["What is in the picture?", "What kind of thing is in the picture?"]
+    else:
+        style = (*STYLES, list_names)[int(rng.integers(len(STYLES) + 1))]
+        caption = style(scene)
+        if style is list_names:  # which says neither places nor sizes
+            texts = [text for text in texts if text.startswith(("How many", "What kind"))]
+    chosen = [texts[i] for i in rng.permutation(len(texts))[:QUESTIONS_A_SCENE]]
+    (first, reply), *others = [(text, min(answer(text, scene))) for text in chosen]
+    return [(f"{caption}\n{first}", reply), *others]
 
 
 def sample_texts(n: int) -> list[str]:

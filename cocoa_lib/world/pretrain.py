@@ -2,13 +2,14 @@
 
     python -m cocoa_lib.world.pretrain --out data/backbone --seed 1
 
-Tower and merger learn to name drawings, then the language model joins. Five phases:
+Tower and merger learn to name drawings, then the language model joins. Six phases:
 
     crops     single drawings; a linear head on the merger's output names the concept on each cell
     scenes    the same on whole scenes, and in which place and size it stands
     names     the language model says what a single drawing is, in a crop and in a scene
     talk      captions and questions about scenes; the tower rests
     together  the same with the tower, at a low rate
+    reading   the same, and the same questions about captions in place of pictures; the tower rests
 
 State lies in `.NAME.work` beside the output folder. The same command goes on from there, bit for
 bit; batches depend on seed, phase and step alone.
@@ -47,6 +48,7 @@ from .lessons import (
     Lesson,
     known_concepts,
     make_crops,
+    make_readings,
     make_scenes,
     sample_texts,
 )
@@ -56,7 +58,8 @@ from .pictures import ATTRIBUTION
 from .schedule import PATCH, Phase, Schedule
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "seconds")
+COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "reading")
+COLUMNS += ("seconds",)
 STATE = "state.safetensors"
 CARD = f"""# A small causal Qwen2-VL that talks about drawings
 
@@ -86,8 +89,15 @@ class Pupil:
 
 
 def make_lesson(phase: Phase, rng: np.random.Generator, split: str = "train", n: int = 0) -> Lesson:
-    """A batch of a phase; of the split's own scenes where the phase shows scenes."""
+    """A batch of a phase; of the split's own scenes where the phase shows scenes.
+
+    "reading" has as many texts as pictures, so that a question has one answer whichever shows it.
+    """
     names, n = known_concepts(), n or phase.batch_size
+    if phase.name == "reading":
+        seen = replace(phase, name=("names", "talk")[int(rng.integers(2))])
+        lesson = make_lesson(seen, rng, split, n // 2)
+        return replace(lesson, readings=make_readings(rng, n // 2, names, split))
     if phase.name == "names" and rng.random() < 0.5:
         return make_scenes(rng, n, names, split=split, count=1)
     if phase.name in ("crops", "names"):
@@ -100,9 +110,8 @@ def collate(lesson: Lesson, inputs: Inputs) -> dict[str, Tensor]:
     values, grids = cut_patches(lesson.pictures, PATCH)
     parts = zip(values.split(len(values) // len(grids)), grids.split(1), strict=True)
     inputs.kept = {str(i): part for i, part in enumerate(parts)}
-    return causal_batch(
-        [{"image": str(i), "turns": turns} for i, turns in enumerate(lesson.turns)], inputs
-    )
+    rows = [{"image": str(i), "turns": turns} for i, turns in enumerate(lesson.turns)]
+    return causal_batch(rows + [{"image": "", "turns": turns} for turns in lesson.readings], inputs)
 
 
 def read_cells(pupil: Pupil, lesson: Lesson) -> Tensor:
@@ -124,7 +133,7 @@ def read_words(pupil: Pupil, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor, Te
     )
     hidden = hidden_states(pupil.model, batch)
     hook.remove()
-    cells = pupil.head(seen["out"]).view(len(lesson.turns), -1, pupil.head.out_features)
+    cells = pupil.head(seen["out"]).view(len(lesson.pictures), -1, pupil.head.out_features)
     learnt = batch["labels"][:, 1:] != IGNORE
     logits = pupil.model.lm_head(hidden[:, :-1][learnt])
     return cells, logits, batch["labels"][:, 1:][learnt], learnt.nonzero()[:, 0]
@@ -180,15 +189,17 @@ def set_rates(pupil: Pupil, schedule: Schedule, phase: Phase) -> None:
 def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
     """Shares right on held-out scenes (development split), greedy.
 
-    cell_naming: single drawings, by the head; naming: the same, by the language model, all tokens
-    of the name right; answers: questions about scenes of one to four drawings.
+    cell_naming: single drawings, by the head, unless the tower rests; naming: the same, by the
+    language model, all tokens of the name right; answers: questions about scenes of one to four
+    drawings; reading: the same questions about captions.
     """
     rng = np.random.default_rng([0, 2])
     single = make_scenes(rng, HELD_OUT, known_concepts(), split="dev", count=1)
-    shares = read_cells(pupil, single)[..., :-SPOTS].softmax(-1)[..., BACKGROUND + 1 :]
-    cells = shares.sum(1).argmax(-1) + 1
     truths = torch.from_numpy(single.cells.max(1))
-    found = {"cell_naming": float((cells == truths).float().mean())}
+    found = {}
+    if phase.tower:
+        shares = read_cells(pupil, single)[..., :-SPOTS].softmax(-1)[..., BACKGROUND + 1 :]
+        found["cell_naming"] = float((shares.sum(1).argmax(-1) + 1 == truths).float().mean())
     if phase.words:
         names = known_concepts()
         asked = [[("What is in the picture?", names[label - 1])] for label in truths.tolist()]
@@ -198,12 +209,16 @@ def measure(pupil: Pupil, phase: Phase) -> dict[str, float]:
         asked = [scenes.turns[i][:1] for i in kept]
         parts = (part[kept] for part in (scenes.pictures, scenes.cells, scenes.spots))
         found["answers"] = float(np.mean(answer_right(pupil, Lesson(*parts, asked))))
+    if phase.name == "reading":
+        readings = [turns[:1] for turns in make_readings(rng, HELD_OUT, names, "dev")]
+        right = answer_right(pupil, replace(single, readings=readings))
+        found["reading"] = float(np.mean(right[-HELD_OUT:]))
     return found
 
 
 @torch.inference_mode()
 def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
-    """Whether greedy decoding gives each picture's whole answer.
+    """Whether greedy decoding gives the whole answer of each picture, then of each text.
 
     It does where each token is the likeliest one after the right ones before it, so one forward
     pass tells. A line break ends an answer as EOS does.
@@ -212,7 +227,7 @@ def answer_right(pupil: Pupil, lesson: Lesson) -> list[bool]:
     guesses, (line_break,) = logits.argmax(-1), pupil.inputs.text_ids("\n")
     ended = (labels == pupil.inputs.eos_id) & (guesses == line_break)
     wrong = set(rows[(guesses != labels) & ~ended].tolist())
-    return [row not in wrong for row in range(len(lesson.turns))]
+    return [row not in wrong for row in range(len(lesson.turns) + len(lesson.readings))]
 
 
 # ---- state --------------------------------------------------------------------------------------
@@ -323,6 +338,9 @@ def write_log(pupil: Pupil, path: Path) -> None:
 def go_on(pupil: Pupil, schedule: Schedule, seed: int) -> Iterator[tuple[Phase, float, float]]:
     """Every step that is left: (its phase, its losses), after it is done."""
     for phase in schedule.phases[pupil.phase :]:
+        if phase.fresh and pupil.step == 0:
+            for optimizer in pupil.optimizers:
+                optimizer.state.clear()
         while pupil.step < phase.steps:
             begun = time.perf_counter()
             set_rates(pupil, schedule, phase)
@@ -364,12 +382,8 @@ def _train_phases(pupil: Pupil, schedule: Schedule, seed: int, work: Path) -> No
     for phase, loss, cell_loss in go_on(pupil, schedule, seed):
         last = pupil.step == phase.steps
         if last or pupil.step % schedule.measure_every == 0:
-            found = {
-                "loss": loss,
-                "cell_loss": cell_loss,
-                **measure(pupil, phase),
-                "seconds": pupil.seconds,
-            }
+            seen = {"cell_loss": cell_loss} if phase.head else {}
+            found = {"loss": loss, **seen, **measure(pupil, phase), "seconds": pupil.seconds}
             row = {name: f"{value:.4g}" for name, value in found.items()}
             pupil.rows.append({"phase": phase.name, "step": pupil.step, **row})
             write_log(pupil, work / "log.csv")

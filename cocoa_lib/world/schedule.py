@@ -14,7 +14,8 @@ class Phase:
     """`head`: weight of the cells' loss; `words`: of the language model's.
 
     learning_rate: of Muon, AdamW's is half of it; tower: share of both for the tower, 0 leaves it
-    as it is, which also spares its backward pass.
+    as it is, which also spares its backward pass; fresh: the optimizers begin anew, so that the
+    phase does the same to a model that was saved and opened again.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Phase:
     words: float
     learning_rate: float = 0.004
     tower: float = 1.0
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Schedule:
         Phase("names", 400, 96, head=0.3, words=1, tower=0.1),
         Phase("talk", 1000, 64, head=0, words=1, tower=0),
         Phase("together", 200, 64, head=0.3, words=1, learning_rate=0.001, tower=0.1),
+        Phase("reading", 400, 96, head=0, words=1, learning_rate=0.002, tower=0, fresh=True),
     )
 
     @property

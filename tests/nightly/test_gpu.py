@@ -40,7 +40,9 @@ def command(home, stage, out, *before, **environment):
     """The stage in a process of its own, behind `before`, begun."""
     worker = Path(__file__).with_name("stage_worker.py")
     words = [sys.executable, *before, worker, home, stage, out]
-    return subprocess.Popen(list(map(str, words)), env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        list(map(str, words)), env=os.environ | environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +93,13 @@ def test_a_faster_way_changes_no_loss(home, tmp_path, changes):
 
 def test_flex_is_the_dense_mask_for_every_layout_with_gradients(small):
     model, inputs = set_bidirectional(copy.deepcopy(small[0]).cuda(), True), small[1]
-    items = [{"text": "a large red circle", "image": Image.new("RGB", (64, 48), "red")}, {"text": "a blue 7"}]
+    items = [
+        {"text": "a large red circle", "image": Image.new("RGB", (64, 48), "red")},
+        {"text": "a blue 7"},
+    ]
     batch = {
-        name: value.cuda() for name, value in inputs.collate(items, ["a red circle", "a blue 7 at the bottom"]).items()
+        name: value.cuda()
+        for name, value in inputs.collate(items, ["a red circle", "a blue 7 at the bottom"]).items()
     }
     real = batch["attention_mask"].bool()
     for layout in LAYOUTS:
@@ -110,7 +116,9 @@ def test_flex_is_the_dense_mask_for_every_layout_with_gradients(small):
 
 
 def test_encode_gives_the_vectors_of_a_cpu(small):
-    embedder = CocoaEmbedder(EosEmbedding(set_bidirectional(copy.deepcopy(small[0]), True), small[1]))
+    embedder = CocoaEmbedder(
+        EosEmbedding(set_bidirectional(copy.deepcopy(small[0]), True), small[1])
+    )
     items = [Image.new("RGB", (64, 32 + i), "red") for i in range(9)] + [
         "a red circle " * (1 + i % 5) for i in range(40)
     ]
@@ -125,11 +133,17 @@ def test_encode_gives_the_vectors_of_a_cpu(small):
 def test_pictures_of_different_sizes_are_attended_to_in_one_call(small, compiled, monkeypatch):
     """In bf16, by torch's kernel for rows of different lengths; transformers takes them singly."""
     model, inputs = set_bidirectional(copy.deepcopy(small[0]).cuda(), True), small[1]
-    noise = [np.random.default_rng(i).integers(0, 255, (32, 32 * (1 + i), 3), dtype=np.uint8) for i in range(3)]
+    noise = [
+        np.random.default_rng(i).integers(0, 255, (32, 32 * (1 + i), 3), dtype=np.uint8)
+        for i in range(3)
+    ]
     batch = inputs.collate([{"text": "a", "image": Image.fromarray(values)} for values in noise])
     batch = {name: value.cuda() for name, value in batch.items()}
     calls, kernel = [], kernels.varlen_attn
-    monkeypatch.setattr("cocoa_lib.kernels.varlen_attn", lambda *args, **how: calls.append(1) or kernel(*args, **how))
+    monkeypatch.setattr(
+        "cocoa_lib.kernels.varlen_attn",
+        lambda *args, **how: calls.append(1) or kernel(*args, **how),
+    )
     found = []
     for implementation in ("sdpa", PICTURES):
         model.model.visual.config._attn_implementation = implementation
@@ -139,7 +153,9 @@ def test_pictures_of_different_sizes_are_attended_to_in_one_call(small, compiled
             states = hidden_states(model, batch)
         model.zero_grad()
         states.float().square().sum().backward()
-        found.append([states.detach(), *(p.grad.clone() for p in model.model.visual.blocks.parameters())])
+        found.append(
+            [states.detach(), *(p.grad.clone() for p in model.model.visual.blocks.parameters())]
+        )
     assert compiled or len(calls) == len(model.model.visual.blocks)
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() < 0.02 * one.norm()
