@@ -214,6 +214,14 @@ def center(drawing: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(canvas)
 
 
+def draw_alone() -> dict[str, Image.Image]:
+    """Every concept by name: its large drawing alone, in the middle of a white picture."""
+    return {
+        name: center(draw(concept.emoji, SIDES["large"]), CANVAS)
+        for name, concept in load_concepts().items()
+    }
+
+
 def crop(picture: np.ndarray, one: Drawn) -> np.ndarray:
     """(WINDOW, WINDOW, 3): a drawing and what is around it, inside the picture."""
     height, width = one.picture.shape[:2]
