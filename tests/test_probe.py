@@ -16,12 +16,13 @@ COLOURS, PLACES = ("red", "green", "blue"), ("left", "right")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A corpus whose pictures are names alone, with labels for each."""
+    """A corpus whose pictures are names alone, with labels for each but the first of a split."""
     root, labels = tmp_path_factory.mktemp("probe"), []
     for split, n in (("train", 400), ("heldout", 200)):
         rng = np.random.default_rng(n)
         paths = [f"corpus/{split}/{i}.png" for i in range(n)]
         labels += [(p, rng.choice(COLOURS), rng.choice(PLACES)) for p in paths]
+        paths.insert(0, f"corpus/{split}/close_up.png")
         rows = [(path, "caption", "", f"caption of {path}") for path in paths]
         write_tables(root, {f"corpus/{split}": pd.DataFrame(rows, columns=CORPUS)})
     table = pd.DataFrame(labels, columns=["image_path", "colour", "place"])
@@ -49,6 +50,7 @@ class Fake:
 def test_a_probe_reads_what_is_there_and_only_that(data, tmp_path):
     table = probe(Fake(data, True), data).set_index("measure")
     assert list(table.columns) == ["value", "low", "high", "majority", "n"]
+    assert (table["n"] == 200).all(), "a picture without labels is left out"
     assert table.loc["colour", "value"] == 100 and table.loc["place", "value"] < 65
     blind = probe(Fake(data, False), data).set_index("measure")
     for name in ("colour", "place"):

@@ -8,6 +8,7 @@ benchmark has one. Works on any checkpoint: causal backbone, a stage in the midd
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def probe(embedder: Any, data: str | Path) -> pd.DataFrame:
     """Probe one embedder on a data folder: rows of measure, value, low, high, majority, n.
 
     Probes (percent right, 95 % Wilson interval over test pictures; `majority`: always the answer
-    that is most frequent in training): trained on the first 2000 pictures of the corpus, tested on
-    all held-out ones. Geometry of the held-out pictures, without interval: effective_rank (1 to H),
+    that is most frequent in training): trained on the first 2000 labelled pictures of the corpus,
+    tested on all held-out ones. Geometry of the held-out pictures, without interval: effective_rank (1 to H),
     uniformity (0 collapsed, lower is more spread), alignment with their captions (0 to 4). Raises
     FileNotFoundError where the folder has no labels.
     """
@@ -84,9 +85,13 @@ def probe(embedder: Any, data: str | Path) -> pd.DataFrame:
     labels = pd.read_parquet(data / "corpus" / "labels.parquet").set_index("image_path")
     parts = []
     for split, limit in (("train", 2000), ("heldout", None)):
-        rows = corpus.captions(data, split)[:limit]
+        named = (
+            (Path(row["image"]).relative_to(data / "images").as_posix(), row)
+            for row in corpus.captions(data, split)
+        )
+        chosen = islice((pair for pair in named if pair[0] in labels.index), limit)
+        names, rows = map(list, zip(*chosen, strict=True))
         vectors = embedder.encode([{"image": row["image"]} for row in rows], batch_size=64)
-        names = [Path(row["image"]).relative_to(data / "images").as_posix() for row in rows]
         parts.append((rows, vectors, labels.loc[names]))
     (_, train_x, train_y), (rows, test_x, test_y) = parts
     captions = embedder.encode([{"text": row["target"]} for row in rows], batch_size=64)

@@ -1,4 +1,4 @@
-"""What a reconstruction model restores: hidden cells and hidden words."""
+"""What a reconstruction model restores, hidden cells and hidden words, and the gates on both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +14,10 @@ from ..backbone import hidden_states
 from ..corruption import IGNORE, hide_cells, stage1_batch, stage2_batch
 from ..inputs import Batch, Inputs
 from ..recipes import make_recipe
+
+# The grammar of captions, which the words around a gap give away without the picture.
+FUNCTION_WORDS = frozenset("a an the some and at in on of to with there is are".split())
+MIN_GAIN = 10  # points that the right picture must add, over a wrong one, to the words restored
 
 Restored = tuple[Batch, list[int], dict[str, Tensor]]  # what `reconstruct` returns
 
@@ -76,19 +81,52 @@ def cell_errors(restored: Sequence[Restored], merge_size: int) -> tuple[float, f
     return float(errors[0]), float(errors[1])
 
 
+def is_content(token: str) -> bool:
+    """Tell whether a decoded token is (a piece of) a content word: a letter, no function word."""
+    word = token.strip().lower()
+    return any(map(str.isalpha, word)) and word not in FUNCTION_WORDS
+
+
 def count_right(
     model, inputs: Inputs, rows: Sequence[Mapping[str, Any]], pictures: Sequence[Any], **how: Any
 ) -> np.ndarray:
-    """Count each row's hidden tokens that come back with the given picture, and all: (rows, 2) int.
+    """Count each row's hidden content words that come back with the given picture: (rows, 3) int.
 
-    how: what `reconstruct` takes. The same tokens are hidden whatever the pictures are.
+    Columns: content words restored, content words hidden, tokens of any kind hidden. how: what
+    `reconstruct` takes. The same tokens are hidden whatever the pictures are.
     """
-    right = []
+    counts = []
     for i, (row, picture) in enumerate(zip(rows, pictures, strict=True)):
         batch, words, _ = reconstruct(model, inputs, {**row, "image": picture}, draw=i, **how)
         truth = batch["labels"][batch["labels"] != IGNORE]
-        right.append((int((torch.tensor(words) == truth).sum()), len(truth)))
-    return np.array(right)
+        texts = inputs.tokenizer.batch_decode(truth[:, None])
+        content = torch.tensor([is_content(text) for text in texts], dtype=torch.bool)
+        right = (torch.tensor(words) == truth) & content
+        counts.append((int(right.sum()), int(content.sum()), len(truth)))
+    return np.array(counts)
+
+
+def check_gates(found: Sequence[Restored], door: pd.DataFrame, merge_size: int) -> pd.DataFrame:
+    """Check what both stages must do before contrastive learning counts: a row a gate.
+
+    Gate 1: stage 1's squared error on hidden cells is below the average patch's. Gate 2: the right
+    picture brings back at least MIN_GAIN points more of the content words than a wrong one.
+
+    found: what `reconstruct` returned of stage 1; door: `show.restored.measure_door`, its last model
+    is stage 2's. Columns gate, value, threshold, passed: "yes", "no", or "not applicable" where
+    stage 1 hid no cells or stage 2 no content word.
+    """
+    cells = any("hidden cells predicted" in patches for *_, patches in found)
+    error, average = cell_errors(found, merge_size) if cells else (np.nan, np.nan)
+    after = door[door["task"] == door["task"].iloc[-1]].set_index("label")["value"]
+    gain = after["right picture"] - after["wrong picture"]
+    gates = [
+        ("squared error on hidden cells", error, average, error < average),
+        ("content words, right minus wrong picture, points", gain, MIN_GAIN, gain >= MIN_GAIN),
+    ]
+    table = pd.DataFrame(gates, columns=["gate", "value", "threshold", "passed"])
+    passed = table["passed"].map({True: "yes", False: "no"})
+    return table.assign(passed=passed.mask(table["value"].isna(), "not applicable"))
 
 
 def restored_words(

@@ -66,18 +66,37 @@ def measure_door(
     """Measure how much of a hidden text comes back with the right, a wrong and a grey picture.
 
     models: name -> model; how: what `reconstruct` takes, with a layout of stage 2. Columns task (the
-    model), label (the picture), value, low, high: percent of the hidden tokens, 95 % bootstrap over rows.
+    model), label (the picture), value, low, high: percent of the hidden content words, 95 %
+    bootstrap over rows, nan where there is none; content, hidden: how many content words are
+    hidden, and tokens of any kind.
     """
     draws = np.random.default_rng(0).integers(len(rows), size=(1000, len(rows)))
     pictures, found = [three_pictures(rows, i) for i in range(len(rows))], []
     for name, model in models.items():
         for label in pictures[0]:
             counts = count_right(model, inputs, rows, [each[label] for each in pictures], **how)
-            right, hidden = counts[draws].sum(1).T
-            low, high = np.percentile(100 * right / hidden, [2.5, 97.5])
-            value = 100 * counts[:, 0].sum() / counts[:, 1].sum()
-            found.append({"task": name, "label": label, "value": value, "low": low, "high": high})
-    return pd.DataFrame(found)
+            drawn = pd.DataFrame(counts[draws].sum(1))  # pandas: 0 of 0 is nan, and left out
+            low, high = (100 * drawn[0] / drawn[1]).quantile([0.025, 0.975])
+            right, content, hidden = counts.sum(0).tolist()
+            value = 100 * right / content if content else np.nan
+            found.append((name, label, value, low, high, content, hidden))
+    names = ["task", "label", "value", "low", "high", "content", "hidden"]
+    return pd.DataFrame(found, columns=names)
+
+
+def summarise_gates(gates: pd.DataFrame) -> str:
+    """Say in Markdown which of the two gates hold: `evaluate.restore.check_gates`."""
+    reasons = (
+        "squared error on hidden cells is {value:.2f}, that of the average patch {threshold:.2f}",
+        "the right picture brings back {value:.1f} points more of the content words than a wrong "
+        "one; at least {threshold:g} are asked",
+    )
+    said = ""
+    for i, gate in enumerate(gates.to_dict("records")):
+        verb = {"yes": "holds", "no": "**fails**"}.get(gate["passed"])
+        reason = f"{verb}: {reasons[i].format(**gate)}" if verb else "does not apply"
+        said += f"Gate {i + 1} {reason}. "
+    return said.strip()
 
 
 def pictures_html(batch: Batch, patches: Mapping[str, Tensor], inputs: Inputs) -> str:
