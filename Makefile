@@ -32,7 +32,7 @@ AVX2 = ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=
 quote = '$(subst ','\'',$(1))'
 
 .DEFAULT_GOAL := help
-.PHONY: help install reproduce experiment report backbone smollm2 site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
+.PHONY: help install reproduce search experiment report backbone smollm2 site test nightly test-browser bench soak soak-graph mutate verify audit environments lint lab clean distclean force
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -47,6 +47,14 @@ given = $($(shell echo $(1) | tr a-z A-Z))
 
 reproduce: $(STAMP) ## the whole road from the committed backbone: data, arms, evaluation, notebooks -> runs/PROFILE
 	@$(ENV) $(SNAKEMAKE) profile=$(call quote,$(PROFILE))
+
+search: PROFILE = long
+search: $(STAMP) ## learning rate and steps of the experiment's stage 3, on development queries -> reports/PROFILE/search.csv; resumes
+	@export $(ENV) $(AVX2) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1; set -e; \
+	$(PY) -m cocoa_lib.run prepare --profile=$(call quote,$(PROFILE)); \
+	printf '%s\n' contrastive cocoa | xargs -P $(CORES) -I ARM $(PY) scripts/search.py $(call quote,$(PROFILE)) --arms ARM \
+		--rates 3e-4 6e-4 1e-3 2e-3 --steps 60 120 250; \
+	$(PY) scripts/search.py $(call quote,$(PROFILE)) --gather --figure reports/$(call quote,$(PROFILE))/figures/search
 
 experiment: PROFILE = long
 experiment: $(STAMP) ## the experiment, from one clean commit, each CPU computing as one with AVX2; resumes after a kill

@@ -1,6 +1,6 @@
 """MMEB's tables: columns, rows read and checked, image paths that stay below the image folder.
 
-DATA/eval/<Task>/test-*.parquet, DATA/train/<Subset>/original-*.parquet, DATA/images/...
+DATA/{eval,dev}/<Task>/test-*.parquet, DATA/train/<Subset>/original-*.parquet, DATA/images/...
 Image paths are relative to DATA/images; a leading `images/`, as MMEB-train writes, is dropped.
 """
 
@@ -39,14 +39,16 @@ class Task:
     n_candidates: int  # a query, the right one among them
 
 
-def load_eval(root: str | Path, task: str, *, n_candidates: int | None = None) -> Dataset:
-    """Load the rows of one task, <Task>/test-*.parquet in ROOT or ROOT/eval: the columns EVAL.
+def load_eval(
+    root: str | Path, task: str, *, n_candidates: int | None = None, part: str = "eval"
+) -> Dataset:
+    """Load the rows of one task, <Task>/test-*.parquet in ROOT or ROOT/PART: the columns EVAL.
 
     The two lists of a row are of equal length, the right candidate first. Raises FileNotFoundError
     for a task that is not there, and ValueError naming the file for a missing column or a wrong
     type, and the row for lists of different lengths or of another number than `n_candidates`.
     """
-    pattern = find_part(root, "eval") / task / "test-*.parquet"
+    pattern = find_part(root, part) / task / "test-*.parquet"
     rows = read_parquet(pattern, EVAL)
     table = rows.with_format("arrow")[:]
     texts, images = (pc.fill_null(pc.list_value_length(table[name]), 0) for name in EVAL[2:])

@@ -71,6 +71,7 @@ def evaluate(
     image_root: str | Path | None = None,
     *,
     tasks: Sequence[Task] = TASKS,
+    part: str = "eval",
     n_queries: int | None = None,
     cache_dir: str | Path | None = None,
     show_progress: bool = True,
@@ -79,6 +80,7 @@ def evaluate(
     """Rank the right candidate of every query of `tasks` below `root`: the columns RANKS.
 
     `query` is the row number in the task's file. `image_root` is root/images unless given.
+    `part`: "eval", or "dev" for the built-in world's development queries.
     `n_queries` draws that many rows a task, the same ones each time. `encoding` goes to
     `encode_distinct`. All rows, and that all pictures are there, is checked before anything is
     encoded. Raises what `load_eval`, `list_items` and `encode_distinct` raise, and ValueError for an
@@ -93,7 +95,8 @@ def evaluate(
     image_root = Path(root) / "images" if image_root is None else Path(image_root)
     loaded = []
     for task in tasks:
-        rows = load_eval(root, task.name, n_candidates=task.n_candidates if task in TASKS else None)
+        size = task.n_candidates if task in TASKS else None
+        rows = load_eval(root, task.name, n_candidates=size, part=part)
         chosen = np.arange(len(rows))
         if n_queries is not None and n_queries < len(rows):
             draw = np.random.default_rng(0).choice(len(rows), n_queries, replace=False)
