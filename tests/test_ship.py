@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from safetensors.torch import load_file
 
 from cocoa_lib.embedder import CocoaEmbedder
-from cocoa_lib.evaluate import score_averages
 from cocoa_lib.reconstruction import DECODER, load_decoder
 from cocoa_lib.run import Run, stage
 from cocoa_lib.run import run as run_module
@@ -74,11 +72,8 @@ def test_weights_are_those_trained_rounded_to_bf16(trained, shipped):
         module = CocoaEmbedder.load(other[name]).module
         assert {weights.dtype for weights in module.parameters()} == {torch.float32}
     decoder = load_decoder(other["stage1"], module.model)
-    assert torch.equal(decoder.project.weight.bfloat16(), half_project(other["stage1"]))
-
-
-def half_project(folder):
-    return load_file(folder / DECODER)["project.weight"]
+    half = load_file(other["stage1"] / DECODER)["project.weight"]
+    assert torch.equal(decoder.project.weight, half.float())
 
 
 def test_records_logs_and_cards_come_along(trained, shipped):
@@ -96,24 +91,25 @@ def test_records_logs_and_cards_come_along(trained, shipped):
 
 
 def test_a_run_opens_what_is_shipped_and_scores_hardly_move(trained, shipped):
-    """Vectors turn by less than a hundredth of a right angle; one query of a hundred may change."""
-    for arm in ("cocoa", "contrastive"):
-        one, other = trained.other(arm=arm), shipped.other(arm=arm)
-        assert other.stage("stage3") == other.folder("stage3") != other._place("stage3")
-        before, after = one.evaluate(show_progress=False), other.evaluate(show_progress=False)
-        assert other.folder("evaluate") == shipped.runs / "shipped/laptop/seed0/evaluate" / arm
-        means = [score_averages(ranks).set_index("average")["value"] for ranks in (before, after)]
-        print(
-            arm,
-            means[0]["overall"],
-            means[1]["overall"],
-            (before["rank"] != after["rank"]).mean(),
-            (before["rank"] - after["rank"]).abs().describe(),
-        )
-        items = [f"a red apple and {n} cups" for n in range(20)]
-        vectors = [CocoaEmbedder.load(run.folder("stage3")).encode(items) for run in (one, other)]
-        print((1 - (vectors[0] * vectors[1]).sum(1)).max())
-        assert not np.array_equal(*vectors)
+    """Vectors turn by less than 2.6 degrees; of 96 queries, two at most are won or lost."""
+    one, other = (run.other(arm="contrastive") for run in (trained, shipped))
+    assert other.stage("stage3") == other.folder("stage3") != other._place("stage3")
+    before, after = one.evaluate(show_progress=False), other.evaluate(show_progress=False)
+    assert other.folder("evaluate") == shipped.runs / "shipped/laptop/seed0/evaluate/contrastive"
+    won = [(ranks["rank"] == 1).to_numpy() for ranks in (before, after)]
+    assert len(before) == 96 and (won[0] != won[1]).sum() <= 2
+    items = [f"a red apple and {n} cups" for n in range(20)]
+    vectors = [CocoaEmbedder.load(run.folder("stage3")).encode(items) for run in (one, other)]
+    cosines = (vectors[0] * vectors[1]).sum(1)
+    print(
+        "MEASURED",
+        won[0].sum(),
+        won[1].sum(),
+        (won[0] != won[1]).sum(),
+        1 - cosines.min(),
+        (before["rank"] != after["rank"]).sum(),
+    )
+    assert 0.999 < cosines.min() and not np.array_equal(*vectors), "rounded, and hardly so"
 
 
 def test_only_the_run_that_was_shipped_opens_it(trained, shipped):
@@ -160,10 +156,8 @@ def test_weights_above_the_limit_are_left_out_and_later_stages_still_open(
     monkeypatch.setattr(run_module, "CHECKPOINTS", out)
     run = shipped.other()
     assert run.folder("stage1").name == "base" and run.stage("stage3").name == "cocoa"
-    run.evaluate(show_progress=False)
-    facts = json.loads((run.folder("evaluate") / "run.json").read_text())
-    assert list(facts["seconds"]) == ["stage1", "stage2", "stage3"]
-    with pytest.raises(SystemExit, match="not finished or not evaluated"):
+    assert list(run._gather_facts({})["seconds"]) == ["stage1", "stage2", "stage3"]
+    with pytest.raises(SystemExit, match="not finished, or not evaluated"):
         ship(run, out)
 
 
