@@ -35,18 +35,13 @@ def ship(run: Run, out: Path, limit: int = LIMIT) -> dict[str, int]:
     """
     runs = dict.fromkeys(STAGES, run) | {"contrastive": run.other(arm="contrastive")}
     if lost := [n for n in STAGES for do in (STAGES[n], "evaluate") if not runs[n].done(do)]:
-        raise SystemExit(
-            f"{run.root}: {lost[0]} is not finished, or not evaluated: `make reproduce`"
-        )
+        raise SystemExit(f"{run.root}: {lost[0]} is not finished, or not evaluated; train it")
     shutil.rmtree(out, ignore_errors=True)
     for name, stage in STAGES.items():
         copy_checkpoint(runs[name].folder(stage), out / name)
         write_card(runs[name], out / name)
         if count_bytes(out) > limit:
-            for path in set((out / name).iterdir()) - {
-                out / name / LOG,
-                out / name / checkpoint.META,
-            }:
+            for path in [p for p in (out / name).iterdir() if p.name not in (LOG, checkpoint.META)]:
                 path.unlink()
             write_card(runs[name], out / name)
     return {name: count_bytes(out / name) for name in STAGES}
@@ -62,13 +57,11 @@ def copy_checkpoint(folder: Path, out: Path) -> None:
     words = json.loads((out / TOKENIZER).read_bytes())
     text = json.dumps(words, ensure_ascii=False, separators=(",", ":"))  # a third of its size
     (out / TOKENIZER).write_text(text, encoding="utf-8")
-    meta = checkpoint.read_meta(out, check=False) | {
-        n: module.meta[n] for n in checkpoint.provenance()
-    }
+    meta = checkpoint.read_meta(out, check=False)
+    meta |= {name: module.meta[name] for name in checkpoint.provenance()}
     meta["files_sha256"][TOKENIZER] = files.file_hash(out / TOKENIZER)
-    files.write_json(
-        out / checkpoint.META, meta | {"float32_sha256": module.meta["weights_sha256"]}
-    )
+    meta["float32_sha256"] = module.meta["weights_sha256"]
+    files.write_json(out / checkpoint.META, meta)
 
 
 def write_card(run: Run, out: Path) -> None:

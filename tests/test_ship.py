@@ -91,25 +91,17 @@ def test_records_logs_and_cards_come_along(trained, shipped):
 
 
 def test_a_run_opens_what_is_shipped_and_scores_hardly_move(trained, shipped):
-    """Vectors turn by less than 2.6 degrees; of 96 queries, two at most are won or lost."""
+    """Vectors turn by less than a degree; of 96 queries, one at most is won or lost."""
     one, other = (run.other(arm="contrastive") for run in (trained, shipped))
     assert other.stage("stage3") == other.folder("stage3") != other._place("stage3")
     before, after = one.evaluate(show_progress=False), other.evaluate(show_progress=False)
     assert other.folder("evaluate") == shipped.runs / "shipped/laptop/seed0/evaluate/contrastive"
     won = [(ranks["rank"] == 1).to_numpy() for ranks in (before, after)]
-    assert len(before) == 96 and (won[0] != won[1]).sum() <= 2
+    assert len(before) == 96 and (won[0] != won[1]).sum() <= 1
     items = [f"a red apple and {n} cups" for n in range(20)]
     vectors = [CocoaEmbedder.load(run.folder("stage3")).encode(items) for run in (one, other)]
     cosines = (vectors[0] * vectors[1]).sum(1)
-    print(
-        "MEASURED",
-        won[0].sum(),
-        won[1].sum(),
-        (won[0] != won[1]).sum(),
-        1 - cosines.min(),
-        (before["rank"] != after["rank"]).sum(),
-    )
-    assert 0.999 < cosines.min() and not np.array_equal(*vectors), "rounded, and hardly so"
+    assert 0.9999 < cosines.min() and not np.array_equal(*vectors), "rounded, and hardly so"
 
 
 def test_only_the_run_that_was_shipped_opens_it(trained, shipped):
