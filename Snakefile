@@ -18,7 +18,7 @@ from cocoa_lib.store.files import locked
 
 SEEDS = [int(seed) for seed in str(config.get("seeds", "")).split()]
 given = {name: str(config[name]) for name in ("profile", "model", "data") if config.get(name)}
-MAIN = Run(**given, seed=(SEEDS or [0])[0], changes=config.get("changes"))
+MAIN = Run(**given, seed=(SEEDS or [0])[0], changes=config.get("changes"), retrain=True)
 RUNS = [MAIN.other(arm=arm, seed=seed) for arm, n in MAIN.grid.items() for seed in SEEDS or range(n)]
 PLACE = str(MAIN.root)
 STAGES_AT = {str(run.folder(stage)): (run, stage) for run in reversed(RUNS) for stage in run.stages}

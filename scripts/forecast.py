@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    main_run = Run(args.profile)
+    main_run = Run(args.profile, retrain=True)
     runs = [
         main_run.other(arm=arm, seed=seed) for arm, n in main_run.grid.items() for seed in range(n)
     ]

@@ -37,6 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="", help="folder, table, or MMEB")
     parser.add_argument("--changes", default="{}", help="e.g. '{stage3: {steps: 500}}'")
     parser.add_argument("--runs", help="where runs lie; default: runs/ of the repository")
+    words = {"default": True, "help": "--no-retrain opens data/checkpoints, as notebooks do"}
+    parser.add_argument("--retrain", action=argparse.BooleanOptionalAction, **words)
     return parser
 
 

@@ -37,7 +37,9 @@ from ..world.pretrain import train_backbone
 from ..world.schedule import Schedule
 from . import launch, names
 from .profiles import ROOT, STAGES, check_values, load_profile, merge, read_arms
-from .stage import Progress, run_stage
+from .stage import Progress, check_recipe, run_stage
+
+CHECKPOINTS = ROOT / "data" / "checkpoints"  # of profile laptop, seed 0: scripts/ship.py
 
 
 class Run:
@@ -52,6 +54,7 @@ class Run:
         or a folder of named folders of pictures.
     changes: section -> values over the profile's and the arm's, as {"stage3": {"steps": 500}}.
     runs: where runs lie, `runs/` of the repository unless given.
+    retrain: train, rather than open what data/checkpoints holds of profile laptop, seed 0.
 
     Relative paths start at the working directory, or else at the repository's root. Raises
     RecipeError, InputError or CheckpointError for a name, type, model or data that cannot be
@@ -68,6 +71,7 @@ class Run:
         changes: Mapping[str, Any] | None = None,
         *,
         runs: str | Path | None = None,
+        retrain: bool = False,
     ) -> None:
         changes = {} if changes is None else changes
         names.check_types(
@@ -90,6 +94,7 @@ class Run:
             if not given and section not in self.values:
                 raise RecipeError(f"profile {profile} has no built-in {section}; give {name}")
         self.runs = Path(os.path.relpath(ROOT / "runs") if runs is None else runs)
+        self.retrain = retrain
 
     @classmethod
     def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
@@ -106,16 +111,17 @@ class Run:
 
     def other(self, **changed: Any) -> Self:
         """Make the same run but for some of the six names, e.g. `run.other(arm="contrastive")`."""
-        return type(self)(**self.names() | changed, runs=self.runs)
+        return type(self)(**self.names() | changed, runs=self.runs, retrain=self.retrain)
 
     def names(self) -> dict[str, Any]:
         """The six names, paths from the repository's root; enough to make the run again."""
         return {name: getattr(self, "source" if name == "data" else name) for name in names.NAMES}
 
     def arguments(self) -> list[str]:
-        """The six names, and where runs lie, as `python -m cocoa_lib.run STEP` takes them."""
+        """The six names, and which checkpoints, as `python -m cocoa_lib.run STEP` takes them."""
         given = self.names() | {"changes": _write_yaml(self.changes), "runs": str(self.runs)}
-        return [f"--{name}={value}" for name, value in given.items() if value not in ("", "{}")]
+        words = [f"--{name}={value}" for name, value in given.items() if value not in ("", "{}")]
+        return words + ["--no-retrain"] * self.opens_shipped
 
     def parameters(self) -> list[str]:
         """The six names as papermill takes them."""
@@ -138,19 +144,46 @@ class Run:
         return self.folder(before[-1]) if before else self.backbone
 
     @cached_property
+    def opens_shipped(self) -> bool:
+        """Does it start from data/checkpoints? Not where `runs` holds stages that were trained."""
+        names = (self.profile, self.seed, self.model, self.source, self.changes)
+        if self.retrain or names != ("laptop", 0, "", "", {}) or not CHECKPOINTS.is_dir():
+            return False
+        return not any((self.runs / self.profile / "seed0").glob(f"stage?/*/{META}"))
+
+    @cached_property
     def root(self) -> Path:
-        """Folder of the run: runs/PROFILE[-MODEL][-DATA][-HASH]; arms and seeds are below it."""
+        """Folder of the run: runs/PROFILE[-MODEL][-DATA][-HASH]; arms and seeds are below it.
+
+        What starts from data/checkpoints lies apart, in runs/shipped/PROFILE.
+        """
         given = {"model": self.model, "data": self.source, "changes": self.changes}
         if not any(given.values()):
-            return self.runs / self.profile
+            return self.runs / ("shipped" if self.opens_shipped else "") / self.profile
         words = [names.slug(Path(name).name) for name in (self.model, self.source) if name]
         return self.runs / "-".join([self.profile, *words, names.digest(given)])
 
     def folder(self, step: str) -> Path:
-        """Where a stage's checkpoint lies, or the tables of "evaluate".
+        """Where a stage's checkpoint lies, shipped or trained, or the tables of "evaluate".
 
         Arms that agree up to a stage share its folder.
         """
+        shipped = self._find_shipped(step)
+        if shipped and any(shipped[-1].glob("*.safetensors")):  # some are left out for their size
+            return shipped[-1]
+        return self._place(step)
+
+    def _find_shipped(self, stage: str) -> list[Path]:
+        """Find the shipped folders of the stages up to this one; [] where one is not there."""
+        if stage not in self.stages or not self.opens_shipped:
+            return []
+        places = {one: self._place(one).name for one in self.stages if one <= stage}
+        found = [CHECKPOINTS / (one if name == "base" else name) for one, name in places.items()]
+        whole = all((folder / META).is_file() for folder in found)
+        return [Path(os.path.relpath(folder)) for folder in found] if whole else []
+
+    def _place(self, step: str) -> Path:
+        """Where a step leaves what it makes."""
         place = self.root / f"seed{self.seed}" / step
         if step in ("stage3", "evaluate"):
             return place / self.arm
@@ -243,13 +276,16 @@ class Run:
 
         On a machine with several GPUs it starts `accelerate launch`. `show_progress`: a bar
         (launched: each line by tqdm.write), nothing, or a function that takes lines. Raises what
-        `run_stage` raises.
+        `run_stage` raises, and CheckpointError for a shipped checkpoint of another recipe.
         """
-        recipe = self.recipe(stage)
+        recipe, shipped = self.recipe(stage), self._find_shipped(stage)
+        if shipped and self.folder(stage) == shipped[-1]:
+            for one, folder in zip(self.stages, shipped, strict=False):
+                check_recipe(one, self.recipe(one), folder)
+            return shipped[-1]
         if before := [one for one in self.stages if one < stage]:
             self.stage(before[-1], show_progress=show_progress)
-        else:
-            self.prepare()
+        self.prepare()
         self._launch(stage, show_progress)
         places = {"parent": self.parent(stage), "data": self.data, "out": self.folder(stage)}
         how = {"seed": self.seed, "allow_parent": True, "show_progress": show_progress}
@@ -261,6 +297,7 @@ class Run:
         Trains what is missing. Writes ranks.parquet and run.json into `folder("evaluate")`.
         """
         self.stage("stage3", show_progress=show_progress)
+        self.prepare()
         self._launch("evaluate", show_progress)
         out = self.folder("evaluate")
         settings = {"batch_size": 64, "dtype": "float32"} | self.values.get("evaluation", {})
@@ -310,7 +347,8 @@ class Run:
 
     def _gather_facts(self, evaluation: dict[str, Any]) -> dict[str, Any]:
         """What produces the ranks: names, recipes, seconds a stage, hashes, commits, versions."""
-        metas = {stage: read_meta(self.folder(stage), check=False) for stage in self.stages}
+        places = {stage: [self.folder(stage), *self._find_shipped(stage)] for stage in self.stages}
+        metas = {stage: read_meta(place[-1], check=False) for stage, place in places.items()}
         return {
             **self.names(),
             "hypothesis": self.hypothesis,

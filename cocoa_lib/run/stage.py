@@ -71,12 +71,16 @@ class Job:
         """List what makes two runs the same run; where the log is sent changes no result."""
         return {
             "stage": self.stage,
-            "recipe": dataclasses.asdict(self.recipe) | {"report_to": "none"},
+            "recipe": _describe(self.recipe),
             "seed": self.seed,
             "parent_stage": self.parent_meta.get("stage"),
             "parent_sha256": self.parent_meta["weights_sha256"],
             "data": fingerprint(self.data),
         }
+
+
+def _describe(recipe: Recipe) -> dict[str, Any]:
+    return dataclasses.asdict(recipe) | {"report_to": "none"}
 
 
 def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str, Any]:
@@ -100,7 +104,12 @@ def check_parent(stage: str, parent: str | Path, allow_parent: bool) -> dict[str
     return meta
 
 
-def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def compare_runs(
+    found: dict[str, Any],
+    wanted: dict[str, Any],
+    where: Path,
+    remedy: str = "Delete the folder, or undo the change",
+) -> None:
     """Raise CheckpointError where they differ; an option that `found` lacks has its default."""
     defaults = dataclasses.asdict(RECIPES[wanted["stage"]]())
     have = found | defaults | found.get("recipe", {})
@@ -109,8 +118,18 @@ def compare_runs(found: dict[str, Any], wanted: dict[str, Any], where: Path) -> 
         parts = [f"{name} {have.get(name)!r:.30}, not {want[name]!r:.30}" for name in names]
         raise CheckpointError(
             f"{where}: holds a run of another configuration ({', '.join(parts)}); it is not "
-            "reused. Delete the folder, or undo the change"
+            f"reused. {remedy}"
         )
+
+
+def check_recipe(stage: str, recipe: Recipe, folder: Path) -> None:
+    """Raise CheckpointError where a shipped folder is of another recipe.
+
+    Parent and data are not compared: those of a shipped checkpoint need not be there.
+    """
+    found = store.read_meta(folder, check=False).get("run", {})
+    remedy = f"Delete {folder.parent}, pass retrain=True, or undo the change"
+    compare_runs(found, {"stage": stage, "recipe": _describe(recipe)}, folder, remedy)
 
 
 def run_stage(
