@@ -3,8 +3,9 @@
     python scripts/out_of_style.py data/checkpoints/cocoa ../shared/data/emoji --out reports/out_of_style.csv
 
 FOLDER holds emoji_pairs.jsonl (file, emoji) and png/72/. The concepts of the built-in benchmark are drawn in both
-styles and ranked against all others, name to crop and picture to name. Rows: style, task, role (what training showed
-of the concept), n, value (percent right at rank 1), low, high (95 % Wilson interval), chance.
+styles and ranked against all others, name to picture and picture to name. Rows: style, task, role (what training showed
+of the concept), n, value (percent right at rank 1), low, high (95 % Wilson interval), floor (pixels and words, nothing
+learnt), chance.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from PIL import Image
 from scipy import stats
 
 from cocoa_lib.embedder import CocoaEmbedder
+from cocoa_lib.evaluate.floor import pixel_bow_embed
 from cocoa_lib.world.concepts import Concept, load_concepts
 from cocoa_lib.world.pictures import draw, scale
-from cocoa_lib.world.scenes import CANVAS, SIDES, WINDOW, center
+from cocoa_lib.world.scenes import CANVAS, SIDES, center
+from cocoa_lib.world.words import with_article
 
 SIDE = SIDES["large"]
 
@@ -44,8 +47,8 @@ def ask(
     """(task, queries, candidates); query i is right with candidate i."""
     drawings = [draw_one(concept) for concept in concepts]
     names = [{"text": concept.name} for concept in concepts]
-    phrases = [{"text": f"Find the large {concept.name}."} for concept in concepts]
-    yield "name to picture", phrases, [{"image": center(one, WINDOW)} for one in drawings]
+    phrases = [{"text": f"Find the picture: {with_article(each.name)}"} for each in concepts]
+    yield "name to picture", phrases, [{"image": center(one, CANVAS)} for one in drawings]
     question = "What is in the picture?"
     asked = [{"text": question, "image": center(one, CANVAS)} for one in drawings]
     yield "picture to name", asked, names
@@ -68,10 +71,12 @@ def compare_styles(embedder: CocoaEmbedder, folder: Path) -> pd.DataFrame:
     roles, rows = np.array([concept.role for concept in concepts]), []
     for style, draw_one in styles.items():
         for task, queries, candidates in ask(concepts, draw_one):
-            scores = embedder.encode(queries) @ embedder.encode(candidates).T
-            right = scores.argmax(1) == np.arange(len(concepts))
+            right, floor = (
+                (encode(queries) @ encode(candidates).T).argmax(1) == np.arange(len(concepts))
+                for encode in (embedder.encode, pixel_bow_embed)
+            )
             for role in dict.fromkeys(roles):
-                found = score(right[roles == role])
+                found = score(right[roles == role]) | {"floor": 100 * floor[roles == role].mean()}
                 rows.append({"style": style, "task": task, "role": role} | found)
     return pd.DataFrame(rows).assign(chance=100 / len(concepts)).round(1)
 
