@@ -48,7 +48,7 @@ def tiny(runs):
 
 def test_a_recipe_is_the_profiles_then_the_arms_then_the_changes():
     run = Run("smoke", "contrastive_longer")
-    assert run.recipe("stage3").steps == 1100 and run.recipe("stage3").batch_size == 32
+    assert run.recipe("stage3").steps == 800 and run.recipe("stage3").batch_size == 32
     run = run.other(changes={"stage3": {"steps": 7}})
     assert run.recipe("stage3").steps == 7 and run.recipe("stage3").schedule == "linear"
     with pytest.raises(RecipeError, match="arm contrastive_longer has no stage1; it has stage3"):

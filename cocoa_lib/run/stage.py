@@ -260,7 +260,7 @@ def _reconstruction(job: Job, model: PreTrainedModel, inputs: Inputs) -> Trainer
     recipe, data = job.recipe, job.data
     sources = getattr(recipe, "sources", "captions")
     parts = [corpus.captions(data)] if sources != "pairs" else []
-    if sources == "corpus":
+    if sources == "corpus" and (data / "corpus").is_dir():
         parts.append(corpus.questions(data))
     if sources in ("pairs", "both"):
         parts += corpus.text_pairs(data).values()
