@@ -118,7 +118,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = (parser := build_parser()).parse_args(argv)
     if not (args.gather or args.arms and args.rates and args.steps):
         parser.error("give --arms, --rates and --steps, or --gather")
-    logging.disable(logging.WARNING)
     main_run = Run(args.profile, seed=args.seed)
     for arm in [] if args.gather else args.arms:
         search_arm(main_run.other(arm=arm), args.rates, args.steps, args.n_queries)
@@ -135,4 +134,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main()
