@@ -67,7 +67,7 @@ report: $(STAMP) ## the ranks, probes and costs of runs/PROFILE -> reports/PROFI
 	@$(PY) -c "import sys; from cocoa_lib.evaluate.results import write_report; write_report(*sys.argv[1:])" \
 		runs/$(call quote,$(PROFILE)) reports/$(call quote,$(PROFILE))
 
-backbone: $(STAMP) ## retrain the small causal backbone under data/, about an hour on a core; resumes after a kill
+backbone: $(STAMP) ## retrain the small causal backbone under data/, some 80 minutes on a core; resumes after a kill
 	@$(ENV) $(PY) -m cocoa_lib.world.pretrain --out runs/backbones/shipped --seed 1
 	@rm -rf data/backbone && cp -r runs/backbones/shipped data/backbone
 

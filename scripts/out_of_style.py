@@ -1,6 +1,6 @@
 """How well an embedder tells drawings of another designer that it was never trained on.
 
-    python scripts/out_of_style.py data/checkpoints/cocoa ../shared/data/emoji --out reports/out_of_style.csv
+    python scripts/out_of_style.py data/checkpoints/contrastive FOLDER --out reports/out_of_style.csv
 
 FOLDER holds emoji_pairs.jsonl (file, emoji) and png/72/. The concepts of the built-in benchmark are drawn in both
 styles and ranked against all others, name to picture and picture to name. Rows: style, task, role (what training showed

@@ -58,8 +58,7 @@ from .pictures import ATTRIBUTION
 from .schedule import PATCH, Phase, Schedule
 
 logger = logging.getLogger(__name__)
-COLUMNS = ("phase", "step", "loss", "cell_loss", "cell_naming", "naming", "answers", "reading")
-COLUMNS += ("seconds",)
+COLUMNS = "phase step loss cell_loss cell_naming naming answers reading seconds".split()
 STATE = "state.safetensors"
 CARD = f"""# A small causal Qwen2-VL that talks about drawings
 
